@@ -1,0 +1,35 @@
+"""Merge conversation files into one, whatever formats they come in.
+
+python3 fastchat/data/merge.py --in data/dummy_en.json data/dummy_cn.json --out merged.json
+"""
+
+import argparse
+
+from llama_lora.cli import one_line_errors
+from llama_lora.corpus import merge, stage
+
+
+def parse_args() -> argparse.Namespace:
+    parser = stage.parser(__doc__, several=True)
+    parser.add_argument("--shuffle", type=int, metavar="SEED", help="put them in a random order")
+    parser.add_argument("--limit", type=int, metavar="N", help="keep the first N only")
+    parser.add_argument(
+        "--split-eval",
+        type=merge.fraction,
+        metavar="FRACTION",
+        help="hold this share out, in a file beside the output (OUT.eval.json)",
+    )
+    return parser.parse_args()
+
+
+@one_line_errors
+def main(args: argparse.Namespace) -> None:
+    account = stage.run(args, merge.build, merge.arrangement(args))
+    print("formats: " + stage.listed(account.formats))
+    if args.split_eval is not None:
+        print(f"held out: {account.seen['held out']:,} in {merge.eval_path(args.out)}")
+    print(account)
+
+
+if __name__ == "__main__":
+    main(parse_args())

@@ -1,0 +1,1 @@
+"""What the stages of the toolkit are made of: corpus, model, train."""

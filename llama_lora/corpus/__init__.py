@@ -1,0 +1,1 @@
+"""From raw chats to a training corpus."""

@@ -1,0 +1,180 @@
+"""What a conversation is: its schema, the roles' names, and the repairs that lose nothing.
+
+A conversation is `{"id": str, "conversations": [turn, …]}` and a turn is `{"from": role, "value":
+str}` with the roles of `ROLES`; other keys of either travel along unchanged. A pair is a question
+directly followed by its answer.
+"""
+
+import re
+from collections import Counter
+from dataclasses import dataclass, field
+from hashlib import blake2b
+from typing import Any
+
+HUMAN, GPT, SYSTEM = ROLES = ("human", "gpt", "system")
+
+# The names under which datasets and chat exports store the three roles.
+ROLE_NAMES = {
+    **dict.fromkeys(("human", "user", "prompter", "question"), HUMAN),
+    **dict.fromkeys(
+        ("gpt", "assistant", "chatgpt", "gpt4", "gpt-4", "gpt-3.5", "bing", "bard", "model", "ai")
+        + ("bot", "claude", "gemini", "palm", "answer"),
+        GPT,
+    ),
+    SYSTEM: SYSTEM,
+    "developer": SYSTEM,
+}
+
+Turn = dict[str, Any]
+Conversation = dict[str, Any]
+
+
+class Rejected(Exception):
+    """This conversation cannot be used: `reason` is the account it is booked on."""
+
+    def __init__(self, reason: str, detail: str = ""):
+        super().__init__(reason, detail)
+        self.reason, self.detail = reason, detail
+
+
+@dataclass
+class Kept:
+    """What a stage made of one conversation.
+
+    `dropped` counts the pairs that were left out, by reason; `repairs` what was put right;
+    `seen` what the stage wants told at the end (languages, formats). `pairs` is how many pairs
+    live on in `conversations`; a stage that spreads one pair over several says so itself.
+    """
+
+    conversations: list[Conversation]
+    dropped: Counter = field(default_factory=Counter)
+    repairs: Counter = field(default_factory=Counter)
+    seen: Counter = field(default_factory=Counter)
+    pairs: int | None = None
+
+    def __post_init__(self):
+        if self.pairs is None:
+            self.pairs = sum(count_pairs(c["conversations"]) for c in self.conversations)
+
+
+def count_pairs(turns: list[Turn]) -> int:
+    """Questions that are directly followed by an answer."""
+    roles = [turn["from"] for turn in turns]
+    return sum(pair == (HUMAN, GPT) for pair in zip(roles, roles[1:], strict=False))
+
+
+def check(conversation: Any) -> tuple[Conversation, Counter]:
+    """`conversation` in the schema above, and what had to be put right for it.
+
+    An integer id becomes text, a missing one is made from the content (so it stays the same from
+    run to run), role names become those of `ROLES`, a null value becomes empty text, a number
+    becomes its digits, and half surrogate pairs become U+FFFD. Raises `Rejected` for the rest.
+    """
+    if not isinstance(conversation, dict):
+        raise Rejected("not an object", f"found {kind(conversation)}")
+    turns = conversation.get("conversations")
+    if not isinstance(turns, list):
+        raise Rejected("no list of turns", f'"conversations" is {kind(turns)}')
+    repairs: Counter = Counter()
+    turns = [check_turn(turn, number, repairs) for number, turn in enumerate(turns)]
+    name = check_id(conversation.get("id"), turns, repairs)
+    return {"id": name, **conversation, "id": name, "conversations": turns}, repairs  # noqa: F601
+
+
+def check_turn(turn: Any, number: int, repairs: Counter) -> Turn:
+    """One turn in the schema; repairs are counted on `repairs`."""
+    if not isinstance(turn, dict):
+        raise Rejected("a turn is not an object", f"turn {number} is {kind(turn)}")
+    role = turn.get("from")
+    known = ROLE_NAMES.get(role.strip().lower()) if isinstance(role, str) else None
+    if known is None:
+        raise Rejected("unknown role", f"turn {number} is from {show(role)}")
+    value = turn.get("value")
+    if value is None:
+        repairs["null values"] += 1
+        text = ""
+    elif isinstance(value, str):
+        text = sound_text(value)
+        repairs["half surrogate pairs"] += text != value
+    elif isinstance(value, int | float) and not isinstance(value, bool):
+        repairs["numbers as values"] += 1
+        text = str(value)
+    else:
+        raise Rejected("a value is not text", f"turn {number} holds {kind(value)}")
+    repairs["role names"] += known != role
+    return {**turn, "from": known, "value": text}
+
+
+def check_id(name: Any, turns: list[Turn], repairs: Counter) -> str:
+    """The id as text; one made from the turns where there is none."""
+    if isinstance(name, str) and name.strip():
+        return sound_text(name)
+    if isinstance(name, int) and not isinstance(name, bool):
+        repairs["integer ids"] += 1
+        return str(name)
+    repairs["missing ids"] += 1
+    return "id-" + digest(turns).hex()[:12]
+
+
+def put_in_order(turns: list[Turn], repairs: Counter) -> list[Turn]:
+    """A system turn if there is one, then questions and answers in turn.
+
+    Answers before the first question and questions after the last answer belong to no pair: they
+    are dropped and counted. Raises `Rejected` where roles do not alternate in between, and where
+    no pair is left.
+    """
+    head = turns[:1] if turns and turns[0]["from"] == SYSTEM else []
+    body = turns[len(head) :]
+    first = next((i for i, turn in enumerate(body) if turn["from"] != GPT), len(body))
+    last = next((i for i in range(len(body), first, -1) if body[i - 1]["from"] != HUMAN), first)
+    middle = body[first:last]
+    if not middle:
+        raise Rejected("no question with an answer" if body else "empty")
+    for number, turn in enumerate(middle):
+        if turn["from"] != (HUMAN, GPT)[number % 2]:
+            where = f"turn {len(head) + first + number} is from {turn['from']}"
+            raise Rejected("roles do not alternate", where)
+    repairs["leading answers"] += first > 0
+    repairs["trailing questions"] += last < len(body)
+    return head + middle
+
+
+def digest(turns: list[Turn]) -> bytes:
+    """16 bytes that are equal for conversations that differ in white space at most."""
+    return prefix_digests(turns)[-1]
+
+
+def prefix_digests(turns: list[Turn]) -> list[bytes]:
+    """The `digest` of the first turn, of the first two, …; of no turn where there is none."""
+    running, digests = blake2b(digest_size=16), []
+    if not turns:
+        return [running.digest()]
+    for turn in turns:
+        text = " ".join(turn["value"].split())
+        running.update(f"{turn['from']}\0{len(text)}\0{text}".encode())
+        digests.append(running.copy().digest())
+    return digests
+
+
+SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+def sound_text(text: str) -> str:
+    """`text` without lone surrogates, which no UTF-8 file can hold; pairs are joined."""
+    if text.isascii() or not SURROGATE.search(text):
+        return text
+    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+
+
+def kind(value: Any) -> str:
+    """What `value` is, in JSON's words."""
+    names = {dict: "an object", list: "an array", str: "text", bool: "a truth value"}
+    if value is None:
+        return "missing or null"
+    return names.get(type(value), "a number")
+
+
+def show(value: Any) -> str:
+    """`value` for a message, cut to a readable length."""
+    text = sound_text(value) if isinstance(value, str) else kind(value)
+    return repr(text if len(text) <= 40 else text[:40] + "…")

@@ -1,0 +1,241 @@
+"""Backslashes where Markdown needs them, and nowhere else.
+
+While HTML is being converted, each character of its text that Markdown could read as markup is
+replaced by a stand-in (`hide`), so that text and markup stay apart. Once a block is whole,
+`resolve` decides for each stand-in, by the rules of CommonMark and of GitHub's tables and
+strikethrough, whether the character would be read as markup where it stands.
+"""
+
+import re
+import unicodedata
+from collections.abc import Iterator
+from functools import lru_cache
+from html.entities import html5
+
+# Unicode keeps these code points for a program's own use; no text holds them.
+STAND_INS = {char: chr(0xFDD0 + number) for number, char in enumerate("\\`*_[]<>&#+-=~|!.)")}
+CELL, ROW, MARK, MARK_END = map(chr, range(0xFDEC, 0xFDF0))
+RESERVED = re.compile("[\ufdd0-\ufdef\0]")
+STAND_IN = re.compile(f"[{''.join(STAND_INS.values())}]")
+
+HIDE = str.maketrans(STAND_INS)
+UNHIDE = str.maketrans({stand_in: char for char, stand_in in STAND_INS.items()})
+AS_PUNCTUATION = str.maketrans({MARK: "$", MARK_END: "$"})  # what code and formulas begin with
+
+MARKERS = re.compile(r"(?:> ?|[-*+] +|\d{1,9}[.)] +| )*")  # of quotes and list items
+ITEM = re.compile(r"[ >]*(?:[-*+]|\d{1,9}[.)]) ")
+ENTITY = re.compile(r"&(?:#[0-9]{1,7}|#[xX][0-9a-fA-F]{1,6}|[A-Za-z][A-Za-z0-9]{0,40});")
+ATTRIBUTE = r"""\s+[A-Za-z_:][\w.:-]*(?:\s*=\s*(?:[^\s"'=<>`]+|'[^']*'|"[^"]*"))?"""
+ANGLE = re.compile(
+    rf"<(?:[A-Za-z][A-Za-z0-9-]*(?:{ATTRIBUTE})*\s*/?>|/[A-Za-z][A-Za-z0-9-]*\s*>|!--|\?|![A-Za-z]"
+    r"|!\[CDATA\[|[A-Za-z][A-Za-z0-9+.-]{1,31}:[^\s<>]*>|[\w.!#$%&'*+/=?^`{|}~-]{1,64}@[\w.-]+>)"
+)
+ANGLE_AT_START = re.compile(r"</?[A-Za-z]|<[!?]")
+HEADING = re.compile(r"#{1,6}(?:\s|$)")
+BULLET = re.compile(r"[-+*](?:\s|$)")
+NUMBER = re.compile(r"(\d{1,9})[.)](?:\s|$)")
+RULE = re.compile(r"([-*_])[ \t]*(?:\1[ \t]*){2,}$")
+UNDERLINE = re.compile(r"(?:=+|-+)[ \t]*$")
+FENCE = re.compile(r"(`{3,})[^`]*$|~~~")
+TABLE_RULE = re.compile(r"(?=.*\|)\|?\s*:?-+:?\s*(?:\|\s*:?-+:?\s*)*\|?\s*$")
+DEFINITION = re.compile(r"\[[^\]]+\]:")
+RUN = re.compile(r"\*+|_+|~+")
+MOST_RUNS = 500  # beyond which every run that could be a delimiter is escaped, to stay linear
+PUNCTUATION = set("!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~")
+
+
+def hide(text: str) -> str:
+    """`text` with a stand-in for every character that could be markup."""
+    return text.translate(HIDE)
+
+
+def without_reserved(text: str) -> str:
+    """`text` without the code points that the stand-ins take."""
+    return RESERVED.sub("\ufffd", text) if RESERVED.search(text) else text
+
+
+def paired_brackets(label: str) -> str:
+    """The text of a link, its brackets escaped unless they pair up."""
+    opening, closing = STAND_INS["["], STAND_INS["]"]
+    level = lowest = 0
+    for char in label:
+        level += (char == opening) - (char == closing)
+        lowest = min(lowest, level)
+    if level == lowest == 0:
+        return label
+    return label.replace(opening, "\\[").replace(closing, "\\]")
+
+
+def resolve(text: str) -> str:
+    """Markdown in which every stand-in has become its character, escaped where it has to be."""
+    return "\n".join(map(resolve_block, blocks(text)))
+
+
+def blocks(text: str) -> Iterator[str]:
+    """The lines of `text` in runs across which no inline markup can reach."""
+    block: list[str] = []
+    for line in text.split("\n"):
+        bare = line.lstrip(" >")
+        if block and (not bare or bare[0] in "|#" or ITEM.match(line)):
+            yield "\n".join(block)
+            block = []
+        block.append(line)
+        if not bare or bare[0] in "|#":
+            yield line
+            block = []
+    if block:
+        yield "\n".join(block)
+
+
+def resolve_block(block: str, starts: bool = True) -> str:
+    """`resolve` for one block; `starts` says whether its lines can start headings, lists …"""
+    if not STAND_IN.search(block):
+        return block
+    kept = block.translate(UNHIDE)
+    plain = kept.translate(AS_PUNCTUATION)
+    hidden = {match.start() for match in STAND_IN.finditer(block)}
+    escaped = set(markup_characters(block, plain))
+    if starts:
+        escaped.update(line_starts(block, plain))
+    escaped &= hidden
+    escaped |= delimiters(plain, hidden, escaped)
+    pieces, last = [], 0
+    for at in sorted(escaped):
+        pieces += kept[last:at], "\\"
+        last = at
+    return "".join(pieces) + kept[last:]
+
+
+def markup_characters(block: str, plain: str) -> Iterator[int]:
+    """Where a character alone makes markup: escapes, entities, tags, links, images, code."""
+    for match in re.finditer(r"\\(?=(.|\n)?)", plain):
+        if match[1] == "\n" or (match[1] and match[1] in PUNCTUATION):
+            yield match.start()
+    for match in ENTITY.finditer(plain):
+        if match[0][1] == "#" or match[0][1:] in html5:
+            yield match.start()
+    for match in ANGLE.finditer(plain):
+        yield match.start()
+    for match in re.finditer(r"\]\(", plain):
+        yield match.start()
+    for match in re.finditer(STAND_INS["!"] + r"\[", block):
+        yield match.start()
+    runs = list(re.finditer("`+", plain))
+    if len(runs) > 1 or (runs and MARK in block):
+        for run in runs:
+            yield from range(*run.span())
+
+
+def line_starts(block: str, plain: str) -> Iterator[int]:
+    """Where a line of text would begin a heading, a quote, a list, a rule, a table or code."""
+    at = 0
+    for number, line in enumerate(block.split("\n")):
+        start = at + MARKERS.match(line).end()
+        text = plain[start : at + len(line)]
+        at += len(line) + 1
+        starts = HEADING, BULLET, RULE, FENCE, ANGLE_AT_START
+        if text.startswith(">") or any(pattern.match(text) for pattern in starts):
+            yield start
+        if found := NUMBER.match(text):
+            # Within a paragraph only a list that begins with 1 can start.
+            if number == 0 or found[1] == "1":
+                yield start + found.end(1)
+        if number == 0 and DEFINITION.match(text):
+            yield start
+        if number > 0 and (UNDERLINE.match(text) or TABLE_RULE.match(text)):
+            yield start + len(text) - len(text.lstrip(":"))
+
+
+def delimiters(plain: str, hidden: set[int], escaped: set[int]) -> set[int]:
+    """Where text has asterisks, underscores or tildes that would pair up as emphasis."""
+    found: set[int] = set()
+    while True:
+        runs = [run for run in delimiter_runs(plain, escaped | found) if run[3] or run[4]]
+        if len(runs) > MOST_RUNS:
+            paired = set(range(len(runs)))
+        else:
+            paired = pairs_of(runs)
+        more = {
+            at
+            for number in paired
+            for at in range(runs[number][1], runs[number][2])
+            if at in hidden
+        }
+        if not more:
+            return found
+        found |= more
+
+
+def delimiter_runs(plain: str, escaped: set[int]) -> Iterator[tuple[str, int, int, bool, bool]]:
+    """Character, start, end, can open, can close: the delimiter runs of CommonMark, section 6.2."""
+    for start, end in unescaped(plain, escaped):
+        before, after = char_class(plain[start - 1 : start]), char_class(plain[end : end + 1])
+        left = after != " " and (after != "." or before != "a")
+        right = before != " " and (before != "." or after != "a")
+        if plain[start] == "_":
+            opens, closes = (
+                left and (not right or before == "."),
+                right and (not left or after == "."),
+            )
+        else:
+            opens, closes = left, right
+        yield plain[start], start, end, opens, closes
+
+
+def unescaped(plain: str, escaped: set[int]) -> Iterator[tuple[int, int]]:
+    """Where runs of one delimiter stand; a backslash before one of them parts a run."""
+    for match in RUN.finditer(plain):
+        start = match.start()
+        for at in range(*match.span()):
+            if at in escaped:
+                if start < at:
+                    yield start, at
+                start = at + 1
+        if start < match.end():
+            yield start, match.end()
+
+
+@lru_cache(maxsize=4096)
+def char_class(char: str) -> str:
+    """Space (or nothing), punctuation, or anything else: " ", "." or "a"."""
+    if not char or char.isspace():
+        return " "
+    return "." if unicodedata.category(char)[0] in "PS" else "a"
+
+
+def pairs_of(runs: list[tuple[str, int, int, bool, bool]]) -> set[int]:
+    """Numbers of the runs that become emphasis or strikethrough (CommonMark's appendix)."""
+    paired: set[int] = set()
+    left = [end - start for _, start, end, _, _ in runs]
+    openers: list[int] = []
+    for closer, (char, start, end, opens, closes) in enumerate(runs):
+        while closes and left[closer]:
+            opener = next(
+                (
+                    number
+                    for number in reversed(openers)
+                    if runs[number][0] == char and fits(runs[number], runs[closer])
+                ),
+                None,
+            )
+            if opener is None:
+                break
+            used = 2 if min(left[opener], left[closer]) > 1 else 1
+            paired |= {opener, closer}
+            left[opener] -= used
+            left[closer] -= used
+            del openers[openers.index(opener) + 1 :]
+            if not left[opener]:
+                openers.pop()
+        if opens and left[closer]:
+            openers.append(closer)
+    return paired
+
+
+def fits(opener, closer) -> bool:
+    """The "multiple of 3" rule for runs that could do both; tildes pair by ones or twos."""
+    char, start, end, _, closes = opener
+    size, other = end - start, closer[2] - closer[1]
+    if char == "~":
+        return size == other or min(size, other) > 1
+    return not ((closes or closer[3]) and (size + other) % 3 == 0 and (size % 3 or other % 3))

@@ -1,0 +1,454 @@
+"""Running a stage: a pure function from one conversation to conversations, over a whole file.
+
+`run` streams the input, maps it in order over worker processes with a bounded number of
+conversations in flight, shows progress, writes the output whole or not at all, and keeps accounts.
+"""
+
+import argparse
+import os
+import signal
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any
+
+from llama_lora.cli import InputError
+from llama_lora.corpus import files, formats
+from llama_lora.corpus.conversation import (
+    GPT,
+    Conversation,
+    Kept,
+    Rejected,
+    count_pairs,
+    prefix_digests,
+)
+from llama_lora.corpus.pool import Died, Pool
+
+# A chunk is large enough that handing it over costs little and small enough to keep memory flat.
+CHUNK_BYTES, CHUNK_RECORDS = 256 << 10, 256
+
+Process = Callable[[Conversation], Kept]
+
+
+@dataclass
+class Account:
+    """What became of everything that was read, in conversations and in pairs."""
+
+    read: int = 0
+    kept: int = 0
+    written: int = 0
+    rejected: Counter = field(default_factory=Counter)
+    pairs_read: int = 0
+    pairs_kept: int = 0
+    pairs_rejected: Counter = field(default_factory=Counter)
+    repairs: Counter = field(default_factory=Counter)
+    formats: Counter = field(default_factory=Counter)
+    seen: Counter = field(default_factory=Counter)
+
+    def add(self, other: "Account") -> None:
+        for name, value in vars(other).items():
+            if isinstance(value, Counter):
+                getattr(self, name).update(value)
+            else:
+                setattr(self, name, getattr(self, name) + value)
+
+    def keep(self, pairs_read: int, kept: Kept) -> None:
+        self.kept += 1
+        self.written += len(kept.conversations)
+        self.pairs_read += pairs_read
+        self.pairs_kept += kept.pairs
+        self.pairs_rejected.update(kept.dropped)
+        self.repairs.update(kept.repairs)
+        self.seen.update(kept.seen)
+
+    def reject(self, pairs_read: int, reason: str) -> None:
+        self.rejected[reason] += 1
+        self.pairs_read += pairs_read
+        self.pairs_rejected[reason] += pairs_read
+
+    def turn_away(self, pairs: int, reason: str) -> None:
+        """Reject a conversation that was kept at first."""
+        self.kept -= 1
+        self.written -= 1
+        self.pairs_kept -= pairs
+        self.rejected[reason] += 1
+        self.pairs_rejected[reason] += pairs
+
+    def __str__(self) -> str:
+        lines = []
+        if +self.repairs:
+            lines.append("repaired: " + listed(self.repairs))
+        lines.append("pairs: " + balance(self.pairs_read, self.pairs_kept, self.pairs_rejected))
+        pieces = f" in {self.written:,} pieces" if self.written != self.kept else ""
+        lines.append(balance(self.read, self.kept, self.rejected, pieces))
+        return "\n".join(lines)
+
+
+def balance(read: int, kept: int, rejected: Counter, pieces: str = "") -> str:
+    """One account on one line."""
+    reasons = f": {listed(rejected)}" if +rejected else ""
+    return f"read {read:,} · kept {kept:,}{pieces} · rejected {rejected.total():,}{reasons}"
+
+
+def listed(counts: Counter) -> str:
+    """The counts that are not zero, largest first."""
+    order = sorted((+counts).items(), key=lambda item: (-item[1], item[0]))
+    return ", ".join(f"{name} {count:,}" for name, count in order)
+
+
+@dataclass
+class Line:
+    """A conversation as it will stand in the output, after its id."""
+
+    id: str
+    body: bytes
+    pairs: int
+    digests: list[bytes]  # up to each answer, last the whole; only where they are asked for
+
+
+@dataclass
+class Stored:
+    """A `Line` that waits in the spool to be put in its place."""
+
+    id: str
+    offset: int
+    length: int
+    pairs: int
+    digests: list[bytes]
+
+    @property
+    def digest(self) -> bytes:
+        """Equal for equal conversations."""
+        return self.digests[-1]
+
+
+@dataclass
+class Arrangement:
+    """Which of the stored conversations go where: indices by output path, reasons by index."""
+
+    outputs: dict[str, list[int]]
+    rejected: dict[int, str] = field(default_factory=dict)
+
+
+@dataclass
+class Result:
+    """What a chunk of records became."""
+
+    account: Account = field(default_factory=Account)
+    lines: list[Line] = field(default_factory=list)
+    rejected: list[bytes] = field(default_factory=list)
+
+
+class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows defaults where there are any, and the command as it can be pasted."""
+
+    def _get_help_string(self, action):
+        silent = action.default is None or action.default is False
+        return action.help if silent else super()._get_help_string(action)
+
+
+def parser(doc: str, several: bool = False) -> argparse.ArgumentParser:
+    """A parser described by a script's docstring, with the flags that every stage takes."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=Help)
+    add = parser.add_argument
+    many = {"nargs": "+"} if several else {}
+    add(
+        "--in",
+        "--in-file",
+        dest="inputs",
+        required=True,
+        metavar="FILE",
+        help="conversations to read: a JSON array or JSON Lines, gzipped or not",
+        **many,
+    )
+    add(
+        "--out",
+        "--out-file",
+        dest="out",
+        required=True,
+        metavar="FILE",
+        help="file to write: a JSON array with one conversation a line, or JSON Lines for .jsonl",
+    )
+    add("--rejected", metavar="FILE", help="also write what was rejected, with the reason, here")
+    add("--workers", type=positive, default=cores(), help="processes")
+    add("--salvage", action="store_true", help="keep what is complete in a damaged file")
+    add("--begin", type=int, default=0, metavar="N", help="skip the first N conversations")
+    add("--end", type=int, metavar="N", help="stop before conversation N, counted from 0")
+    return parser
+
+
+def positive(text: str) -> int:
+    """A whole number from 1 on, for argparse."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is not at least 1")
+    return number
+
+
+def cores() -> int:
+    """The cores this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def run(
+    args: argparse.Namespace,
+    build: Callable[[], Process],
+    arrange: Callable[[list[Stored]], Arrangement] | None = None,
+) -> Account:
+    """Map the function that `build` makes over the conversations of `args.inputs` to `args.out`.
+
+    `build` is called once in each worker process, so it and what it holds must be picklable. The
+    function returns `Kept` or raises `Rejected`. With `arrange`, the conversations are kept on
+    disk until all were read; it then decides from their digests where each goes.
+    """
+    began = time.monotonic()
+    inputs = args.inputs if isinstance(args.inputs, list) else [args.inputs]
+    outputs = [path for path in (args.out, args.rejected) if path]
+    if len(set(map(os.path.realpath, outputs))) < len(outputs):
+        raise InputError(f"{args.out}: --out and --rejected must be different files")
+    stop_on_sigterm()
+    account, damages = Account(), []
+    with ExitStack() as stack:
+        out = stack.enter_context(files.writing(args.out))
+        rejects = stack.enter_context(files.writing(args.rejected)) if args.rejected else None
+        sink = Spool(args.out, stack) if arrange else Direct(out, account)
+        records = tracked(inputs, args, damages, stack)
+        for result in mapped(chunked(records), build, args.workers, arrange is not None, stack):
+            account.add(result.account)
+            for line in result.lines:
+                sink.put(line)
+            if rejects:
+                for line in result.rejected:
+                    rejects.write(line)
+        if arrange:
+            sink.arrange(arrange(sink.stored), args.out, out, rejects, account, stack)
+    for damage in damages:
+        print(f"salvaged: {damage}", file=sys.stderr)
+    write_account(args, inputs, account, damages, time.monotonic() - began)
+    return account
+
+
+def stop_on_sigterm() -> None:
+    """End on SIGTERM as on Ctrl-C: with the files put back in order."""
+
+    def stop(number, frame):
+        raise SystemExit(128 + number)
+
+    signal.signal(signal.SIGTERM, stop)
+
+
+def tracked(inputs, args, damages, stack) -> Iterator[tuple[str, files.Record]]:
+    """The records of all inputs that are asked for, under a progress bar by bytes."""
+    from tqdm import tqdm
+
+    size = sum(os.path.getsize(path) for path in inputs if os.path.isfile(path))
+    bar = stack.enter_context(
+        # Without a terminal there is no bar: a log would only fill up with it.
+        tqdm(total=size, unit="B", unit_scale=True, disable=None, leave=False, file=sys.stderr)
+    )
+    records = (
+        (path, record)
+        for path in inputs
+        for record in files.read(path, args.salvage, damages.append, bar.update)
+    )
+    return islice(records, args.begin, args.end)
+
+
+def chunked(records: Iterable[tuple[str, files.Record]]) -> Iterator[list]:
+    """The records in lists that are worth handing to another process."""
+    chunk, size = [], 0
+    for record in records:
+        chunk.append(record)
+        size += len(record[1].raw)
+        if size >= CHUNK_BYTES or len(chunk) >= CHUNK_RECORDS:
+            yield chunk
+            chunk, size = [], 0
+    if chunk:
+        yield chunk
+
+
+def mapped(chunks, build, workers, digests, stack) -> Iterator[Result]:
+    """The results of all chunks, in order."""
+    if workers == 1:
+        work = Work(build, digests)()
+        return (work(chunk, lambda number: None) for chunk in chunks)
+    pool = stack.enter_context(Pool(Work(build, digests), workers))
+    return named_deaths(pool.map(chunks))
+
+
+def named_deaths(results: Iterator[Result]) -> Iterator[Result]:
+    """`results`; the death of a worker names the conversation that it was at."""
+    try:
+        yield from results
+    except Died as death:
+        path, record = death.item
+        raise InputError(
+            f"{path}: conversation {record.index} (byte {record.offset}): the process working on "
+            f"it died ({death}); nothing was written"
+        ) from None
+
+
+@dataclass
+class Work:
+    """Makes the function that a worker applies to chunks."""
+
+    build: Callable[[], Process]
+    digests: bool
+
+    def __call__(self) -> Callable[[list, Callable[[int], None]], Result]:
+        process = self.build()
+
+        def work(chunk, at) -> Result:
+            result = Result()
+            for number, (path, record) in enumerate(chunk):
+                at(number)
+                one(process, path, record, self.digests, result)
+            return result
+
+        return work
+
+
+def one(process: Process, path: str, record: files.Record, digests: bool, result: Result) -> None:
+    """Book what `process` makes of one record on `result`."""
+    account = result.account
+    account.read += 1
+    pairs, found = 0, None
+    try:
+        found, lenient = parsed(record.raw)
+        conversation, repairs, name = formats.read(found)
+        account.formats[name] += 1
+        pairs = count_pairs(conversation["conversations"])
+        kept = process(conversation)
+        lines = [as_line(made, digests) for made in kept.conversations]
+    except Rejected as error:
+        account.reject(pairs, error.reason)
+        about = {"reason": error.reason, "detail": error.detail, "file": path}
+        about |= {"index": record.index, "byte": record.offset}
+        result.rejected.append(rejected_line(about, record.raw, found))
+        return
+    if lenient:
+        repairs["lenient JSON"] += 1
+    account.repairs.update(repairs)
+    account.keep(pairs, kept)
+    result.lines.extend(lines)
+
+
+def parsed(raw: bytes) -> tuple[Any, bool]:
+    """`files.parse` whose failure is a rejection."""
+    try:
+        return files.parse(raw)
+    except ValueError as error:
+        raise Rejected("not JSON", str(error)) from None
+
+
+def as_line(conversation: Conversation, digests: bool) -> Line:
+    """`conversation` as JSON, with the id apart since it may have to be made distinct."""
+    turns = conversation["conversations"]
+    body = {key: value for key, value in conversation.items() if key != "id"}
+    try:
+        text = files.dump(body)
+    except ValueError as error:
+        raise Rejected("not JSON", str(error)) from None
+    marks = prefix_digests(turns) if digests else []
+    marks = [m for m, turn in zip(marks, turns, strict=False) if turn["from"] == GPT] + marks[-1:]
+    return Line(conversation["id"], b"," + text[1:], count_pairs(turns), marks)
+
+
+def rejected_line(about: dict, raw: bytes, found: Any) -> bytes:
+    """A line of the `--rejected` file: what was read, as JSON where it is any."""
+    try:
+        return files.dump({**about, "conversation": found})
+    except ValueError:
+        return files.dump({**about, "text": raw.decode(errors="replace")})
+
+
+class Ids:
+    """Makes ids distinct: the second `a` becomes `a-2`."""
+
+    def __init__(self):
+        self.used: dict[str, int] = {}
+
+    def distinct(self, name: str) -> str:
+        if name not in self.used:
+            self.used[name] = 1
+            return name
+        while (new := f"{name}-{self.used[name] + 1}") in self.used:
+            self.used[name] += 1
+        self.used[name] += 1
+        self.used[new] = 1
+        return new
+
+
+class Direct:
+    """Writes lines as they come."""
+
+    def __init__(self, out: files.Writer, account: Account):
+        self.out, self.account, self.ids = out, account, Ids()
+
+    def put(self, line: Line) -> None:
+        write_line(self.out, line.id, line.body, self.ids, self.account)
+
+
+def write_line(out: files.Writer, name: str, body: bytes, ids: Ids, account: Account) -> None:
+    """Write the conversation under an id that no other has."""
+    new = ids.distinct(name)
+    account.repairs["equal ids"] += new != name
+    out.write(b'{"id":' + files.dump(new) + body)
+
+
+class Spool:
+    """Keeps lines in a nameless file beside the output until it is known where each goes."""
+
+    def __init__(self, path: str, stack: ExitStack):
+        folder = os.path.dirname(os.path.realpath(path))
+        spool = tempfile.TemporaryFile(dir=folder, buffering=files.BLOCK)  # noqa: SIM115
+        self.file = stack.enter_context(spool)
+        self.stored: list[Stored] = []
+        self.offset = 0
+
+    def put(self, line: Line) -> None:
+        self.file.write(line.body)
+        size = len(line.body)
+        self.stored.append(Stored(line.id, self.offset, size, line.pairs, line.digests))
+        self.offset += size
+
+    def arrange(self, arrangement, path, out, rejects, account, stack) -> None:
+        """Write every stored conversation where `arrangement` puts it."""
+        self.file.flush()
+        ids = Ids()
+        for target, order in arrangement.outputs.items():
+            writer = out if target == path else stack.enter_context(files.writing(target))
+            for stored in map(self.stored.__getitem__, order):
+                write_line(writer, stored.id, self.body(stored), ids, account)
+            if target != path:
+                account.seen["held out"] += len(order)
+        for index, reason in arrangement.rejected.items():
+            stored = self.stored[index]
+            account.turn_away(stored.pairs, reason)
+            if rejects:
+                about = files.dump({"reason": reason})[:-1] + b',"conversation":{"id":'
+                rejects.write(about + files.dump(stored.id) + self.body(stored) + b"}")
+
+    def body(self, stored: Stored) -> bytes:
+        return os.pread(self.file.fileno(), stored.length, stored.offset)
+
+
+def write_account(args, inputs, account: Account, damages: list[str], seconds: float) -> None:
+    """Leave the accounts beside the output as `OUT.account`, for whoever looks at it later."""
+    skipped = ("inputs", "out", "rejected", "workers")
+    options = {name: value for name, value in vars(args).items() if name not in skipped}
+    record = {
+        "stage": os.path.basename(sys.argv[0]),
+        "inputs": inputs,
+        "options": options,
+        "seconds": round(seconds, 1),
+        "damages": damages,
+        **{k: dict(+v) if isinstance(v, Counter) else v for k, v in vars(account).items()},
+    }
+    with files.replacing(args.out + ".account") as file:
+        file.write(files.dump(record) + b"\n")

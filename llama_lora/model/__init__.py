@@ -1,0 +1,1 @@
+"""Weights, prompt template, base model, adapter and chat."""

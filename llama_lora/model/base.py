@@ -1,0 +1,73 @@
+"""Load a base model in 16 (or 32), 8 or 4 bits."""
+
+import json
+import logging
+from pathlib import Path
+
+from llama_lora.cli import InputError
+from llama_lora.model.hardware import compute_dtype
+
+
+def load_base(folder, quantization: str = "none", dtype=None, device=None):
+    """Load a Llama-architecture base for inference or LoRA training.
+
+    Args:
+        folder: a Hugging Face model folder.
+        quantization: "8bit" (LLM.int8, Dettmers et al. 2022), "4bit" (NF4 with double
+            quantization, Dettmers et al. 2023) or "none"; norms, embeddings and head in `dtype`.
+        dtype: of activations and unquantized weights; default: the device's `compute_dtype()`.
+        device: default: the current CUDA device, else the CPU.
+
+    Raises:
+        InputError: no model in the folder, or weights that do not match its config.
+    """
+    import torch
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM
+
+    _check_folder(Path(folder))
+    # One warning per linear layer and step, about a cast that is int8's normal way of working.
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+    dtype = dtype or compute_dtype()
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype,
+            quantization_config=_quantization_config(quantization, dtype),
+            device_map={"": device},
+            attn_implementation="sdpa",
+            local_files_only=True,
+        )
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{folder}: the model's weights cannot be read: {error}") from error
+
+
+def _quantization_config(quantization: str, dtype):
+    from transformers import BitsAndBytesConfig
+
+    if quantization == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    if quantization == "4bit":
+        return BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+        )
+    return None
+
+
+def _check_folder(folder: Path) -> None:
+    config = folder / "config.json"
+    if not config.is_file():
+        raise InputError(
+            f"{folder}: not a model folder: expected config.json in it"
+            + ("" if folder.exists() else ", but the folder does not exist")
+        )
+    try:
+        model_type = json.loads(config.read_text(encoding="utf-8")).get("model_type")
+    except (ValueError, AttributeError) as error:
+        raise InputError(f"{config}: not a model's config: {error}") from error
+    if model_type is None:
+        raise InputError(f'{config}: expected a key "model_type", found none')

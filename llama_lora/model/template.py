@@ -1,0 +1,205 @@
+"""The one prompt: what splitting counts, training labels, generation asks and the adapter keeps."""
+
+from bisect import bisect_left
+from dataclasses import dataclass
+
+from llama_lora.cli import InputError
+
+IGNORE = -100  # the label that torch's cross-entropy skips
+
+# `vicuna_v1.1` as a Jinja chat template. After an optional bos it is, character for character,
+# fastchat.conversation.get_conv_template("vicuna_v1.1") with the tokenizer's own end-of-sequence
+# token in the place of "</s>" (which it is for Llama 1 and 2).
+VICUNA_V1_1 = (
+    "{%- if messages and messages[0]['role'] == 'system' -%}"
+    "{%- set system = messages[0]['content'] -%}{%- set turns = messages[1:] -%}"
+    "{%- else -%}"
+    "{%- set system = 'A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user\\'s questions.' -%}"
+    "{%- set turns = messages -%}"
+    "{%- endif -%}"
+    "{{ system + ' ' }}"
+    "{%- for turn in turns -%}"
+    "{%- if turn['role'] == 'user' -%}{{ 'USER: ' + turn['content'] + ' ' }}"
+    "{%- else -%}{{ 'ASSISTANT: ' + turn['content'] + eos_token }}{%- endif -%}"
+    "{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{ 'ASSISTANT:' }}{%- endif -%}"
+)
+
+ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A rendered conversation: token ids and, for each, the id to learn or `IGNORE`."""
+
+    ids: list[int]
+    labels: list[int]
+
+
+class Template:
+    """Renders corpus turns with a tokenizer's chat template and knows which tokens are answers.
+
+    `name` is "vicuna_v1.1", or "model" for the chat template that the tokenizer's folder holds
+    (a base model's own, or the one an adapter was trained with).
+    """
+
+    def __init__(self, tokenizer, name: str = "vicuna_v1.1"):
+        if not tokenizer.is_fast:
+            raise InputError(
+                f"{tokenizer.name_or_path}: a fast tokenizer (tokenizer.json) is needed to place "
+                f"labels; found {type(tokenizer).__name__}"
+            )
+        self.tokenizer = tokenizer
+        self.jinja = self._jinja(name)
+        self._special_ids = set(tokenizer.all_special_ids) | {
+            id for id, token in tokenizer.added_tokens_decoder.items() if token.special
+        }
+
+    def encode(self, turns: list[dict], label_from: int = 0) -> Encoded:
+        """See `encode_batch`."""
+        return self.encode_batch([turns], [label_from])[0]
+
+    def encode_batch(self, batch: list[list[dict]], label_from: list[int] | None = None):
+        """Render and tokenize conversations; label every answer and the token that ends it.
+
+        Args:
+            batch: the turns of each conversation, `[{"from": …, "value": …}, …]`.
+            label_from: for each conversation, the character of its last answer from which on it
+                is labelled (what stands before is context that an earlier piece has labelled).
+
+        Returns:
+            An `Encoded` for each conversation.
+        """
+        rendered = [self.render(turns) for turns in batch]
+        tokens = self.tokenizer(
+            [text for text, _ in rendered], add_special_tokens=False, return_offsets_mapping=True
+        )
+        return [
+            Encoded(ids, self._labels(ids, offsets, self._skip(turns, text, spans, start)))
+            for turns, (text, spans), ids, offsets, start in zip(
+                batch,
+                rendered,
+                tokens["input_ids"],
+                tokens["offset_mapping"],
+                label_from or [0] * len(batch),
+                strict=True,
+            )
+        ]
+
+    def render(self, turns: list[dict]) -> tuple[str, list[tuple[int, int]]]:
+        """The conversation as text, and the span of characters each answer takes in it.
+
+        A span begins where a generation prompt would end and ends where the next turn begins, so
+        it is what the model itself has to write, whatever the template.
+        """
+        messages = _messages(turns)
+        text = self._apply(messages)
+        spans = []
+        for i, message in enumerate(messages):
+            if message["role"] != "assistant":
+                continue
+            prompt = self._apply(messages[:i], add_generation_prompt=True)
+            answered = text if i + 1 == len(messages) else self._apply(messages[: i + 1])
+            if not (text.startswith(answered) and answered.startswith(prompt)):
+                raise InputError(
+                    f"{self.tokenizer.name_or_path}: its chat template renders turn {i} "
+                    "differently once later turns follow; use --template vicuna_v1.1"
+                )
+            spans.append((len(prompt), len(answered)))
+        return text, spans
+
+    def prompt(self, turns: list[dict]) -> str:
+        """The text after which the model writes the next answer."""
+        return self._apply(_messages(turns), add_generation_prompt=True)
+
+    def prompt_ids(self, turns: list[dict]) -> list[int]:
+        """`prompt` as token ids."""
+        return self.tokenizer(self.prompt(turns), add_special_tokens=False)["input_ids"]
+
+    @property
+    def stop_ids(self) -> list[int]:
+        """Ids that end an answer: the template's end-of-answer token and the tokenizer's eos."""
+        probe = self.encode([{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}])
+        ends = [label for label in probe.labels if label in self._special_ids]
+        return sorted({*ends[-1:], self.tokenizer.eos_token_id} - {None})
+
+    def save_pretrained(self, folder) -> None:
+        """Save the tokenizer with this template, so that every reader prompts as trained."""
+        self.tokenizer.chat_template = self.jinja
+        self.tokenizer.save_pretrained(folder)
+
+    def _jinja(self, name: str) -> str:
+        if name == "vicuna_v1.1":
+            adds_bos = self.tokenizer("")["input_ids"][:1] == [self.tokenizer.bos_token_id]
+            return ("{{ bos_token }}" if adds_bos else "") + VICUNA_V1_1
+        if not self.tokenizer.chat_template:
+            raise InputError(
+                f"{self.tokenizer.name_or_path}: no chat template in this folder; "
+                "use --template vicuna_v1.1"
+            )
+        return self.tokenizer.chat_template
+
+    def _apply(self, messages: list[dict], add_generation_prompt: bool = False) -> str:
+        from jinja2.exceptions import TemplateError
+
+        try:
+            return self.tokenizer.apply_chat_template(
+                messages,
+                chat_template=self.jinja,
+                add_generation_prompt=add_generation_prompt,
+                tokenize=False,
+            )
+        except TemplateError as error:
+            raise InputError(
+                f"{self.tokenizer.name_or_path}: its chat template refuses the roles "
+                f"{[message['role'] for message in messages]}: {error}"
+            ) from error
+
+    @staticmethod
+    def _skip(turns, text, spans, label_from):
+        """Move the start of the last span to the `label_from`-th character of its answer."""
+        if not label_from or not spans:
+            return spans
+        start, end = spans[-1]
+        answer = next(turn["value"] for turn in reversed(turns) if turn["from"] == "gpt")
+        at = text.find(answer, start, end)
+        return [*spans[:-1], (max(at, start) + label_from, end)]
+
+    def _labels(self, ids, offsets, spans) -> list[int]:
+        labels = [IGNORE] * len(ids)
+        starts = [start for start, _ in offsets]
+        for start, end in spans:
+            first, last = bisect_left(starts, start), bisect_left(starts, end)
+            # The text after the end-of-answer token ("\n" in ChatML) is never generated.
+            while last > first and ids[last - 1] not in self._special_ids:
+                last -= 1
+            if last == first:
+                raise InputError(
+                    f"{self.tokenizer.name_or_path}: its chat template ends an answer with no "
+                    "special token, so the model would never stop; use --template vicuna_v1.1"
+                )
+            labels[first:last] = ids[first:last]
+        return labels
+
+
+def load_tokenizer(folder):
+    """The tokenizer of a model or adapter folder, with a padding token that is never eos."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"{folder}: no usable tokenizer here: {error}") from error
+    if tokenizer.eos_token is None:
+        raise InputError(f"{folder}: its tokenizer names no end-of-sequence token")
+    if tokenizer.pad_token is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
+        # Padding is masked by position, never by id, so any other token serves; unk is fschat's.
+        candidates = tokenizer.unk_token, tokenizer.bos_token, tokenizer.convert_ids_to_tokens(0)
+        tokenizer.pad_token = next(t for t in candidates if t not in (None, tokenizer.eos_token))
+    tokenizer.padding_side = "right"
+    return tokenizer
+
+
+def _messages(turns: list[dict]) -> list[dict]:
+    return [{"role": ROLES[turn["from"]], "content": turn["value"]} for turn in turns]

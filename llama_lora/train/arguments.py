@@ -1,0 +1,105 @@
+"""The flags of training: ours, and Hugging Face's under the names that people have in scripts."""
+
+from dataclasses import dataclass, field
+
+import torch
+import transformers
+from transformers.trainer_utils import IntervalStrategy
+
+from llama_lora.model.hardware import QUANTIZATIONS, compute_dtype, device_name
+
+
+@dataclass
+class ModelArguments:
+    model_name_or_path: str = field(metadata={"help": "Folder of the base model."})
+    template: str = field(
+        default="vicuna_v1.1",
+        metadata={
+            "choices": ["vicuna_v1.1", "model"],
+            "help": "Prompt format: Vicuna's, or the chat template in the base model's folder.",
+        },
+    )
+    quantization: str = field(
+        default="auto",
+        metadata={
+            "choices": list(QUANTIZATIONS),
+            "help": "Precision of the frozen base; auto: 8bit where the card runs it, else 4bit.",
+        },
+    )
+
+
+@dataclass
+class DataArguments:
+    data_path: str = field(metadata={"help": "Corpus file that the splitting stage wrote."})
+    eval_data_path: str | None = field(
+        default=None, metadata={"help": "Corpus file to measure the held-out loss on."}
+    )
+    eval_ratio: float = field(
+        default=0.0,
+        metadata={"help": "Share of the conversations in --data_path to hold out, 0 to 0.5."},
+    )
+    model_max_length: int = field(
+        default=512, metadata={"help": "Longest example in tokens; what is beyond is cut, counted."}
+    )
+
+
+@dataclass
+class LoraArguments:
+    lora_r: int = field(default=8, metadata={"help": "Rank of the LoRA matrices."})
+    lora_alpha: int = field(default=16, metadata={"help": "LoRA scale; updates grow by alpha / r."})
+    lora_dropout: float = field(default=0.05, metadata={"help": "Dropout before each A matrix."})
+    lora_target_modules: list[str] = field(
+        default_factory=lambda: ["q_proj", "v_proj"],
+        metadata={"help": "Linear layers that get LoRA matrices: their names, or all-linear."},
+    )
+
+    @property
+    def targets(self) -> list[str] | str:
+        """The value peft expects."""
+        every = self.lora_target_modules == ["all-linear"]
+        return "all-linear" if every else self.lora_target_modules
+
+
+@dataclass
+class TrainingArguments(transformers.TrainingArguments):
+    """transformers' own, and flags that version 5 renamed, with the meaning they had."""
+
+    evaluation_strategy: str | None = field(
+        default=None, metadata={"help": "Older name of --eval_strategy."}
+    )
+    warmup_ratio: float = field(
+        default=0.0, metadata={"help": "Share of all steps in which the learning rate rises."}
+    )
+    overwrite_output_dir: bool = field(
+        default=False, metadata={"help": "Start over although --output_dir holds checkpoints."}
+    )
+
+    def __post_init__(self):
+        if self.evaluation_strategy is not None:
+            self.eval_strategy = IntervalStrategy(self.evaluation_strategy)
+        if self.warmup_ratio:
+            self.warmup_steps = self.warmup_ratio  # below 1 it is a share of the steps
+        if self.gradient_checkpointing is not None:
+            self.activation_checkpointing = self.gradient_checkpointing
+            self.gradient_checkpointing = None
+        # Reentrant checkpointing needs inputs that require gradients, which a frozen base lacks.
+        self.activation_checkpointing_kwargs = {"use_reentrant": False}
+        self.remove_unused_columns = False
+        self.prediction_loss_only = True
+        self.disable_tqdm = True
+        self.notes = self._settle_precision()
+        super().__post_init__()
+
+    def _settle_precision(self) -> list[str]:
+        """Set fp16 and bf16 to what this machine computes in; say so where that was not asked."""
+        fastest = compute_dtype()
+        asked = torch.float16 if self.fp16 else torch.bfloat16 if self.bf16 else fastest
+        possible = asked == fastest or (asked == torch.float16 and torch.cuda.is_available())
+        self.compute_dtype = asked if possible else fastest
+        self.fp16 = self.compute_dtype == torch.float16
+        self.bf16 = self.compute_dtype == torch.bfloat16
+        if possible:
+            return []
+        names = {torch.float16: "--fp16", torch.bfloat16: "--bf16"}
+        used = str(self.compute_dtype).removeprefix("torch.")
+        return [f"{names[asked]} True: not on {device_name()}; training in {used} instead"]

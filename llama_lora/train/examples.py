@@ -1,0 +1,132 @@
+"""From a corpus file to token ids and labels."""
+
+import random
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from llama_lora.cli import InputError
+from llama_lora.corpus import conversation, files
+from llama_lora.model.template import IGNORE, Template
+
+BATCH = 256  # conversations tokenized in one call
+
+
+@dataclass(frozen=True)
+class Example:
+    """One conversation as the model reads it: int32 ids and labels of the same length."""
+
+    id: str
+    ids: np.ndarray
+    labels: np.ndarray
+
+
+@dataclass
+class Audit:
+    """What became of a corpus file."""
+
+    conversations: int = 0
+    tokens: int = 0
+    labelled: int = 0
+    truncated: int = 0
+    unlabelled: int = 0
+
+    def __str__(self) -> str:
+        share = self.labelled / max(self.tokens, 1)
+        return (
+            f"{self.conversations:,} conversations · {self.tokens:,} tokens · "
+            f"{self.labelled:,} labelled ({share:.1%}) · {self.truncated:,} truncated · "
+            f"{self.unlabelled:,} left out: no answer within the length"
+        )
+
+
+def load_examples(path: str, template: Template, max_length: int) -> tuple[list[Example], Audit]:
+    """Tokenize a corpus file.
+
+    Args:
+        max_length: in tokens; what is beyond is cut off, and counted.
+
+    Raises:
+        InputError: not a corpus file, or no labelled token in it.
+    """
+    audit, examples = Audit(), []
+    for batch in _batches(_conversations(path)):
+        encoded = template.encode_batch(
+            [item["conversations"] for item in batch], [item.get("label_from", 0) for item in batch]
+        )
+        for item, (ids, labels) in zip(batch, ((e.ids, e.labels) for e in encoded), strict=True):
+            audit.truncated += len(ids) > max_length
+            kept = Example(
+                item["id"],
+                np.array(ids[:max_length], np.int32),
+                np.array(labels[:max_length], np.int32),
+            )
+            labelled = int((kept.labels != IGNORE).sum())
+            if not labelled:
+                audit.unlabelled += 1
+                continue
+            audit.conversations += 1
+            audit.tokens += len(kept.ids)
+            audit.labelled += labelled
+            examples.append(kept)
+    if not examples:
+        raise InputError(
+            f"{path}: no token to learn: expected answers within {max_length} tokens, found none "
+            f"in {audit.unlabelled} conversations"
+        )
+    return examples, audit
+
+
+def hold_out(examples: list[Example], ratio: float, seed: int) -> tuple[list, list]:
+    """Split into examples to train on and at least one to measure on, reproducibly."""
+    count = max(1, round(len(examples) * ratio))
+    if count >= len(examples):
+        raise InputError(f"--eval_ratio {ratio}: no example is left to train on")
+    held = set(random.Random(seed).sample(range(len(examples)), count))
+    kept = [example for i, example in enumerate(examples) if i not in held]
+    return kept, [examples[i] for i in sorted(held)]
+
+
+class Collator:
+    """Pads the examples of a micro-batch to the longest of them, on the right."""
+
+    def __init__(self, pad_id: int):
+        self.pad_id = pad_id
+
+    def __call__(self, examples: list[Example]) -> dict[str, torch.Tensor]:
+        """int64 tensors `input_ids`, `labels` and `attention_mask` of [examples, longest]."""
+        shape = len(examples), max(len(example.ids) for example in examples)
+        batch = {
+            "input_ids": torch.full(shape, self.pad_id),
+            "labels": torch.full(shape, IGNORE),
+            "attention_mask": torch.zeros(shape, dtype=torch.long),
+        }
+        for row, example in enumerate(examples):
+            length = len(example.ids)
+            batch["input_ids"][row, :length] = torch.from_numpy(example.ids)
+            batch["labels"][row, :length] = torch.from_numpy(example.labels)
+            batch["attention_mask"][row, :length] = 1
+        return batch
+
+
+def _conversations(path: str):
+    for record in files.read(path):
+        try:
+            yield conversation.check(files.parse(record.raw)[0])[0]
+        except (conversation.Rejected, ValueError) as error:
+            raise InputError(
+                f"{path}: conversation {record.index} (byte {record.offset}): {error}; "
+                "clean the file with fastchat/data/clean_sharegpt.py first"
+            ) from error
+
+
+def _batches(items):
+    batch = []
+    for item in items:
+        batch.append(item)
+        if len(batch) == BATCH:
+            yield batch
+            batch = []
+    if batch:
+        yield batch

@@ -1,0 +1,110 @@
+"""The Hugging Face Trainer with our data, our log lines and an account of what was trained on."""
+
+import resource
+import time
+
+import torch
+import transformers
+from transformers import PrinterCallback, TrainerCallback
+
+from llama_lora.model.hardware import device_name
+from llama_lora.model.template import IGNORE
+from llama_lora.train.examples import Collator
+
+
+class LoraTrainer(transformers.Trainer):
+    """Trains the LoRA matrices of a peft model; counts labelled tokens, over all ranks."""
+
+    def __init__(self, model, args, template, examples, eval_examples):
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=Collator(template.tokenizer.pad_token_id),
+            train_dataset=examples,
+            eval_dataset=eval_examples or None,
+            processing_class=template.tokenizer,
+        )
+        self.labelled = 0  # tokens of this process that counted in the loss
+        self.remove_callback(PrinterCallback)
+        self.add_callback(LogLine(self))
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        self.labelled += int((inputs["labels"] != IGNORE).sum())
+        return super().training_step(model, inputs, num_items_in_batch)
+
+    def train(self, *args, **kwargs):
+        self.started = time.monotonic()
+        return super().train(*args, **kwargs)
+
+    def summary(self, quantization: str) -> dict:
+        """What the run came to, over all processes; every process has to call it."""
+        trainable, total = self.model.get_nb_trainable_parameters()
+        held_out = [log["eval_loss"] for log in self.state.log_history if "eval_loss" in log]
+        labelled = torch.tensor(self.labelled, device=self.args.device)
+        return {
+            "steps": self.state.global_step,
+            "trainable_parameters": trainable,
+            "parameters": total,
+            "labelled_tokens": int(self.accelerator.reduce(labelled)),
+            "held_out_loss_before": held_out[0] if held_out else None,
+            "held_out_loss_after": held_out[-1] if held_out else None,
+            "minutes": (time.monotonic() - self.started) / 60,
+            "peak_memory_bytes": peak_memory(),
+            "processes": self.args.world_size,
+            "device": device_name(),
+            "compute_dtype": str(self.args.compute_dtype).removeprefix("torch."),
+            "quantization": quantization,
+        }
+
+
+class LogLine(TrainerCallback):
+    """One line a log, made for `tail -f`."""
+
+    def __init__(self, trainer: LoraTrainer):
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.first_step, self.started = state.global_step, time.monotonic()
+        self.labelled, self.logged = self.trainer.labelled, self.started
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if not state.is_world_process_zero or not logs:
+            return
+        if "eval_loss" in logs:
+            print(f"{self._where(state)} | held-out loss {logs['eval_loss']:.4f}", flush=True)
+        elif "loss" in logs:
+            parts = [
+                self._where(state),
+                f"epoch {logs['epoch']:.2f}",
+                f"loss {logs['loss']:.4f}",
+                f"lr {logs['learning_rate']:.2e}",
+                f"grad {logs.get('grad_norm', 0.0):.3f}",
+                f"{self._tokens_per_second() * args.world_size:,.0f} labelled tokens/s",
+                f"{peak_memory() / 2**30:.1f} GiB",
+                f"{self._time_left(state)} left",
+            ]
+            print(" | ".join(parts), flush=True)
+
+    @staticmethod
+    def _where(state) -> str:
+        width = len(str(state.max_steps))
+        return f"step {state.global_step:>{width}}/{state.max_steps}"
+
+    def _tokens_per_second(self) -> float:
+        now, labelled = time.monotonic(), self.trainer.labelled
+        rate = (labelled - self.labelled) / max(now - self.logged, 1e-9)
+        self.logged, self.labelled = now, labelled
+        return rate
+
+    def _time_left(self, state) -> str:
+        done = max(state.global_step - self.first_step, 1)
+        left = (time.monotonic() - self.started) / done * (state.max_steps - state.global_step)
+        hours, rest = divmod(round(left), 3600)
+        return f"{hours}:{rest // 60:02}:{rest % 60:02}"
+
+
+def peak_memory() -> int:
+    """Most bytes this process held so far: of the card's memory, or without one of the host's."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_reserved()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
