@@ -8,6 +8,7 @@ python3 generate.py --base_model ./pyllama_data/output/7B --lora_weights ./outpu
 import argparse
 import math
 import sys
+import warnings
 from pathlib import Path
 
 from llama_lora.cli import one_line_errors
@@ -44,7 +45,7 @@ def parse_args() -> argparse.Namespace:
     add("--top_p", type=number, default=0.9, help="cut off all but this probability; 1: off")
     number = between(0, kind=int)
     add("--top_k", type=number, default=0, help="cut off all but this many tokens; 0: off")
-    number = between(0, above=True)
+    number = between(0, 100, above=True)
     add("--repetition_penalty", type=number, default=1.0, help="above 1: repeats itself less")
     number = between(1, kind=int)
     add("--max_new_tokens", type=number, default=512, help="longest answer, in tokens")
@@ -85,8 +86,8 @@ def main(args: argparse.Namespace) -> None:
 
     from llama_lora.model.chat import Chat, Sampling, load
 
-    sys.stdin.reconfigure(errors="replace")
     sys.stdout.reconfigure(errors="replace")
+    warnings.simplefilter("ignore")  # the libraries' are for developers
     logging.set_verbosity_error()
     if not sys.stderr.isatty():
         logging.disable_progress_bar()

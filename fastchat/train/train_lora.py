@@ -35,8 +35,9 @@ def main(model_args, data_args, lora_args, args):
     from llama_lora.model.hardware import resolve_quantization
     from llama_lora.model.template import Template, load_tokenizer
     from llama_lora.train import checkpoints
-    from llama_lora.train.trainer import LoraTrainer
+    from llama_lora.train.trainer import LoraTrainer, quieten
 
+    quieten(args)
     checkpoint = checkpoints.starting_point(
         args.output_dir, args.resume_from_checkpoint, args.overwrite_output_dir
     )

@@ -18,9 +18,9 @@ CELL, ROW, MARK, MARK_END = map(chr, range(0xFDEC, 0xFDF0))
 RESERVED = re.compile("[\ufdd0-\ufdef\0]")
 STAND_IN = re.compile(f"[{''.join(STAND_INS.values())}]")
 
-HIDE = str.maketrans(STAND_INS)
-UNHIDE = str.maketrans({stand_in: char for char, stand_in in STAND_INS.items()})
-AS_PUNCTUATION = str.maketrans({MARK: "$", MARK_END: "$"})  # what code and formulas begin with
+# Most characters matter only after something: a dot after a digit, a hyphen where a line may begin.
+HIDDEN = re.compile(r"[\\`*_\[\]<>&~|!]|(?<=[0-9])[.)]|(?<![^\s=:|-])[#+=-]|#+$")
+BEHIND = {stand_in: char for char, stand_in in STAND_INS.items()}
 
 MARKERS = re.compile(r"(?:> ?|[-*+] +|\d{1,9}[.)] +| )*")  # of quotes and list items
 ITEM = re.compile(r"[ >]*(?:[-*+]|\d{1,9}[.)]) ")
@@ -46,7 +46,7 @@ PUNCTUATION = set("!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~")
 
 def hide(text: str) -> str:
     """`text` with a stand-in for every character that could be markup."""
-    return text.translate(HIDE)
+    return HIDDEN.sub(lambda match: "".join(map(STAND_INS.get, match[0])), text)
 
 
 def without_reserved(text: str) -> str:
@@ -91,8 +91,8 @@ def resolve_block(block: str, starts: bool = True) -> str:
     """`resolve` for one block; `starts` says whether its lines can start headings, lists …"""
     if not STAND_IN.search(block):
         return block
-    kept = block.translate(UNHIDE)
-    plain = kept.translate(AS_PUNCTUATION)
+    kept = STAND_IN.sub(lambda match: BEHIND[match[0]], block)
+    plain = kept.replace(MARK, "$").replace(MARK_END, "$")  # code and formulas are punctuation
     hidden = {match.start() for match in STAND_IN.finditer(block)}
     escaped = set(markup_characters(block, plain))
     if starts:
@@ -108,22 +108,25 @@ def resolve_block(block: str, starts: bool = True) -> str:
 
 def markup_characters(block: str, plain: str) -> Iterator[int]:
     """Where a character alone makes markup: escapes, entities, tags, links, images, code."""
-    for match in re.finditer(r"\\(?=(.|\n)?)", plain):
-        if match[1] == "\n" or (match[1] and match[1] in PUNCTUATION):
-            yield match.start()
-    for match in ENTITY.finditer(plain):
-        if match[0][1] == "#" or match[0][1:] in html5:
-            yield match.start()
-    for match in ANGLE.finditer(plain):
-        yield match.start()
-    for match in re.finditer(r"\]\(", plain):
-        yield match.start()
-    for match in re.finditer(STAND_INS["!"] + r"\[", block):
-        yield match.start()
-    runs = list(re.finditer("`+", plain))
-    if len(runs) > 1 or (runs and MARK in block):
-        for run in runs:
-            yield from range(*run.span())
+    if "\\" in plain:
+        for match in re.finditer(r"\\(?=(.|\n)?)", plain):
+            if match[1] == "\n" or (match[1] and match[1] in PUNCTUATION):
+                yield match.start()
+    if "&" in plain:
+        for match in ENTITY.finditer(plain):
+            if match[0][1] == "#" or match[0][1:] in html5:
+                yield match.start()
+    if "<" in plain:
+        yield from (match.start() for match in ANGLE.finditer(plain))
+    if "](" in plain:
+        yield from (match.start() for match in re.finditer(r"\]\(", plain))
+    if "![" in plain:
+        yield from (match.start() for match in re.finditer(STAND_INS["!"] + r"\[", block))
+    if "`" in plain:
+        runs = list(re.finditer("`+", plain))
+        if len(runs) > 1 or MARK in block:
+            for run in runs:
+                yield from range(*run.span())
 
 
 def line_starts(block: str, plain: str) -> Iterator[int]:
@@ -136,10 +139,9 @@ def line_starts(block: str, plain: str) -> Iterator[int]:
         starts = HEADING, BULLET, RULE, FENCE, ANGLE_AT_START
         if text.startswith(">") or any(pattern.match(text) for pattern in starts):
             yield start
-        if found := NUMBER.match(text):
-            # Within a paragraph only a list that begins with 1 can start.
-            if number == 0 or found[1] == "1":
-                yield start + found.end(1)
+        found = NUMBER.match(text)
+        if found and (number == 0 or found[1] == "1"):  # only a 1 interrupts a paragraph
+            yield start + found.end(1)
         if number == 0 and DEFINITION.match(text):
             yield start
         if number > 0 and (UNDERLINE.match(text) or TABLE_RULE.match(text)):
@@ -149,12 +151,11 @@ def line_starts(block: str, plain: str) -> Iterator[int]:
 def delimiters(plain: str, hidden: set[int], escaped: set[int]) -> set[int]:
     """Where text has asterisks, underscores or tildes that would pair up as emphasis."""
     found: set[int] = set()
+    if not any(plain[at] in "*_~" for at in hidden):
+        return found
     while True:
         runs = [run for run in delimiter_runs(plain, escaped | found) if run[3] or run[4]]
-        if len(runs) > MOST_RUNS:
-            paired = set(range(len(runs)))
-        else:
-            paired = pairs_of(runs)
+        paired = pairs_of(runs) if len(runs) <= MOST_RUNS else range(len(runs))
         more = {
             at
             for number in paired
@@ -208,7 +209,7 @@ def pairs_of(runs: list[tuple[str, int, int, bool, bool]]) -> set[int]:
     paired: set[int] = set()
     left = [end - start for _, start, end, _, _ in runs]
     openers: list[int] = []
-    for closer, (char, start, end, opens, closes) in enumerate(runs):
+    for closer, (char, _, _, opens, closes) in enumerate(runs):
         while closes and left[closer]:
             opener = next(
                 (

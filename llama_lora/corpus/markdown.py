@@ -7,8 +7,12 @@ goes back in last.
 """
 
 import re
+from collections import defaultdict
+from collections.abc import Collection
+from functools import cache
 
 from bs4 import BeautifulSoup, Tag
+from bs4.builder import ParserRejectedMarkup
 from markdownify import MarkdownConverter
 
 from llama_lora.corpus.conversation import Rejected
@@ -25,6 +29,8 @@ from llama_lora.corpus.escaping import (
     resolve_block,
     without_reserved,
 )
+
+Tags = dict[str, list[Tag]]  # by their name, in document order
 
 DEEPEST = 150  # nested elements; no chat is deeper, and libxml2 loses what is deeper than 256
 
@@ -56,15 +62,19 @@ def is_chatgpt_html(text: str) -> bool:
 def to_markdown(html: str) -> str:
     """The Markdown of an answer, or the plain text of a question, from ChatGPT's HTML.
 
-    Raises `Rejected` if it is nested too deeply.
+    Raises `Rejected` if it cannot be parsed or is nested too deeply.
     """
     if depth(html) > DEEPEST:
         raise Rejected("HTML is nested too deeply", f"over {DEEPEST} elements")
-    soup = BeautifulSoup(without_reserved(html), "lxml")
-    answers = outermost(soup, ANSWER)
-    if not answers and (questions := outermost(soup, QUESTION)):
+    try:
+        soup = BeautifulSoup(without_reserved(html), "lxml")
+    except ParserRejectedMarkup as error:
+        raise Rejected("HTML cannot be parsed", str(error)) from None
+    tags = tags_of(soup)
+    answers = outermost(tags, ANSWER)
+    if not answers and (questions := outermost(tags, QUESTION)):
         return "\n\n".join(question.get_text() for question in questions)
-    return "\n\n".join(filter(None, (Converter().markdown(root) for root in answers or [soup])))
+    return "\n\n".join(filter(None, map(converter().markdown, answers or [soup])))
 
 
 def depth(html: str) -> int:
@@ -77,11 +87,22 @@ def depth(html: str) -> int:
     return deepest
 
 
-def outermost(soup: BeautifulSoup, classes: set[str]) -> list[Tag]:
+def tags_of(root: Tag) -> list[Tag]:
+    """All elements in `root`, in document order."""
+    return [node for node in root.descendants if isinstance(node, Tag)]
+
+
+def outermost(tags: list[Tag], classes: set[str]) -> list[Tag]:
     """The elements with one of `classes` that are in no other such element."""
-    found = [tag for tag in soup.find_all(True) if classes & set(tag.get("class", ()))]
+    found = [tag for tag in tags if not classes.isdisjoint(tag.get("class", ()))]
     ids = {id(tag) for tag in found}
     return [tag for tag in found if not any(id(parent) in ids for parent in tag.parents)]
+
+
+@cache
+def converter() -> "Converter":
+    """The one converter; making one takes longer than converting a short answer."""
+    return Converter()
 
 
 class Converter(MarkdownConverter):
@@ -94,10 +115,14 @@ class Converter(MarkdownConverter):
 
     def markdown(self, root: Tag) -> str:
         self.taken_out: list[str] = []
-        remove_chrome(root)
-        self.take_out_formulas(root)
-        self.take_out_code(root)
-        number_items(root)
+        tags = defaultdict(list)
+        for tag in tags_of(root):
+            tags[tag.name].append(tag)
+        remove_chrome(root, tags)
+        self.take_out_formulas(root, tags)
+        self.take_out_code(tags)
+        remove_blanks_at_rules(tags)
+        number_items(tags)
         text = resolve(self.process_tag(root, parent_tags=set()).strip("\n"))
         text = re.sub(r"\n{3,}", "\n\n", text)
         return MARKED.sub(lambda m: self.taken_out[int(m[1])], MARKED_LINE.sub(self.put_back, text))
@@ -115,9 +140,9 @@ class Converter(MarkdownConverter):
         mark.string = self.mark(text)
         element.replace_with(mark)
 
-    def take_out_formulas(self, root: Tag) -> None:
+    def take_out_formulas(self, root: Tag, tags: Tags) -> None:
         """KaTeX shows a formula two or three times; its source is in an annotation."""
-        for source in root.find_all("annotation", encoding="application/x-tex"):
+        for source in tags["annotation"]:
             around = [tag for tag in source.parents if FORMULA & set(tag.get("class", ()))]
             outer = around[-1] if around else source.find_parent("math")
             if outer is None or any(outer is tag for tag in (root, *root.parents)):
@@ -127,15 +152,16 @@ class Converter(MarkdownConverter):
                 self.take_out(outer, f"$$\n{tex}\n$$", block=True)
             else:
                 self.take_out(outer, f"${' '.join(tex.split())}$")
-        for error in root.find_all(class_="katex-error"):
-            self.take_out(error, f"${' '.join(error.get_text().split())}$")
+        for error in tags["span"]:
+            if "katex-error" in error.get("class", ()):
+                self.take_out(error, f"${' '.join(error.get_text().split())}$")
 
-    def take_out_code(self, root: Tag) -> None:
-        for pre in root.find_all("pre"):
-            if MARK not in pre.get_text() and pre.find_parent("pre") is None:
+    def take_out_code(self, tags: Tags) -> None:
+        for pre in tags["pre"]:
+            if not is_within(pre, ["pre"]):
                 self.take_out(pre, fenced(pre), block=True)
-        for code in root.find_all(CODE):
-            if MARK not in code.get_text() and code.find_parent([*CODE, "pre"]) is None:
+        for code in tags["code"] + tags["kbd"] + tags["samp"]:
+            if not is_within(code, CODE):
                 self.take_out(code, code_span(code.get_text()))
 
     def put_back(self, match: re.Match) -> str:
@@ -196,6 +222,8 @@ class Converter(MarkdownConverter):
             return f" {text} "
         parent = el.parent
         tight = parent is not None and parent.name == "li" and not is_loose(parent)
+        if tight and el.name == "table" and follows(el, ["ul", "ol"]):
+            tight = False  # the item above would swallow the rows
         return f"\n{text}\n" if tight else f"\n\n{text}\n\n"
 
     def convert_p(self, el, text, parent_tags):
@@ -247,28 +275,50 @@ class Converter(MarkdownConverter):
         return self.block(el, "\n".join(table(el, rows)), parent_tags) if rows else text
 
 
-def remove_chrome(root: Tag) -> None:
+def is_within(el: Tag, names: Collection[str]) -> bool:
+    """Whether `el` is in an element with one of the names."""
+    return any(parent.name in names for parent in el.parents)
+
+
+def follows(el: Tag, names: Collection[str]) -> bool:
+    """Whether the element before `el` in its parent has one of the names."""
+    before = el.find_previous_sibling()
+    return before is not None and before.name in names
+
+
+def remove_chrome(root: Tag, tags: Tags) -> None:
     """Remove buttons and the bars they stand in: pagers, "Copy code", counts of words."""
-    for tag in root.find_all(["svg", "script", "style"]):
-        tag.decompose()
-    for button in root.find_all("button"):
+    for button in tags["button"]:
         if button.decomposed:
             continue
         bar = button
-        if button.find_parent("pre") is None:
-            while bar.parent is not root and bar.parent.name in ("div", "span"):
-                if bar.parent.find(BLOCKS):
-                    break
-                bar = bar.parent
+        while bar.parent is not root and bar.parent.name in ("div", "span"):
+            if bar.parent.find(BLOCKS) or is_within(bar, ["pre"]):
+                break
+            bar = bar.parent
         bar.decompose()
+    for name in ("svg", "script", "style"):
+        for tag in tags[name]:
+            tag.decompose()
+        del tags[name]
+
+
+def remove_blanks_at_rules(tags: Tags) -> None:
+    """Remove the white space around `hr`; markdownify does it for all other blocks."""
+    for rule in tags["hr"]:
+        for side in (rule.previous_sibling, rule.next_sibling):
+            if isinstance(side, str) and not side.strip():
+                side.extract()
 
 
 def fenced(pre: Tag) -> str:
     """The code in `pre` between fences, with the language its class or its header names."""
     code = pre.find("code")
-    text = (code or pre).get_text().removesuffix("\n")
+    text = (code or pre).get_text()
+    if text and not text.endswith("\n"):
+        text += "\n"
     ticks = "`" * max(3, longest_run(text) + 1)
-    return f"{ticks}{language(pre, code)}\n{text}\n{ticks}" if text else f"{ticks}\n{ticks}"
+    return f"{ticks}{language(pre, code)}\n{text}{ticks}"
 
 
 def language(pre: Tag, code: Tag | None) -> str:
@@ -305,21 +355,20 @@ def longest_run(text: str) -> int:
     return max(map(len, re.findall("`+", text)), default=0)
 
 
-def number_items(root: Tag) -> None:
+def number_items(tags: Tags) -> None:
     """Note on every item its marker and whether its list is loose.
 
     The second of two lists in a row has other markers, or they would be one list.
     """
-    for items in root.find_all(["ul", "ol"]):
-        before = items.find_previous_sibling()
-        second = before is not None and before.name == items.name
-        second = second and not before.has_attr("data-second")
+    for items in tags["ul"] + tags["ol"]:
+        second = follows(items, [items.name])
+        second = second and not items.find_previous_sibling().has_attr("data-second")
         if second:
             items["data-second"] = ""
         start = items.get("start", "1")
         number = int(start) if start.isascii() and start.isdigit() and len(start) < 9 else 1
-        children = items.find_all("li", recursive=False)
-        loose = any(child.find("p", recursive=False) for child in children)
+        children = [child for child in items.children if child.name == "li"]
+        loose = any(part.name == "p" for child in children for part in child.children)
         for child in children:
             ordered = f"{number}{')' if second else '.'}"
             child["data-marker"] = ordered if items.name == "ol" else "*" if second else "-"

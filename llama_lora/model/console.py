@@ -14,6 +14,7 @@ COMMANDS = (
 
 def converse(chat) -> None:
     """Answer line after line; in a terminal, an answer that fails or is stopped ends alone."""
+    sys.stdin.reconfigure(errors="replace")
     terminal = sys.stdin.isatty()
     for line in _read_lines(terminal):
         command, _, text = line.partition(" ")
@@ -42,7 +43,7 @@ def answer(chat, question: str, label: str = "") -> None:
         raise
     print(flush=True)
     if not chat.stopped:
-        print("(the answer was cut off, see --max_new_tokens)", file=sys.stderr)
+        print("(cut off: --max_new_tokens or the model's window is used up)", file=sys.stderr)
 
 
 def _read_lines(terminal: bool) -> Iterator[str]:

@@ -1,5 +1,7 @@
 """What a card can do: capability → base precision and compute dtype, with the reason in words."""
 
+import os
+
 from llama_lora.cli import InputError
 
 INT8_CAPABILITY = (7, 5)  # bitsandbytes' int8 kernels since 0.45; NF4 runs from 6.0 on
@@ -23,6 +25,11 @@ def device_name() -> str:
         return "CPU"
     major, minor = torch.cuda.get_device_capability()
     return f"{torch.cuda.get_device_name()} (compute capability {major}.{minor})"
+
+
+def cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def compute_dtype():

@@ -1,12 +1,13 @@
 """The flags of training: ours, and Hugging Face's under the names that people have in scripts."""
 
+import os
 from dataclasses import dataclass, field
 
 import torch
 import transformers
 from transformers.trainer_utils import IntervalStrategy
 
-from llama_lora.model.hardware import QUANTIZATIONS, compute_dtype, device_name
+from llama_lora.model.hardware import QUANTIZATIONS, compute_dtype, cores, device_name
 
 
 @dataclass
@@ -84,9 +85,17 @@ class TrainingArguments(transformers.TrainingArguments):
             self.gradient_checkpointing = None
         # Reentrant checkpointing needs inputs that require gradients, which a frozen base lacks.
         self.activation_checkpointing_kwargs = {"use_reentrant": False}
+        # Without it accelerate sees one process on machines that have no card, however many run.
+        self.use_cpu = not torch.cuda.is_available()
         self.remove_unused_columns = False
         self.prediction_loss_only = True
         self.disable_tqdm = True
+        self.dataloader_pin_memory = not self.use_cpu
+        if self.use_cpu and "OMP_NUM_THREADS" not in os.environ:
+            # Each process would start a thread for every core, and they would wait for one another.
+            threads = max(1, cores() // int(os.environ.get("WORLD_SIZE", 1)))
+            os.environ["OMP_NUM_THREADS"] = str(threads)
+            torch.set_num_threads(threads)
         self.notes = self._settle_precision()
         super().__post_init__()
 

@@ -14,30 +14,33 @@ def starting_point(output_dir: str, resume: str | None, overwrite: bool) -> str 
     """The checkpoint folder to resume from, or None to start anew.
 
     Args:
-        resume: "True" or "latest" for the newest complete checkpoint of `output_dir`, "False" or
-            None for none, or the path of a checkpoint.
+        resume: "True" for the newest complete checkpoint in `output_dir`, "auto" for that or else
+            a new start, "False" or None for a new start, or the path of a checkpoint.
 
     Raises:
         InputError: checkpoints exist and neither flag says what to do; or none can be resumed.
     """
-    if resume is not None and resume.lower() not in ("true", "latest", "false"):
-        if not is_complete(Path(resume)):
-            raise InputError(f"--resume_from_checkpoint {resume}: not a complete checkpoint folder")
-        return resume
+    wanted = (resume or "false").lower()
     found = sorted(_checkpoints(output_dir), reverse=True)
-    if resume is not None and resume.lower() != "false":
-        complete = next((folder for _, folder in found if is_complete(folder)), None)
+    complete = next((str(folder) for _, folder in found if is_complete(folder)), None)
+    if wanted == "false":
+        if found and not overwrite:
+            raise InputError(
+                f"{output_dir}: holds checkpoints, the newest {found[0][1].name}; pass "
+                "--resume_from_checkpoint True to go on, or --overwrite_output_dir True to start over"
+            )
+        return None
+    if wanted == "auto":
+        return complete
+    if wanted == "true":
         if complete is None:
             raise InputError(
                 f"--resume_from_checkpoint {resume}: no complete checkpoint in {output_dir}"
             )
-        return str(complete)
-    if found and not overwrite:
-        raise InputError(
-            f"{output_dir}: holds checkpoints, the newest {found[0][1].name}; pass "
-            "--resume_from_checkpoint True to go on, or --overwrite_output_dir True to start over"
-        )
-    return None
+        return complete
+    if not is_complete(Path(resume)):
+        raise InputError(f"--resume_from_checkpoint {resume}: not a complete checkpoint folder")
+    return resume
 
 
 def clear(output_dir: str) -> None:

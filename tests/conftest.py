@@ -1,0 +1,127 @@
+"""A tiny Llama and its tokenizers, made on the spot, and the scripts run as users run them."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+DATA = ROOT / "data"
+# What a machine without a network has; a test that reached for a model hub would fail.
+OFFLINE = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
+
+
+def run_script(*command, timeout: int = 300, **options) -> subprocess.CompletedProcess:
+    """Run a script of this project by its path, with this Python; output is captured as text."""
+    first, *rest = (str(part) for part in command)
+    start = [sys.executable] if first.endswith(".py") else []
+    return subprocess.run(
+        [*start, first, *rest],
+        cwd=ROOT,
+        env={**os.environ, **OFFLINE},
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        **options,
+    )
+
+
+def shipped(name: str) -> list[dict]:
+    """The conversations of a file in data/."""
+    return json.loads((DATA / name).read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="session")
+def llama_tokenizer(tmp_path_factory):
+    """A fast tokenizer from a SentencePiece model of Llama's kind, trained on the shipped data."""
+    import sentencepiece
+
+    from llama_lora.model.llama_tokenizer import read_tokenizer_model
+
+    texts = (
+        line
+        for name in ("dummy_en.json", "dummy_cn.json")
+        for item in shipped(name)
+        for turn in item["conversations"]
+        for line in turn["value"].splitlines()
+    )
+    folder = tmp_path_factory.mktemp("llama-tokenizer")
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=texts,
+        model_prefix=str(folder / "tokenizer"),
+        model_type="bpe",
+        vocab_size=2000,
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        minloglevel=2,
+    )
+    return read_tokenizer_model(folder / "tokenizer.model", scaled_rope=False).tokenizer
+
+
+@pytest.fixture(scope="session")
+def byte_tokenizer():
+    """A byte-level BPE tokenizer with ChatML's special tokens, of SmolLM2's kind."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    backend.train_from_iterator(
+        [turn["value"] for item in shipped("dummy_en.json") for turn in item["conversations"]],
+        trainers.BpeTrainer(
+            vocab_size=1000,
+            special_tokens=special,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        ),
+    )
+    chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n"
+        "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        bos_token="<|im_start|>",
+        eos_token="<|im_end|>",
+        unk_token="<|endoftext|>",
+        pad_token="<|endoftext|>",
+        chat_template=chat_template,
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_base(tmp_path_factory, llama_tokenizer) -> Path:
+    """A model folder: a random Llama of 2 layers with grouped queries."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    folder = tmp_path_factory.mktemp("tiny-base")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(llama_tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        bos_token_id=llama_tokenizer.bos_token_id,
+        eos_token_id=llama_tokenizer.eos_token_id,
+        pad_token_id=llama_tokenizer.pad_token_id,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    llama_tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def smollm2_gguf() -> Path:
+    """The demo's base model as it is downloaded; `make test-slow` puts it there."""
+    path = ROOT / ".demo" / "SmolLM2-135M-Instruct.Q4_1.gguf"
+    assert path.is_file(), f"{path} is missing: run `make test-slow`"
+    return path

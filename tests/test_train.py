@@ -1,0 +1,265 @@
+"""Training through the script, under every launcher, on a tiny Llama."""
+
+import json
+import math
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import OFFLINE, ROOT, run_script, shipped
+
+from llama_lora.cli import InputError
+from llama_lora.model import adapter
+from llama_lora.train.checkpoints import is_complete, starting_point
+
+SCRIPT = ROOT / "fastchat/train/train_lora.py"
+DEEPSPEED = Path(sys.executable).with_name("deepspeed")
+# Every flag of the README's command, with sizes for a tiny model.
+FLAGS = shlex.split("""
+--lora_r 8 --lora_alpha 16 --lora_dropout 0.05 --fp16 True --num_train_epochs 1
+--per_device_train_batch_size 4 --per_device_eval_batch_size 4 --gradient_accumulation_steps 1
+--evaluation_strategy no --save_strategy steps --save_steps 2 --save_total_limit 5
+--learning_rate 2e-3 --weight_decay 0. --warmup_ratio 0.03 --lr_scheduler_type cosine
+--logging_steps 1 --model_max_length 256 --gradient_checkpointing True
+""")
+ADAPTER_FILES = {
+    "README.md",
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "chat_template.jinja",
+    "summary.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "trainer_state.json",
+}
+CORPUS = 24  # conversations
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("corpus") / "split.json"
+    path.write_text(json.dumps(shipped("dummy_en.json")[:CORPUS]))
+    return path
+
+
+def command(launcher, base, corpus, output, *more):
+    start = {
+        "python": [sys.executable, SCRIPT],
+        "deepspeed": [DEEPSPEED, "--num_gpus=2", SCRIPT, "--deepspeed", "./deepspeed-config.json"],
+    }[launcher]
+    own = ["--model_name_or_path", base, "--data_path", corpus, "--output_dir", output]
+    return [str(part) for part in (*start, *own, *FLAGS, *more)]
+
+
+def train(*args):
+    return run_script(*command(*args))
+
+
+def loads_with_peft_alone(base: Path, folder: Path) -> bool:
+    """Whether transformers and peft alone put the adapter on its base, and it changes answers."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    ids = torch.arange(5, 25)[None]
+    with torch.no_grad():
+        before = model(ids).logits
+        after = PeftModel.from_pretrained(model, folder)(ids).logits
+    return bool(torch.isfinite(after).all()) and not torch.allclose(before, after)
+
+
+@pytest.mark.parametrize(("launcher", "processes"), [("python", 1), ("deepspeed", 2)])
+def test_the_readmes_command(launcher, processes, tiny_base, corpus, tmp_path):
+    done = train(launcher, tiny_base, corpus, tmp_path, "--eval_ratio", "0.1")
+    assert done.returncode == 0, done.stderr[-3000:]
+
+    steps = math.ceil((CORPUS - 2) / 4 / processes)
+    logged = re.findall(rf"^step +(\d+)/{steps} \| epoch \S+ \| loss \d", done.stdout, re.M)
+    assert logged == [str(step + 1) for step in range(steps)]
+    assert done.stdout.count("held-out loss") == 2
+    if not torch.cuda.is_available():
+        assert done.stdout.count("--fp16 True: not on CPU") == 1
+
+    written = {path.name for path in tmp_path.iterdir()}
+    checkpoints = {name for name in written if name.startswith("checkpoint-")}
+    assert checkpoints == {f"checkpoint-{step}" for step in {*range(2, steps + 1, 2), steps}}
+    assert written - checkpoints == ADAPTER_FILES
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    # q_proj: A 8×32, B 32×8; v_proj with 2 of 4 heads: A 8×32, B 16×8; in 2 layers.
+    assert summary["trainable_parameters"] == 2 * (8 * 32 + 32 * 8 + 8 * 32 + 16 * 8)
+    assert summary["quantization"] == "8bit"
+    assert summary["processes"] == processes
+    assert summary["held_out_loss_after"] < summary["held_out_loss_before"]
+    assert loads_with_peft_alone(tiny_base, tmp_path)
+
+
+def test_labelled_tokens_are_counted_over_all_processes(tiny_base, corpus, tmp_path):
+    alone = train("python", tiny_base, corpus, tmp_path / "one", "--max_steps", "6")
+    both = train("deepspeed", tiny_base, corpus, tmp_path / "two", "--max_steps", "3")
+    assert (alone.returncode, both.returncode) == (0, 0), both.stderr[-3000:]
+    counts = [
+        json.loads((tmp_path / name / "summary.json").read_text())["labelled_tokens"]
+        for name in ("one", "two")
+    ]
+    audited = int(re.search(r"([\d,]+) labelled", alone.stdout)[1].replace(",", ""))
+    assert counts == [audited, audited]
+
+
+@pytest.mark.parametrize("launcher", ["python", "deepspeed"])
+def test_kill_and_resume(launcher, tiny_base, corpus, tmp_path):
+    more = ["--num_train_epochs", "8"]
+    running = subprocess.Popen(
+        command(launcher, tiny_base, corpus, tmp_path, *more),
+        cwd=ROOT,
+        env={**os.environ, **OFFLINE},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + 240
+    while not is_complete(tmp_path / "checkpoint-4") and time.monotonic() < deadline:
+        assert running.poll() is None, "ended before it could be killed"
+        time.sleep(0.02)
+    os.killpg(running.pid, signal.SIGKILL)
+    running.wait()
+    assert not (tmp_path / "adapter_model.safetensors").exists()
+
+    unasked = train(launcher, tiny_base, corpus, tmp_path, *more)
+    assert unasked.returncode == 1
+    assert "--resume_from_checkpoint True" in unasked.stderr
+
+    resumed = train(
+        launcher, tiny_base, corpus, tmp_path, *more, "--resume_from_checkpoint", "True"
+    )
+    assert resumed.returncode == 0, resumed.stderr[-3000:]
+    first = int(re.search(r"^step +(\d+)/", resumed.stdout, re.M)[1])
+    assert first >= 5
+    assert loads_with_peft_alone(tiny_base, tmp_path)
+
+
+def test_a_half_written_checkpoint_is_passed_over(tmp_path):
+    for step, state in ((2, {"global_step": 2}), (4, None)):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        (folder / adapter.WEIGHTS).touch()
+        if state:
+            (folder / "trainer_state.json").write_text(json.dumps(state))
+    assert starting_point(str(tmp_path), "True", False) == str(tmp_path / "checkpoint-2")
+    assert starting_point(str(tmp_path), "auto", False) == str(tmp_path / "checkpoint-2")
+    with pytest.raises(InputError, match="--overwrite_output_dir True"):
+        starting_point(str(tmp_path), None, False)
+    assert starting_point(str(tmp_path), None, True) is None
+    shutil.rmtree(tmp_path / "checkpoint-2")
+    with pytest.raises(InputError, match="no complete checkpoint"):
+        starting_point(str(tmp_path), "True", False)
+    assert starting_point(str(tmp_path), "auto", False) is None
+
+
+BAD = {
+    "not a corpus": ("text that is no JSON", "expected an array"),
+    "an unknown role": (
+        '[{"id": "x", "conversations": [{"from": "robot", "value": "a"}]}]',
+        "conversation 0",
+    ),
+    "no answers": (
+        '[{"id": "x", "conversations": [{"from": "human", "value": "a"}]}]',
+        "no token to learn",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_a_bad_corpus_is_one_line(kind, tiny_base, tmp_path):
+    content, expected = BAD[kind]
+    path = tmp_path / "bad.json"
+    path.write_text(content)
+    done = train("python", tiny_base, path, tmp_path / "out")
+    assert_one_line(done, expected, str(path))
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (["--model_name_or_path", "nowhere"], "nowhere"),
+        (["--lora_target_modules", "no_proj"], "no such module"),
+        (["--resume_from_checkpoint", "True"], "no complete checkpoint"),
+    ],
+)
+def test_bad_flags_are_one_line(flags, expected, tiny_base, corpus, tmp_path):
+    assert_one_line(train("python", tiny_base, corpus, tmp_path / "out", *flags), expected)
+
+
+def assert_one_line(done, *expected):
+    assert done.returncode == 1
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1, done.stderr
+    assert "Traceback" not in done.stderr
+    assert all(part in lines[0] for part in expected), lines[0]
+
+
+@pytest.fixture(scope="module")
+def adapted(tiny_base):
+    """A base with an adapter that is as if it had learned something."""
+    from llama_lora.model.base import load_base
+
+    model = adapter.attach(load_base(tiny_base, "8bit"), 4, 8, 0.0, ["q_proj", "v_proj"])
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "lora_B" in name:
+                weight.normal_()
+    return model
+
+
+def test_verify_accepts_what_was_trained(adapted, tmp_path):
+    adapted.save_pretrained(tmp_path)
+    adapter.verify(tmp_path, adapted)
+
+
+@pytest.mark.parametrize(
+    ("damage", "expected"),
+    [
+        ({"zero": "lora_B"}, "has learned nothing"),
+        ({"nan": "layers.1.self_attn.q_proj.lora_A"}, "not finite"),
+        ({"change": "layers.0.self_attn.v_proj.lora_A"}, "differs from the trained matrix"),
+        ({"drop": "layers.0.self_attn.v_proj.lora_A"}, "first difference"),
+        ({"truncate": ""}, "cannot be read"),
+    ],
+)
+def test_verify_refuses_a_damaged_adapter(damage, expected, adapted, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    adapted.save_pretrained(tmp_path)
+    path = tmp_path / adapter.WEIGHTS
+    tensors = load_file(path)
+    ((how, where),) = damage.items()
+    chosen = [name for name in tensors if where in name]
+    if how == "truncate":
+        path.write_bytes(path.read_bytes()[:-100])
+    else:
+        for name in chosen:
+            if how == "drop":
+                del tensors[name]
+            else:
+                value = {"zero": 0.0, "nan": math.nan, "change": 1.0}[how]
+                tensors[name] = torch.full_like(tensors[name], value)
+        save_file(tensors, path)
+    reference = adapted
+    if how in ("zero", "nan"):
+        # The file is then equal to the model: only its content can give it away.
+        reference = adapter.load_adapter(_fresh_base(adapted), tmp_path)
+    with pytest.raises(InputError, match=expected):
+        adapter.verify(tmp_path, reference)
+
+
+def _fresh_base(adapted):
+    from llama_lora.model.base import load_base
+
+    return load_base(adapted.name_or_path, "8bit")
