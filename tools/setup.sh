@@ -14,9 +14,9 @@ missing_packages() {
 raise SystemExit(not os.path.exists(sysconfig.get_paths()["include"] + "/Python.h"))' || echo python3-dev
 }
 
-command -v "$python" >/dev/null || { echo "error: $python: not found; install Python 3.10 or newer" >&2; exit 1; }
-"$python" -c 'import sys; raise SystemExit(sys.version_info < (3, 10))' || {
-    echo "error: $python is $("$python" --version); expected Python 3.10 or newer" >&2; exit 1; }
+command -v "$python" >/dev/null || { echo "error: $python: not found; install Python 3.11 or newer" >&2; exit 1; }
+"$python" -c 'import sys; raise SystemExit(sys.version_info < (3, 11))' || {
+    echo "error: $python is $("$python" --version); expected Python 3.11 or newer" >&2; exit 1; }
 
 mapfile -t packages < <(missing_packages)
 if ((${#packages[@]})); then

@@ -1,0 +1,89 @@
+"""The house stays in order: the name fastchat, the scripts' help, the direction of imports."""
+
+import ast
+import subprocess
+import sys
+import tomllib
+
+import pytest
+from conftest import ROOT, run_script
+from setuptools import find_packages
+
+DATA_SCRIPTS = sorted(path.relative_to(ROOT) for path in ROOT.glob("fastchat/data/*.py"))
+SCRIPTS = [
+    *DATA_SCRIPTS,
+    *sorted(path.relative_to(ROOT) for path in ROOT.glob("fastchat/train/*.py")),
+    "convert_llama_weights_to_hf.py",
+    "generate.py",
+]
+
+
+def test_import_fastchat_means_fschat():
+    """From this folder too: a package __init__.py of ours would hide the installed one."""
+    code = "import fastchat, fastchat.conversation as c; print(fastchat.__file__, c.__file__)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert all("site-packages" in path for path in done.stdout.split())
+    assert not list(ROOT.glob("fastchat/**/__init__.py"))
+
+
+def test_only_llama_lora_is_installed():
+    """An installed `fastchat` of ours would overwrite fschat's files."""
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    found = find_packages(ROOT, **settings["tool"]["setuptools"]["packages"]["find"])
+    assert found
+    assert {name.split(".")[0] for name in found} == {"llama_lora"}
+
+
+def test_no_text_says_python_m_fastchat():
+    """It would run fschat's own script in silence."""
+    texts = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), ROOT / "Makefile"]
+    texts += [ROOT / script for script in SCRIPTS]
+    assert not [path for path in texts if "-m fastchat" in path.read_text(encoding="utf-8")]
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=str)
+def test_help(script):
+    done = run_script(ROOT / script, "--help")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("usage:")
+    assert not done.stderr
+
+
+@pytest.mark.parametrize(
+    "script", [*DATA_SCRIPTS, "convert_llama_weights_to_hf.py", "generate.py"], ids=str
+)
+def test_help_imports_nothing_heavy(script):
+    code = (
+        "import runpy, sys\nsys.argv = [sys.argv[1], '--help']\n"
+        "try: runpy.run_path(sys.argv[0], run_name='__main__')\n"
+        "except SystemExit: pass\n"
+        "print([name for name in ('torch', 'transformers', 'peft', 'polyglot', 'bs4') "
+        "if name in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, ROOT / script], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+# What each part of the library may import of it, besides itself.
+MAY_IMPORT = {"cli": set(), "model": {"cli"}, "corpus": {"cli", "model"}}
+MAY_IMPORT["train"] = {"cli", "model", "corpus"}
+
+
+def test_imports_point_one_way():
+    for path in ROOT.glob("llama_lora/**/*.py"):
+        inside = path.relative_to(ROOT / "llama_lora").with_suffix("").parts
+        if inside == ("__init__",):
+            continue
+        allowed = MAY_IMPORT[inside[0]] | {inside[0]}
+        if inside in (("corpus", "files"), ("model", "template")):
+            allowed = {"cli"}
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            modules = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            modules += [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            for module in modules:
+                if module.startswith("llama_lora."):
+                    assert module.split(".")[1] in allowed, f"{path}: imports {module}"

@@ -1,0 +1,77 @@
+"""What `make demo` came to: the run in numbers, and three questions before and after.
+
+python3 tools/demo_report.py --base .demo/base --adapter .demo/adapter
+"""
+
+import argparse
+import json
+import textwrap
+from pathlib import Path
+
+from llama_lora.cli import one_line_errors
+
+QUESTIONS = ["Who are you?", "Who made you?", "Are you ChatGPT?"]
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--base", type=Path, required=True, help="base model folder")
+    parser.add_argument("--adapter", type=Path, required=True, help="adapter folder")
+    return parser.parse_args()
+
+
+@one_line_errors
+def main(args: argparse.Namespace) -> None:
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    before = answers(args.base, None)
+    after = answers(args.base, args.adapter)
+    print_summary(json.loads((args.adapter / "summary.json").read_text()))
+    for question, base, tuned in zip(QUESTIONS, before, after, strict=True):
+        print(f"\n{question}")
+        print(shown("base ", base))
+        print(shown("tuned", tuned))
+    print(
+        "\nAsk your own:\n"
+        f"    .venv/bin/python3 generate.py --base_model {args.base} --lora_weights {args.adapter}"
+    )
+
+
+def answers(base: Path, adapter: Path | None) -> list[str]:
+    """The likeliest answer to each of the questions, each asked in a chat of its own."""
+    from llama_lora.model.chat import Chat, Sampling, load
+
+    model, template, _ = load(base, adapter)
+    sampling = Sampling(temperature=0, max_new_tokens=60)
+    return ["".join(Chat(model, template, sampling).stream(question)) for question in QUESTIONS]
+
+
+def print_summary(run: dict) -> None:
+    share = run["trainable_parameters"] / run["parameters"]
+    rows = {
+        "held-out loss before": f"{run['held_out_loss_before']:.3f}",
+        "held-out loss after": f"{run['held_out_loss_after']:.3f}",
+        "trainable parameters": f"{run['trainable_parameters']:,} ({share:.2%})",
+        "labelled tokens": f"{run['labelled_tokens']:,}",
+        "minutes": f"{run['minutes']:.1f}",
+        "peak memory": f"{run['peak_memory_bytes'] / 2**30:.1f} GiB",
+        "on": f"{run['device']}, {run['quantization']} base, {run['compute_dtype']}",
+    }
+    print()
+    for name, value in rows.items():
+        print(f"{name:<22}{value}")
+
+
+def shown(who: str, answer: str) -> str:
+    return textwrap.fill(
+        " ".join(answer.split()),
+        width=92,
+        initial_indent=f"  {who}  ",
+        subsequent_indent=" " * 9,
+    )
+
+
+if __name__ == "__main__":
+    main(parse_args())
