@@ -26,6 +26,10 @@ def one_line_errors(main: Callable) -> Callable:
             return main(*args, **kwargs)
         except InputError as error:
             sys.exit(fail(str(error)))
+        except RuntimeError as error:
+            if type(error).__name__ != "OutOfMemoryError":  # torch's, not imported for data scripts
+                raise
+            sys.exit(fail(f"out of memory on the card: {error}"))
         except KeyboardInterrupt:
             fail("interrupted")
             sys.exit(130)

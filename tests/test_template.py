@@ -131,7 +131,7 @@ def test_other_readers_prompt_as_trained(llama_tokenizer, tmp_path):
     """transformers alone, from the saved folder, gives the prompt that training used."""
     sample = SAMPLES[0]
     template = Template(llama_tokenizer)
-    template.save_pretrained(tmp_path)
+    template.tokenizer.save_pretrained(tmp_path)
     reader = AutoTokenizer.from_pretrained(tmp_path)
     messages = [{"role": "user", "content": sample[0]["value"]}]
     ids = reader.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]

@@ -50,7 +50,11 @@ def main(model_args, data_args, lora_args, args):
     base = load_base(model_args.model_name_or_path, quantization, args.compute_dtype, args.device)
     base.config.use_cache = False
     model = adapter.attach(
-        base, lora_args.lora_r, lora_args.lora_alpha, lora_args.lora_dropout, lora_args.targets
+        base,
+        lora_args.lora_r,
+        lora_args.lora_alpha,
+        lora_args.lora_dropout,
+        lora_args.lora_target_modules,
     )
     trainable, total = model.get_nb_trainable_parameters()
     tell(args, f"training {trainable:,} of {total:,} parameters ({trainable / total:.2%})")

@@ -9,10 +9,19 @@ from functools import cache
 
 from llama_lora.corpus.conversation import Conversation, Kept, Rejected, Turn
 from llama_lora.corpus.prose import prose
+from llama_lora.corpus.stage import Account
 
 UNKNOWN = "unknown"  # too short or too mixed to tell
-ALIASES = {"zh-tw": "zh-Hant", "zh-hk": "zh-Hant", "zh-cn": "zh", "zh-hans": "zh"}
+ALIASES = {
+    "he": "iw",
+    "jv": "jw",
+    "zh-tw": "zh-Hant",
+    "zh-hk": "zh-Hant",
+    "zh-cn": "zh",
+    "zh-hans": "zh",
+}
 NOT_TEXT = re.compile("[\0-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ufdd0-\ufdef\ufffe\uffff]")
+REJECTED = "language "
 REPEATED_DIGIT = re.compile(r"(\d)\1{8}")
 
 
@@ -34,13 +43,23 @@ class Filter:
             raise Rejected("repeated digits")
         language = language_of(turns)
         if language != UNKNOWN and not self.wants(language):
-            raise Rejected(f"language {language}")
+            raise Rejected(REJECTED + language)
         return Kept([conversation], seen=Counter([language]))
 
     def wants(self, language: str) -> bool:
         """Whether a conversation in `language` stays."""
         names = {language, language.partition("-")[0]}
         return names.isdisjoint(self.skip) and not (self.keep and names.isdisjoint(self.keep))
+
+
+def told(account: Account) -> Counter:
+    """How many conversations in each language were read."""
+    rejected = {
+        reason.removeprefix(REJECTED): count
+        for reason, count in account.rejected.items()
+        if reason.startswith(REJECTED)
+    }
+    return account.seen + Counter(rejected)
 
 
 def language_of(turns: list[Turn]) -> str:
@@ -58,16 +77,22 @@ def language_of(turns: list[Turn]) -> str:
 
 def detected(text: str) -> str:
     """The code of the language of `text`, as the detector names it, or `UNKNOWN`."""
-    from polyglot.detect import Detector
-    from polyglot.detect.base import UnknownLanguage, logger
-    from pycld2 import error
-
-    logger.setLevel(logging.ERROR)  # it warns of every text that took it a second look
+    detector, failures = polyglot()
     try:
-        code = Detector(NOT_TEXT.sub(" ", text)).language.code
-    except (UnknownLanguage, error):
+        code = detector(NOT_TEXT.sub(" ", text)).language.code
+    except failures:
         return UNKNOWN
     return UNKNOWN if code == "un" else code.replace("_", "-")
+
+
+@cache
+def polyglot() -> tuple[type, tuple[type, ...]]:
+    """The detector, and what it raises where it cannot tell."""
+    from polyglot.detect import base
+    from pycld2 import error
+
+    base.logger.setLevel(logging.ERROR)  # it warns of every text that took it a second look
+    return base.Detector, (base.UnknownLanguage, error)
 
 
 @cache
@@ -77,7 +102,7 @@ def known_codes() -> list[str]:
     from pycld2 import LANGUAGES
 
     codes = {Locale(code).getName() for name, code in LANGUAGES if not name.startswith("X_")}
-    return sorted(code.replace("_", "-") for code in codes - {"un", ""})
+    return sorted(code.replace("_", "-") for code in codes - {"un", "xxx", ""})
 
 
 def code(text: str) -> str:

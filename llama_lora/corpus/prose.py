@@ -8,6 +8,7 @@ FORMULA = re.compile(
     r"\$\$[^$]+\$\$|\$(?! )[^$\n]+(?<! )\$(?!\d)|\\\(.{1,500}?\\\)|\\\[.{1,2000}?\\\]", re.S
 )
 ADDRESS = re.compile(r"(?:https?://|www\.)[^\s<>()\[\]]+|[\w.+-]{1,64}@[\w-]+\.[\w.-]+")
+ADDRESS_SIGNS = "://", "www.", "@"
 TAG = re.compile(r"</?[A-Za-z][^<>]{0,500}>")
 
 
@@ -36,6 +37,7 @@ def without_fences(text: str) -> str:
 def prose(text: str) -> str:
     """`text` without code, formulas, addresses and tags."""
     text = without_code(text)
-    for pattern in (FORMULA, ADDRESS, TAG):
-        text = pattern.sub(" ", text)
+    for pattern, signs in ((FORMULA, ("$", "\\(", "\\[")), (ADDRESS, ADDRESS_SIGNS), (TAG, ("<",))):
+        if any(sign in text for sign in signs):
+            text = pattern.sub(" ", text)
     return text

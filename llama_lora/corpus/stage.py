@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -301,40 +302,76 @@ class Work:
     digests: bool
 
     def __call__(self) -> Callable[[list, Callable[[int], None]], Result]:
-        process = self.build()
-
-        def work(chunk, at) -> Result:
-            result = Result()
-            for number, (path, record) in enumerate(chunk):
-                at(number)
-                one(process, path, record, self.digests, result)
-            return result
-
-        return work
+        return partial(work, self.build(), self.digests)
 
 
-def one(process: Process, path: str, record: files.Record, digests: bool, result: Result) -> None:
-    """Book what `process` makes of one record on `result`."""
+def work(process: Process, digests: bool, chunk: list, at: Callable[[int], None]) -> Result:
+    """What `process` makes of a chunk of records; `at` is told which is under way."""
+    result = Result()
+    readings = [reading(record) for _, record in chunk]
+    sound = [number for number, one in enumerate(readings) if not one.rejected]
+    outcomes = dict(zip(sound, outcomes_of(process, readings, sound, at), strict=True))
+    for number, (path, record) in enumerate(chunk):
+        one = readings[number]
+        book(result, one, outcomes.get(number) or one.rejected, digests, path, record)
+    return result
+
+
+def outcomes_of(process, readings, sound, at) -> Iterator[Kept | Rejected]:
+    """What `process` makes of each sound conversation; some take many at a time."""
+    conversations = [readings[number].conversation for number in sound]
+    if hasattr(process, "many"):
+        yield from process.many(conversations)
+        return
+    for number, conversation in zip(sound, conversations, strict=True):
+        at(number)
+        try:
+            yield process(conversation)
+        except Rejected as rejected:
+            yield rejected
+
+
+@dataclass
+class Reading:
+    """A record as it was read: a conversation, or why it is none."""
+
+    found: Any = None
+    conversation: Conversation | None = None
+    repairs: Counter = field(default_factory=Counter)
+    format: str = ""
+    rejected: Rejected | None = None
+
+
+def reading(record: files.Record) -> Reading:
+    """Parse and check one record."""
+    one = Reading()
+    try:
+        one.found, lenient = parsed(record.raw)
+        one.conversation, one.repairs, one.format = formats.read(one.found)
+        one.repairs["lenient JSON"] += lenient
+    except Rejected as rejected:
+        one.rejected = rejected
+    return one
+
+
+def book(result: Result, one: Reading, outcome: Kept | Rejected, digests, path, record) -> None:
+    """Put down on `result` what became of a record."""
     account = result.account
     account.read += 1
-    pairs, found = 0, None
+    account.formats[one.format] += one.format != ""
+    pairs = count_pairs(one.conversation["conversations"]) if one.conversation else 0
     try:
-        found, lenient = parsed(record.raw)
-        conversation, repairs, name = formats.read(found)
-        account.formats[name] += 1
-        pairs = count_pairs(conversation["conversations"])
-        kept = process(conversation)
-        lines = [as_line(made, digests) for made in kept.conversations]
-    except Rejected as error:
-        account.reject(pairs, error.reason)
-        about = {"reason": error.reason, "detail": error.detail, "file": path}
+        if isinstance(outcome, Rejected):
+            raise outcome
+        lines = [as_line(made, digests) for made in outcome.conversations]
+    except Rejected as rejected:
+        account.reject(pairs, rejected.reason)
+        about = {"reason": rejected.reason, "detail": rejected.detail, "file": path}
         about |= {"index": record.index, "byte": record.offset}
-        result.rejected.append(rejected_line(about, record.raw, found))
+        result.rejected.append(rejected_line(about, record.raw, one.found))
         return
-    if lenient:
-        repairs["lenient JSON"] += 1
-    account.repairs.update(repairs)
-    account.keep(pairs, kept)
+    account.repairs.update(one.repairs)
+    account.keep(pairs, outcome)
     result.lines.extend(lines)
 
 

@@ -7,14 +7,14 @@ from llama_lora.cli import InputError
 WEIGHTS = "adapter_model.safetensors"
 
 
-def attach(model, r: int, alpha: int, dropout: float, target_modules: list[str] | str):
+def attach(model, r: int, alpha: int, dropout: float, target_modules: list[str]):
     """Freeze `model` and add trainable LoRA matrices (fp32) to its target modules.
 
     Args:
         model: a base from `load_base`, in any precision. Unlike peft's
             `prepare_model_for_kbit_training`, nothing of it is cast to fp32: norms compute in fp32
             by themselves, and fp32 norm weights would make every activation fp32 too.
-        target_modules: names such as `["q_proj", "v_proj"]`, or "all-linear".
+        target_modules: names such as `["q_proj", "v_proj"]`, or `["all-linear"]`.
 
     Raises:
         InputError: a target module that the base does not have.
@@ -25,18 +25,17 @@ def attach(model, r: int, alpha: int, dropout: float, target_modules: list[str] 
         r=r,
         lora_alpha=alpha,
         lora_dropout=dropout,
-        target_modules=target_modules,
+        target_modules=_targets(model, target_modules),
         bias="none",
         task_type="CAUSAL_LM",
     )
-    _check_targets(model, target_modules)
     return get_peft_model(model, config)
 
 
 def save(model, template, folder) -> None:
     """Save a trained adapter with its tokenizer and chat template, then verify what was written."""
     model.save_pretrained(folder, safe_serialization=True)
-    template.save_pretrained(folder)
+    template.tokenizer.save_pretrained(folder)
     verify(folder, model)
 
 
@@ -122,16 +121,26 @@ def _check_fits(adapted, weights: dict, folder) -> None:
         )
 
 
-def _check_targets(model, target_modules) -> None:
-    if target_modules == "all-linear":
-        return
-    leaves = {name.rpartition(".")[2] for name, _ in model.named_modules()}
-    unknown = [name for name in target_modules if name.rpartition(".")[2] not in leaves]
+def _targets(model, wanted: list[str]) -> list[str]:
+    """The names of the modules to adapt, spelled out: peft's own "all-linear" stores full paths,
+    with which an adapter loads in silence on a base that has more layers.
+    """
+    import torch
+
+    linear = {
+        name.rpartition(".")[2]
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear)
+    }
+    if wanted == ["all-linear"]:
+        return sorted(linear - {"lm_head"})
+    unknown = [name for name in wanted if name not in linear]
     if unknown:
         raise InputError(
-            f"--lora_target_modules {' '.join(unknown)}: no such module in the base; "
-            f"it has {', '.join(sorted(name for name in leaves if name.endswith('_proj')))}"
+            f"--lora_target_modules {' '.join(unknown)}: no such linear layer in the base; "
+            f"it has {', '.join(sorted(linear))}"
         )
+    return wanted
 
 
 def _first_line(error: Exception) -> str:

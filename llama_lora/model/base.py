@@ -61,10 +61,10 @@ def _quantization_config(quantization: str, dtype):
 def _check_folder(folder: Path) -> None:
     config = folder / "config.json"
     if not config.is_file():
-        raise InputError(
-            f"{folder}: not a model folder: expected config.json in it"
-            + ("" if folder.exists() else ", but the folder does not exist")
-        )
+        if (folder / "adapter_config.json").is_file():
+            raise InputError(f"{folder}: an adapter, expected the folder of its base model")
+        missing = "" if folder.exists() else ", but the folder does not exist"
+        raise InputError(f"{folder}: not a model folder: expected config.json in it{missing}")
     try:
         model_type = json.loads(config.read_text(encoding="utf-8")).get("model_type")
     except (ValueError, AttributeError) as error:

@@ -1,6 +1,7 @@
 """The one prompt: what splitting counts, training labels, generation asks and the adapter keeps."""
 
 from bisect import bisect_left
+from copy import copy
 from dataclasses import dataclass
 
 from llama_lora.cli import InputError
@@ -50,8 +51,9 @@ class Template:
                 f"{tokenizer.name_or_path}: a fast tokenizer (tokenizer.json) is needed to place "
                 f"labels; found {type(tokenizer).__name__}"
             )
-        self.tokenizer = tokenizer
+        self.tokenizer = copy(tokenizer)
         self.jinja = self._jinja(name)
+        self.tokenizer.chat_template = self.jinja  # whoever saves the tokenizer saves it too
         self._special_ids = set(tokenizer.all_special_ids) | {
             id for id, token in tokenizer.added_tokens_decoder.items() if token.special
         }
@@ -123,11 +125,6 @@ class Template:
         probe = self.encode([{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}])
         ends = [label for label in probe.labels if label in self._special_ids]
         return sorted({*ends[-1:], self.tokenizer.eos_token_id} - {None})
-
-    def save_pretrained(self, folder) -> None:
-        """Save the tokenizer with this template, so that every reader prompts as trained."""
-        self.tokenizer.chat_template = self.jinja
-        self.tokenizer.save_pretrained(folder)
 
     def _jinja(self, name: str) -> str:
         if name == "vicuna_v1.1":

@@ -54,12 +54,6 @@ class LoraArguments:
         metadata={"help": "Linear layers that get LoRA matrices: their names, or all-linear."},
     )
 
-    @property
-    def targets(self) -> list[str] | str:
-        """The value peft expects."""
-        every = self.lora_target_modules == ["all-linear"]
-        return "all-linear" if every else self.lora_target_modules
-
 
 @dataclass
 class TrainingArguments(transformers.TrainingArguments):

@@ -26,8 +26,8 @@ def starting_point(output_dir: str, resume: str | None, overwrite: bool) -> str 
     if wanted == "false":
         if found and not overwrite:
             raise InputError(
-                f"{output_dir}: holds checkpoints, the newest {found[0][1].name}; pass "
-                "--resume_from_checkpoint True to go on, or --overwrite_output_dir True to start over"
+                f"{output_dir}: holds checkpoints, the newest {found[0][1].name}; to go on pass "
+                "--resume_from_checkpoint True, to start over --overwrite_output_dir True"
             )
         return None
     if wanted == "auto":

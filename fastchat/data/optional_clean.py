@@ -1,0 +1,32 @@
+"""Keep or skip conversations by their language.
+
+python3 fastchat/data/optional_clean.py --in clean.json --out kept.json --keep-lang en zh
+"""
+
+import argparse
+from functools import partial
+
+from llama_lora.cli import one_line_errors
+from llama_lora.corpus import stage
+from llama_lora.corpus.language import Filter, code, told
+
+
+def parse_args() -> argparse.Namespace:
+    parser = stage.parser(__doc__)
+    add = parser.add_argument
+    codes = {"nargs": "+", "type": code, "default": [], "metavar": "CODE"}
+    add("--keep-lang", **codes, help="keep these languages only, such as en es fr de it ja ko zh")
+    add("--skip-lang", **codes, help="leave these languages out; zh is all Chinese, zh-Hant a part")
+    add("--reduce-rep", action="store_true", help="leave out what repeats a digit nine times")
+    return parser.parse_args()
+
+
+@one_line_errors
+def main(args: argparse.Namespace) -> None:
+    account = stage.run(args, partial(Filter, args.keep_lang, args.skip_lang, args.reduce_rep))
+    print("languages: " + stage.listed(told(account)))
+    print(account)
+
+
+if __name__ == "__main__":
+    main(parse_args())

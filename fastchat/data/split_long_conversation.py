@@ -1,0 +1,49 @@
+"""Split conversations so that each piece fits the length the model is trained at.
+
+python3 fastchat/data/split_long_conversation.py --in kept.json --out split.json \\
+    --model-name ./base --max-length 512
+"""
+
+import argparse
+import os
+from functools import partial
+
+from llama_lora.cli import one_line_errors
+from llama_lora.corpus import stage
+
+
+def parse_args() -> argparse.Namespace:
+    parser = stage.parser(__doc__)
+    add = parser.add_argument
+    add(
+        "--model-name",
+        "--model-name-or-path",
+        dest="model",
+        required=True,
+        metavar="DIR",
+        help="folder of the base model, for its tokenizer",
+    )
+    add("--max-length", type=stage.positive, default=512, help="tokens in a piece, at most")
+    add("--template", default="vicuna_v1.1", help="prompt template: vicuna_v1.1, or model")
+    add(
+        "--overlong",
+        choices=("continue", "truncate", "drop"),
+        default="continue",
+        help="what to do with an answer that is longer than a piece",
+    )
+    return parser.parse_args()
+
+
+@one_line_errors
+def main(args: argparse.Namespace) -> None:
+    # The tokenizer runs on several cores by itself; more processes would each load it again.
+    os.environ.update(TOKENIZERS_PARALLELISM="true", RAYON_NUM_THREADS=str(args.workers))
+    args.workers = 1
+    from llama_lora.corpus.split import Splitter
+
+    build = partial(Splitter, args.model, args.max_length, args.template, args.overlong)
+    print(stage.run(args, build))
+
+
+if __name__ == "__main__":
+    main(parse_args())
