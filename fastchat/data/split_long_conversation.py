@@ -42,7 +42,7 @@ def main(args: argparse.Namespace) -> None:
     from llama_lora.corpus.split import Splitter
 
     build = partial(Splitter, args.model, args.max_length, args.template, args.overlong)
-    print(stage.run(args, build))
+    print(stage.run(args, build, chunk_bytes=2 << 20))
 
 
 if __name__ == "__main__":

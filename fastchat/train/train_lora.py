@@ -45,7 +45,7 @@ def main(model_args, data_args, lora_args, args):
     tell(args, *args.notes, reason)
 
     template = Template(load_tokenizer(model_args.model_name_or_path), model_args.template)
-    examples, held_out = load_data(data_args, args, template)
+    rows, held_out = load_data(data_args, args, template)
 
     base = load_base(model_args.model_name_or_path, quantization, args.compute_dtype, args.device)
     base.config.use_cache = False
@@ -59,14 +59,14 @@ def main(model_args, data_args, lora_args, args):
     trainable, total = model.get_nb_trainable_parameters()
     tell(args, f"training {trainable:,} of {total:,} parameters ({trainable / total:.2%})")
 
-    args.eval_on_start = bool(held_out) and not checkpoint
-    trainer = LoraTrainer(model, args, template, examples, held_out)
+    args.eval_on_start = held_out is not None and not checkpoint
+    trainer = LoraTrainer(model, args, template, rows, held_out)
     if checkpoint:
         tell(args, f"resuming from {checkpoint}")
     elif args.should_save:
         checkpoints.clear(args.output_dir)
     trainer.train(resume_from_checkpoint=checkpoint)
-    if held_out:
+    if held_out is not None:
         trainer.evaluate()
     summary = trainer.summary(quantization)
 
@@ -78,8 +78,9 @@ def main(model_args, data_args, lora_args, args):
 
 
 def load_data(data_args, args, template):
-    """The examples to train on and those to measure on."""
+    """The rows to train on and those to measure on, None without held-out data."""
     from llama_lora.train.examples import hold_out, load_examples
+    from llama_lora.train.packing import Rows
 
     def load(path):
         examples, audit = load_examples(path, template, data_args.model_max_length)
@@ -91,8 +92,17 @@ def load_data(data_args, args, template):
         held_out = load(data_args.eval_data_path)
     elif data_args.eval_ratio:
         examples, held_out = hold_out(examples, data_args.eval_ratio, args.seed)
-        tell(args, f"held out: {len(held_out)} of the conversations")
-    return examples, held_out
+
+    def arrange(examples):
+        step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        return Rows(examples, data_args.model_max_length, data_args.packing, step, args.seed)
+
+    rows = arrange(examples)
+    tell(args, f"{len(examples):,} examples in {len(rows):,} rows, {rows.fill:.1%} full")
+    if not held_out:
+        return rows, None
+    tell(args, f"{len(held_out):,} examples held out")
+    return rows, arrange(held_out)
 
 
 def tell(args, *lines):

@@ -153,7 +153,7 @@ class Converter(MarkdownConverter):
             else:
                 self.take_out(outer, f"${' '.join(tex.split())}$")
         for error in tags["span"]:
-            if "katex-error" in error.get("class", ()):
+            if not error.decomposed and "katex-error" in error.get("class", ()):
                 self.take_out(error, f"${' '.join(error.get_text().split())}$")
 
     def take_out_code(self, tags: Tags) -> None:

@@ -38,12 +38,12 @@ BOUNDARIES = [
     re.compile(r"(?=\s)|(?<=[，、])"),
 ]
 
-# Where texts meet or are cut, tokens can differ from those of the texts alone: by one or two, never
-# by this many. Only what comes closer than this to the window has to be tokenized once more.
+# Where two pairs meet, or a text is cut at white space, tokens can differ from those of the parts
+# alone: by one or two, never by this many. What comes closer to the window is tokenized once more.
 SEAM = 8
 
-# A step of splitting asks by `yield`: for a list of turns how many tokens it has, for a text at which
-# characters its tokens start; several at a time. It is sent the replies, and returns a result.
+# A step of splitting asks by `yield`: for a list of turns how many tokens it has, for a text where
+# its tokens start; several at a time. It is sent the replies, and returns a result.
 Step = Generator[list[list[Turn] | str], list, Any]
 
 
@@ -65,7 +65,8 @@ class Splitter:
         self.tokenizer = self.renderer.tokenizer.backend_tokenizer
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()
-        (self.empty,) = self.lengths([pair("", "")])
+        self.empty, twice = self.lengths([pair("", ""), pair("", "") * 2])
+        self.frame = twice - self.empty  # what the template puts around each pair
         if self.max_length < self.empty + 2 * LEAST_ANSWER:
             raise InputError(
                 f"--max-length {self.max_length}: expected at least "
@@ -133,7 +134,7 @@ class Splitter:
         body = [turn for turn in turns if turn["from"] != SYSTEM]
         pairs = [body[at : at + 2] for at in range(0, len(body), 2)]
         sizes = yield [head + one for one in pairs]
-        runs = yield from self.runs(head, pairs, sizes, empty)
+        runs = yield from self.runs(head, pairs, sizes, empty - self.frame)
         pieces: list[tuple[int, dict]] = []
         for first, last in runs:
             its_marks = marks if last == len(pairs) else {}
@@ -150,16 +151,18 @@ class Splitter:
         kept = list(named(conversation, pieces))
         return Kept(kept, dropped, repairs, pairs=len(pairs) - dropped.total())
 
-    def runs(self, head: list[Turn], pairs: list[list[Turn]], sizes: list[int], empty: int) -> Step:
+    def runs(
+        self, head: list[Turn], pairs: list[list[Turn]], sizes: list[int], shared: int
+    ) -> Step:
         """Ranges of pairs that fit together; one of a single pair may not.
 
-        `sizes` are the lengths of the pairs alone, and `empty` is that of none.
+        `sizes` are the lengths of the pairs alone, and `shared` of what stands once before them.
         """
         runs, first = [], 0
         while first < len(pairs):
             last, total = first + 1, sizes[first]
-            while last < len(pairs) and total + sizes[last] - empty <= self.max_length:
-                total += sizes[last] - empty
+            while last < len(pairs) and total + sizes[last] - shared <= self.max_length:
+                total += sizes[last] - shared
                 last += 1
             while last - first > 1 and total > self.max_length - SEAM * (last - first - 1):
                 (total,) = yield [head + sum(pairs[first:last], [])]
@@ -237,7 +240,8 @@ class Splitter:
         while room > 0:
             limit = new + room
             end = boundary(text, at, starts[limit]) if limit < len(starts) else len(text)
-            if length + bisect_left(starts, end) - first <= self.max_length - SEAM:
+            reckoned = length + bisect_left(starts, end) - first
+            if reckoned <= self.max_length - SEAM and is_apart(text, context, end):
                 return end
             (total,) = yield [[*before, {**answer, "value": text[context:end]}]]
             if total <= self.max_length:
@@ -285,6 +289,11 @@ def boundary(text: str, at: int, end: int) -> int:
         if cuts and cuts[-1] > at:
             return cuts[-1]
     return max(end, at + 1)
+
+
+def is_apart(text: str, start: int, end: int) -> bool:
+    """Whether white space or nothing stands before and after this part of `text`."""
+    return (not start or text[start - 1].isspace()) and (end == len(text) or text[end].isspace())
 
 
 def marks_of(conversation: Conversation, turns: list[Turn]) -> dict:

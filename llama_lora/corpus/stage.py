@@ -30,8 +30,8 @@ from llama_lora.corpus.conversation import (
 )
 from llama_lora.corpus.pool import Died, Pool
 
-# A chunk is large enough that handing it over costs little and small enough to keep memory flat.
-CHUNK_BYTES, CHUNK_RECORDS = 256 << 10, 256
+# Of a chunk: enough that handing it over costs little, and little enough to keep memory flat.
+CHUNK_BYTES = 256 << 10
 
 Process = Callable[[Conversation], Kept]
 
@@ -200,12 +200,14 @@ def run(
     args: argparse.Namespace,
     build: Callable[[], Process],
     arrange: Callable[[list[Stored]], Arrangement] | None = None,
+    chunk_bytes: int = CHUNK_BYTES,
 ) -> Account:
     """Map the function that `build` makes over the conversations of `args.inputs` to `args.out`.
 
     `build` is called once in each worker process, so it and what it holds must be picklable. The
     function returns `Kept` or raises `Rejected`. With `arrange`, the conversations are kept on
-    disk until all were read; it then decides from their digests where each goes.
+    disk until all were read; it then decides from their digests where each goes. A function with
+    a method `many` is given whole chunks of about `chunk_bytes`.
     """
     began = time.monotonic()
     inputs = args.inputs if isinstance(args.inputs, list) else [args.inputs]
@@ -219,7 +221,9 @@ def run(
         rejects = stack.enter_context(files.writing(args.rejected)) if args.rejected else None
         sink = Spool(args.out, stack) if arrange else Direct(out, account)
         records = tracked(inputs, args, damages, stack)
-        for result in mapped(chunked(records), build, args.workers, arrange is not None, stack):
+        for result in mapped(
+            chunked(records, chunk_bytes), build, args.workers, arrange is not None, stack
+        ):
             account.add(result.account)
             for line in result.lines:
                 sink.put(line)
@@ -260,13 +264,13 @@ def tracked(inputs, args, damages, stack) -> Iterator[tuple[str, files.Record]]:
     return islice(records, args.begin, args.end)
 
 
-def chunked(records: Iterable[tuple[str, files.Record]]) -> Iterator[list]:
-    """The records in lists that are worth handing to another process."""
+def chunked(records: Iterable[tuple[str, files.Record]], most: int) -> Iterator[list]:
+    """The records in lists of about `most` bytes."""
     chunk, size = [], 0
     for record in records:
         chunk.append(record)
         size += len(record[1].raw)
-        if size >= CHUNK_BYTES or len(chunk) >= CHUNK_RECORDS:
+        if size >= most:
             yield chunk
             chunk, size = [], 0
     if chunk:

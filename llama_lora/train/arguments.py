@@ -42,6 +42,10 @@ class DataArguments:
     model_max_length: int = field(
         default=512, metadata={"help": "Longest example in tokens; what is beyond is cut, counted."}
     )
+    packing: bool = field(
+        default=True,
+        metadata={"help": "Let short examples share a row; False: group them by length."},
+    )
 
 
 @dataclass
@@ -82,6 +86,7 @@ class TrainingArguments(transformers.TrainingArguments):
         # Without it accelerate sees one process on machines that have no card, however many run.
         self.use_cpu = not torch.cuda.is_available()
         self.remove_unused_columns = False
+        self.train_sampling_strategy = "sequential"  # the rows come in the order to train on
         self.prediction_loss_only = True
         self.disable_tqdm = True
         self.dataloader_pin_memory = not self.use_cpu

@@ -4,7 +4,6 @@ import random
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 
 from llama_lora.cli import InputError
 from llama_lora.corpus import conversation, files
@@ -86,28 +85,6 @@ def hold_out(examples: list[Example], ratio: float, seed: int) -> tuple[list, li
     held = set(random.Random(seed).sample(range(len(examples)), count))
     kept = [example for i, example in enumerate(examples) if i not in held]
     return kept, [examples[i] for i in sorted(held)]
-
-
-class Collator:
-    """Pads the examples of a micro-batch to the longest of them, on the right."""
-
-    def __init__(self, pad_id: int):
-        self.pad_id = pad_id
-
-    def __call__(self, examples: list[Example]) -> dict[str, torch.Tensor]:
-        """int64 tensors `input_ids`, `labels` and `attention_mask` of [examples, longest]."""
-        shape = len(examples), max(len(example.ids) for example in examples)
-        batch = {
-            "input_ids": torch.full(shape, self.pad_id),
-            "labels": torch.full(shape, IGNORE),
-            "attention_mask": torch.zeros(shape, dtype=torch.long),
-        }
-        for row, example in enumerate(examples):
-            length = len(example.ids)
-            batch["input_ids"][row, :length] = torch.from_numpy(example.ids)
-            batch["labels"][row, :length] = torch.from_numpy(example.labels)
-            batch["attention_mask"][row, :length] = 1
-        return batch
 
 
 def _conversations(path: str):

@@ -10,28 +10,54 @@ from transformers import PrinterCallback, TrainerCallback
 
 from llama_lora.model.hardware import device_name
 from llama_lora.model.template import IGNORE
-from llama_lora.train.examples import Collator
+from llama_lora.train.packing import Rows, check_isolation, collate
 
 
 class LoraTrainer(transformers.Trainer):
-    """Trains the LoRA matrices of a peft model; counts labelled tokens, over all ranks."""
+    """Trains the LoRA matrices of a peft model on rows of examples."""
 
-    def __init__(self, model, args, template, examples, eval_examples):
+    def __init__(self, model, args, template, rows: Rows, held_out: Rows | None):
         super().__init__(
             model=model,
             args=args,
-            data_collator=Collator(template.tokenizer.pad_token_id),
-            train_dataset=examples,
-            eval_dataset=eval_examples or None,
+            data_collator=collate,
+            train_dataset=rows,
+            eval_dataset=held_out,
             processing_class=template.tokenizer,
         )
         self.labelled = 0  # tokens of this process that counted in the loss
         self.remove_callback(PrinterCallback)
         self.add_callback(LogLine(self))
+        if rows.packing:
+            self.add_callback(IsolationCheck())
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         self.labelled += int((inputs["labels"] != IGNORE).sum())
         return super().training_step(model, inputs, num_items_in_batch)
+
+    @torch.no_grad()
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
+        """Held-out loss per labelled token, over all processes.
+
+        The Trainer's own averages over batches, and shows some examples twice to even out ranks.
+        """
+        rows = self.eval_dataset if eval_dataset is None else eval_dataset
+        own = range(self.args.process_index, len(rows), self.args.world_size)
+        total = torch.zeros(2, dtype=torch.float64, device=self.args.device)
+        self.model.eval()
+        for start in range(0, len(own), self.args.eval_batch_size):
+            batch = collate([rows[i] for i in own[start : start + self.args.eval_batch_size]])
+            count = (batch["labels"] != IGNORE).sum()
+            with self.accelerator.autocast():
+                loss = self.model(**self._prepare_inputs(batch), use_cache=False).loss
+            total += torch.stack([loss.double() * count, count.double()]).to(total.device)
+        summed, count = self.accelerator.reduce(total).tolist()
+        metrics = {f"{metric_key_prefix}_loss": summed / count}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(
+            self.args, self.state, self.control, metrics
+        )
+        return metrics
 
     def train(self, *args, **kwargs):
         self.started = time.monotonic()
@@ -56,6 +82,15 @@ class LoraTrainer(transformers.Trainer):
             "compute_dtype": str(self.args.compute_dtype).removeprefix("torch."),
             "quantization": quantization,
         }
+
+
+class IsolationCheck(TrainerCallback):
+    """Checks packing before the first step, and not before a checkpoint is loaded: bitsandbytes'
+    int8 layers accept no state after their first forward pass.
+    """
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        check_isolation(model)
 
 
 class LogLine(TrainerCallback):
