@@ -64,6 +64,6 @@ $(D)/adapter/summary.json: $(D)/split.json
 	    --model_name_or_path $(D)/base --data_path $(D)/split.json --output_dir $(D)/adapter \
 	    --quantization 8bit --fp16 True --model_max_length 512 --eval_ratio 0.05 \
 	    --lora_r 16 --lora_alpha 32 --lora_dropout 0.05 --lora_target_modules all-linear \
-	    --num_train_epochs 2 --per_device_train_batch_size 8 --per_device_eval_batch_size 8 \
+	    --num_train_epochs 1 --per_device_train_batch_size 2 --per_device_eval_batch_size 2 \
 	    --learning_rate 1e-3 --warmup_ratio 0.03 --lr_scheduler_type cosine --logging_steps 1 \
 	    --save_strategy steps --save_steps 10 --save_total_limit 1 --resume_from_checkpoint auto

@@ -12,7 +12,7 @@ from llama_lora.corpus import merge, stage
 def parse_args() -> argparse.Namespace:
     parser = stage.parser(__doc__, several=True)
     parser.add_argument("--shuffle", type=int, metavar="SEED", help="put them in a random order")
-    parser.add_argument("--limit", type=int, metavar="N", help="keep the first N only")
+    parser.add_argument("--limit", type=stage.positive, metavar="N", help="keep the first N only")
     parser.add_argument(
         "--split-eval",
         type=merge.fraction,

@@ -78,7 +78,7 @@ def check(conversation: Any) -> tuple[Conversation, Counter]:
     repairs: Counter = Counter()
     turns = [check_turn(turn, number, repairs) for number, turn in enumerate(turns)]
     name = check_id(conversation.get("id"), turns, repairs)
-    return {"id": name, **conversation, "id": name, "conversations": turns}, repairs  # noqa: F601
+    return {**conversation, "id": name, "conversations": turns}, repairs
 
 
 def check_turn(turn: Any, number: int, repairs: Counter) -> Turn:
@@ -108,7 +108,9 @@ def check_turn(turn: Any, number: int, repairs: Counter) -> Turn:
 def check_id(name: Any, turns: list[Turn], repairs: Counter) -> str:
     """The id as text; one made from the turns where there is none."""
     if isinstance(name, str) and name.strip():
-        return sound_text(name)
+        sound = sound_text(name)
+        repairs["half surrogate pairs"] += sound != name
+        return sound
     if isinstance(name, int) and not isinstance(name, bool):
         repairs["integer ids"] += 1
         return str(name)

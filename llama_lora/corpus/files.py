@@ -106,10 +106,10 @@ def blocks_of(file: BinaryIO, advance: Callable[[int], None]) -> Iterator[bytes]
                 block += text.read(1)
         except (EOFError, gzip.BadGzipFile, zlib.error):
             raise Damage(offset, "the gzipped data is damaged or ends here") from None
-        position = file.tell()
+        offset += len(block)
+        position = offset if text is file else file.tell() if file.seekable() else taken
         advance(position - taken)
         taken = position
-        offset += len(block)
         if not block:
             return
         yield block

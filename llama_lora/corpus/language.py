@@ -21,6 +21,7 @@ ALIASES = {
     "zh-hans": "zh",
 }
 NOT_TEXT = re.compile("[\0-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ufdd0-\ufdef\ufffe\uffff]")
+KANA = re.compile("[\u3040-\u30ff\uff66-\uff9f]")
 REJECTED = "language "
 REPEATED_DIGIT = re.compile(r"(\d)\1{8}")
 
@@ -82,7 +83,15 @@ def detected(text: str) -> str:
         code = detector(NOT_TEXT.sub(" ", text)).language.code
     except failures:
         return UNKNOWN
+    if code == "ja" and not KANA.search(text):
+        code = chinese(text)  # no Japanese is written without kana
     return UNKNOWN if code == "un" else code.replace("_", "-")
+
+
+def chinese(text: str) -> str:
+    """`zh`, or `zh-Hant` if more of `text` is in the traditional character set."""
+    in_set = {name: len(text.encode(name, "ignore")) for name in ("gb2312", "big5")}
+    return "zh-Hant" if in_set["big5"] > in_set["gb2312"] else "zh"
 
 
 @cache

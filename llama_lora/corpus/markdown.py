@@ -67,7 +67,7 @@ def to_markdown(html: str) -> str:
     if depth(html) > DEEPEST:
         raise Rejected("HTML is nested too deeply", f"over {DEEPEST} elements")
     try:
-        soup = BeautifulSoup(without_reserved(html), "lxml")
+        soup = BeautifulSoup(without_reserved(html), "lxml", element_classes={Tag: Element})
     except ParserRejectedMarkup as error:
         raise Rejected("HTML cannot be parsed", str(error)) from None
     tags = tags_of(soup)
@@ -105,6 +105,14 @@ def converter() -> "Converter":
     return Converter()
 
 
+class Element(Tag):
+    """An element that finds a parent by name at once; markdownify looks for one of every element,
+    and in the general way that takes as long as all the rest of the conversion."""
+
+    def find_parent(self, name=None, *args, **kwargs):
+        return next((parent for parent in self.parents if parent.name == name), None)
+
+
 class Converter(MarkdownConverter):
     """Converts one element by `markdown`; the other methods are markdownify's hooks."""
 
@@ -121,7 +129,6 @@ class Converter(MarkdownConverter):
         remove_chrome(root, tags)
         self.take_out_formulas(root, tags)
         self.take_out_code(tags)
-        remove_blanks_at_rules(tags)
         number_items(tags)
         text = resolve(self.process_tag(root, parent_tags=set()).strip("\n"))
         text = re.sub(r"\n{3,}", "\n\n", text)
@@ -135,14 +142,19 @@ class Converter(MarkdownConverter):
         return f"{MARK}{len(self.taken_out) - 1}{MARK_END}"
 
     def take_out(self, element: Tag, text: str, block: bool = False) -> None:
-        """Replace `element` by a mark for `text`."""
-        mark = Tag(name="pre" if block else "code")
-        mark.string = self.mark(text)
-        element.replace_with(mark)
+        """Leave nothing in `element` but a mark for `text`.
+
+        It stays where it is: to find a place among siblings, Beautiful Soup looks through them all.
+        """
+        element.clear(decompose=True)
+        element.name = "pre" if block else "code"
+        element.string = self.mark(text)
 
     def take_out_formulas(self, root: Tag, tags: Tags) -> None:
         """KaTeX shows a formula two or three times; its source is in an annotation."""
         for source in tags["annotation"]:
+            if source.decomposed or source.get("encoding") != "application/x-tex":
+                continue
             around = [tag for tag in source.parents if FORMULA & set(tag.get("class", ()))]
             outer = around[-1] if around else source.find_parent("math")
             if outer is None or any(outer is tag for tag in (root, *root.parents)):
@@ -158,10 +170,10 @@ class Converter(MarkdownConverter):
 
     def take_out_code(self, tags: Tags) -> None:
         for pre in tags["pre"]:
-            if not is_within(pre, ["pre"]):
+            if not pre.decomposed and not is_within(pre, ["pre"]):
                 self.take_out(pre, fenced(pre), block=True)
         for code in tags["code"] + tags["kbd"] + tags["samp"]:
-            if not is_within(code, CODE):
+            if not code.decomposed and not is_within(code, [*CODE, "pre"]):
                 self.take_out(code, code_span(code.get_text()))
 
     def put_back(self, match: re.Match) -> str:
@@ -171,6 +183,12 @@ class Converter(MarkdownConverter):
         return "\n".join([match[1] + first, *indented(rest, under)])
 
     # ------------------------------------------------------------------ inline
+
+    def process_text(self, el, parent_tags=None):
+        # markdownify drops the white space around blocks, but not that around rules.
+        if el.isspace() and "hr" in (name_of(el.previous_sibling), name_of(el.next_sibling)):
+            return ""
+        return super().process_text(el, parent_tags)
 
     def escape(self, text, parent_tags):
         return hide(text)
@@ -275,6 +293,11 @@ class Converter(MarkdownConverter):
         return self.block(el, "\n".join(table(el, rows)), parent_tags) if rows else text
 
 
+def name_of(node) -> str | None:
+    """The name of an element; nothing for text."""
+    return getattr(node, "name", None)
+
+
 def is_within(el: Tag, names: Collection[str]) -> bool:
     """Whether `el` is in an element with one of the names."""
     return any(parent.name in names for parent in el.parents)
@@ -287,7 +310,7 @@ def follows(el: Tag, names: Collection[str]) -> bool:
 
 
 def remove_chrome(root: Tag, tags: Tags) -> None:
-    """Remove buttons and the bars they stand in: pagers, "Copy code", counts of words."""
+    """Empty buttons and the bars they stand in: pagers, "Copy code", counts of words."""
     for button in tags["button"]:
         if button.decomposed:
             continue
@@ -296,19 +319,17 @@ def remove_chrome(root: Tag, tags: Tags) -> None:
             if bar.parent.find(BLOCKS) or is_within(bar, ["pre"]):
                 break
             bar = bar.parent
-        bar.decompose()
+        empty(bar)
     for name in ("svg", "script", "style"):
         for tag in tags[name]:
-            tag.decompose()
-        del tags[name]
+            if not tag.decomposed:
+                empty(tag)
 
 
-def remove_blanks_at_rules(tags: Tags) -> None:
-    """Remove the white space around `hr`; markdownify does it for all other blocks."""
-    for rule in tags["hr"]:
-        for side in (rule.previous_sibling, rule.next_sibling):
-            if isinstance(side, str) and not side.strip():
-                side.extract()
+def empty(el: Tag) -> None:
+    """Make nothing of an element."""
+    el.clear(decompose=True)
+    el.name = "script"
 
 
 def fenced(pre: Tag) -> str:
@@ -361,6 +382,8 @@ def number_items(tags: Tags) -> None:
     The second of two lists in a row has other markers, or they would be one list.
     """
     for items in tags["ul"] + tags["ol"]:
+        if items.decomposed:
+            continue
         second = follows(items, [items.name])
         second = second and not items.find_previous_sibling().has_attr("data-second")
         if second:

@@ -13,6 +13,8 @@ from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from tokenizers import Encoding
+
 from llama_lora.cli import InputError
 from llama_lora.corpus.conversation import (
     GPT,
@@ -38,13 +40,13 @@ BOUNDARIES = [
     re.compile(r"(?=\s)|(?<=[，、])"),
 ]
 
-# Where two pairs meet, or a text is cut at white space, tokens can differ from those of the parts
-# alone: by one or two, never by this many. What comes closer to the window is tokenized once more.
+# Texts that are tokenized apart can have other tokens at their ends than where they meet: one or two,
+# never this many. What comes closer to the window by such reckoning is rendered and tokenized whole.
 SEAM = 8
 
-# A step of splitting asks by `yield`: for a list of turns how many tokens it has, for a text where
-# its tokens start; several at a time. It is sent the replies, and returns a result.
-Step = Generator[list[list[Turn] | str], list, Any]
+# A step of splitting asks by `yield` for the tokens of texts, and for the lengths of lists of turns
+# as they are rendered; several at a time. It is sent the replies, and returns a result.
+Step = Generator[list[str | list[Turn]], list, Any]
 
 
 @dataclass
@@ -97,9 +99,10 @@ class Splitter:
                     outcomes[number] = rejected
             every = [one for questions in asked.values() for one in questions]
             lengths = iter(self.lengths([one for one in every if isinstance(one, list)]))
-            starts = iter(self.starts([one for one in every if isinstance(one, str)]))
+            texts = [one for one in every if isinstance(one, str)]
+            tokens = iter(self.tokenizer.encode_batch(texts, add_special_tokens=False))
             replies = {
-                number: [next(starts if isinstance(one, str) else lengths) for one in questions]
+                number: [next(tokens if isinstance(one, str) else lengths) for one in questions]
                 for number, questions in asked.items()
             }
         return [outcomes[number] for number in steps]
@@ -117,11 +120,6 @@ class Splitter:
         tokens = self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         return [len(one) for one in tokens]
 
-    def starts(self, texts: list[str]) -> list[list[int]]:
-        """The characters at which the tokens of each text start."""
-        tokens = self.tokenizer.encode_batch(texts, add_special_tokens=False)
-        return [[start for start, _ in one.offsets] for one in tokens]
-
     # ------------------------------------------------------------------ one conversation
 
     def split(self, conversation: Conversation) -> Step:
@@ -130,85 +128,95 @@ class Splitter:
         turns = put_in_order(conversation["conversations"], repairs)
         marks = marks_of(conversation, turns)
         head = [turn for turn in turns if turn["from"] == SYSTEM]
-        head, empty = yield from self.fitting_head(head, repairs)
+        head, shared = yield from self.fitting_head(head, repairs)
         body = [turn for turn in turns if turn["from"] != SYSTEM]
-        pairs = [body[at : at + 2] for at in range(0, len(body), 2)]
-        sizes = yield [head + one for one in pairs]
-        runs = yield from self.runs(head, pairs, sizes, empty - self.frame)
+        tokens = yield [turn["value"] for turn in body]
+        pairs = [Pair(*body[at : at + 2], *tokens[at : at + 2]) for at in range(0, len(body), 2)]
+        runs = yield from self.runs(head, pairs, shared)
         pieces: list[tuple[int, dict]] = []
-        for first, last in runs:
+        for first, last, fits in runs:
             its_marks = marks if last == len(pairs) else {}
-            if sizes[first] <= self.max_length:
-                turns = head + sum(pairs[first:last], [])
+            if fits:
+                turns = head + [turn for one in pairs[first:last] for turn in one.turns]
                 pieces.append((first, {"conversations": turns, **its_marks}))
             elif self.overlong == DROP:
                 dropped["longer than the window"] += 1
             else:
-                parts = yield from self.parts(head, *pairs[first], its_marks, repairs)
+                parts = yield from self.parts(head, pairs[first], shared, its_marks, repairs)
                 pieces += [(first, part) for part in parts]
         if not pieces:
             raise Rejected("longer than the window")
         kept = list(named(conversation, pieces))
         return Kept(kept, dropped, repairs, pairs=len(pairs) - dropped.total())
 
-    def runs(
-        self, head: list[Turn], pairs: list[list[Turn]], sizes: list[int], shared: int
-    ) -> Step:
-        """Ranges of pairs that fit together; one of a single pair may not.
-
-        `sizes` are the lengths of the pairs alone, and `shared` of what stands once before them.
-        """
+    def runs(self, head: list[Turn], pairs: list["Pair"], shared: int) -> Step:
+        """Ranges `[first, last)` of pairs that go together, and whether they fit: a pair that does
+        not stands alone. `shared` is the length of what stands once before them."""
         runs, first = [], 0
         while first < len(pairs):
-            last, total = first + 1, sizes[first]
-            while last < len(pairs) and total + sizes[last] - shared <= self.max_length:
-                total += sizes[last] - shared
-                last += 1
-            while last - first > 1 and total > self.max_length - SEAM * (last - first - 1):
-                (total,) = yield [head + sum(pairs[first:last], [])]
-                if total <= self.max_length:
+            last, total = first, shared
+            while last < len(pairs):
+                more = total + self.frame + pairs[last].size
+                if more > self.max_length and last > first:
+                    break
+                last, total = last + 1, more
+            fits = total <= self.max_length - SEAM * (last - first)
+            while not fits:
+                (total,) = yield [head + [turn for one in pairs[first:last] for turn in one.turns]]
+                fits = total <= self.max_length
+                if fits or last - first == 1:
                     break
                 last -= 1
-            runs.append((first, last))
+            runs.append((first, last, fits))
             first = last
         return runs
 
     def fitting_head(self, head: list[Turn], repairs: Counter) -> Step:
         """The system turn, without its middle if it takes more than a third of the window, and the
-        length of a conversation with nothing else in it."""
+        length of what it makes the template put before the first pair."""
         if not head:
-            return head, self.empty
+            return head, self.empty - self.frame
 
         def around(text: str) -> list[Turn]:
             return [{**head[0], "value": text}, *pair("", "")]
 
-        text, length = yield from self.fitting(head[0]["value"], self.max_length // 3, around)
-        repairs["system turns shortened"] += text != head[0]["value"]
-        return [{**head[0], "value": text}], length
+        whole = head[0]["value"]
+        (tokens,) = yield [whole]
+        (length,) = yield [around(whole)]
+        text = whole
+        if length > self.max_length // 3:
+            repairs["system turns shortened"] += 1
+            text, length = yield from self.shortened(whole, tokens, self.max_length // 3, around)
+        return [{**head[0], "value": text}], length - self.frame
 
     # ------------------------------------------------------------------ one pair that is too long
 
     def parts(
-        self, head: list[Turn], question: Turn, answer: Turn, marks: dict, repairs: Counter
+        self, head: list[Turn], one: "Pair", shared: int, marks: dict, repairs: Counter
     ) -> Step:
         """Pieces that together hold the whole answer, each after as much context as fits."""
 
         def asked(text: str) -> list[Turn]:
-            return [*head, {**question, "value": text}, {**answer, "value": ""}]
+            return [*head, {**one.question, "value": text}, {**one.answer, "value": ""}]
 
-        text, at = answer["value"], marks.get("label_from", 0)
-        whole = question["value"]
-        first = yield from self.fitting(whole, self.max_length - LEAST_ANSWER, asked)
-        again = yield from self.fitting(whole, self.max_length // 3, asked)
-        repairs["questions shortened"] += first[0] != whole
-        (starts,) = yield [text]
+        whole, text = one.question["value"], one.answer["value"]
+        at = marks.get("label_from", 0)
+        first = again = whole, shared + self.frame + len(one.question_tokens)
+        if first[1] > self.max_length - LEAST_ANSWER:
+            repairs["questions shortened"] += 1
+            room = self.max_length - LEAST_ANSWER
+            first = yield from self.shortened(whole, one.question_tokens, room, asked)
+        if again[1] > self.max_length // 3:
+            room = self.max_length // 3
+            again = yield from self.shortened(whole, one.question_tokens, room, asked)
+        starts = [start for start, _ in one.answer_tokens.offsets]
         pieces: list[dict] = []
         while not pieces or at < len(text):
             asking, length = again if at else first
             context = self.context(text, starts, at) if at else 0
-            before = [*head, {**question, "value": asking}]
-            end = yield from self.end(before, length, answer, starts, context, at)
-            piece = {"conversations": [*before, {**answer, "value": text[context:end]}]}
+            before = [*head, {**one.question, "value": asking}]
+            end = yield from self.end(before, length, one.answer, starts, context, at)
+            piece = {"conversations": [*before, {**one.answer, "value": text[context:end]}]}
             if at > context:
                 piece["label_from"] = at - context
             if end < len(text) or marks.get("unfinished"):
@@ -232,7 +240,7 @@ class Splitter:
     ) -> Step:
         """The character up to which the answer fits, if it is given from `context` on.
 
-        `length` is what is `before` it, in tokens.
+        `length` is that of a piece with what is `before` it and an empty answer.
         """
         text = answer["value"]
         first, new = bisect_left(starts, context), bisect_left(starts, at)
@@ -257,14 +265,14 @@ class Splitter:
         word = re.compile(r"\s(?=\S)").search(text, starts[first], at)
         return word.end() if word else starts[first]
 
-    def fitting(self, text: str, limit: int, around: Callable[[str], list[Turn]]) -> Step:
-        """`text`, without its middle if what `around` makes of it is longer than `limit` tokens,
-        and the length of that."""
-        (length,) = yield [around(text)]
-        if length <= limit:
-            return text, length
-        (starts,) = yield [text]
-        kept = len(starts) - (length - limit)
+    def shortened(
+        self, text: str, tokens: Encoding, limit: int, around: Callable[[str], list[Turn]]
+    ) -> Step:
+        """`text` without its middle, so that what `around` makes of it has at most `limit` tokens,
+        and how many it has."""
+        starts = [start for start, _ in tokens.offsets]
+        (length,) = yield [around(GAP)]
+        kept = min(limit - length, len(starts) - 1)
         while kept > 1:
             left = text[: starts[kept // 2]]
             right = text[starts[len(starts) - kept // 2] :]
@@ -273,8 +281,26 @@ class Splitter:
             if length <= limit:
                 return shorter, length
             kept -= max(length - limit, 1)
-        (length,) = yield [around(GAP.strip())]
-        return GAP.strip(), length
+        return GAP, length
+
+
+@dataclass
+class Pair:
+    """A question and its answer, and their tokens."""
+
+    question: Turn
+    answer: Turn
+    question_tokens: Encoding
+    answer_tokens: Encoding
+
+    @property
+    def turns(self) -> list[Turn]:
+        return [self.question, self.answer]
+
+    @property
+    def size(self) -> int:
+        """How many tokens the two texts have."""
+        return len(self.question_tokens) + len(self.answer_tokens)
 
 
 def pair(question: str, answer: str) -> list[Turn]:

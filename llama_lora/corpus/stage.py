@@ -178,17 +178,22 @@ def parser(doc: str, several: bool = False) -> argparse.ArgumentParser:
     add("--rejected", metavar="FILE", help="also write what was rejected, with the reason, here")
     add("--workers", type=positive, default=cores(), help="processes")
     add("--salvage", action="store_true", help="keep what is complete in a damaged file")
-    add("--begin", type=int, default=0, metavar="N", help="skip the first N conversations")
-    add("--end", type=int, metavar="N", help="stop before conversation N, counted from 0")
+    add("--begin", type=natural, default=0, metavar="N", help="skip the first N conversations")
+    add("--end", type=natural, metavar="N", help="stop before conversation N, counted from 0")
     return parser
+
+
+def natural(text: str, least: int = 0) -> int:
+    """A whole number from `least` on, for argparse."""
+    number = int(text)
+    if number < least:
+        raise argparse.ArgumentTypeError(f"{number} is not at least {least}")
+    return number
 
 
 def positive(text: str) -> int:
     """A whole number from 1 on, for argparse."""
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{number} is not at least 1")
-    return number
+    return natural(text, least=1)
 
 
 def cores() -> int:

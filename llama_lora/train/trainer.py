@@ -1,6 +1,7 @@
 """The Hugging Face Trainer with our data, our log lines and an account of what was trained on."""
 
 import resource
+import sys
 import time
 import warnings
 
@@ -145,7 +146,7 @@ def quieten(args) -> None:
     warnings.filterwarnings(
         "ignore", category=FutureWarning, module=r"transformers|torch|accelerate"
     )
-    if args.process_index > 0:
+    if args.process_index > 0 or not sys.stderr.isatty():
         transformers.utils.logging.disable_progress_bar()
 
 

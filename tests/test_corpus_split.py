@@ -1,0 +1,218 @@
+"""Splitting: every piece fits as it is rendered, and every answer is learned exactly once."""
+
+import json
+import random
+
+import pytest
+from conftest import run_script
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llama_lora.cli import InputError
+from llama_lora.corpus.conversation import Rejected
+from llama_lora.corpus.split import Splitter
+from llama_lora.model.template import IGNORE, Template
+
+SPLIT = "fastchat/data/split_long_conversation.py"
+WORDS = "The assistant gives polite answers, and snake_case = 12345; 你好，世界。 naïve 🎂"
+PIECES = [*WORDS.split(), "x" * 90, "\n\n", "\n", ". ", "7" * 40, "汉字" * 30]
+
+
+def text(seed, length):
+    """Text with words, sentences, paragraphs, long words and several scripts."""
+    choose = random.Random(seed)
+    parts = []
+    while sum(map(len, parts)) < length:
+        parts.append(choose.choice(PIECES))
+        parts.append(choose.choice([" ", " ", " ", "", "  "]))
+    return "".join(parts)[:length]
+
+
+def conversation(seed, *lengths, system=None):
+    head = [{"from": "system", "value": text(seed, system)}] if system else []
+    turns = [
+        {"from": ("human", "gpt")[i % 2], "value": text(f"{seed}{i}", length)}
+        for i, length in enumerate(lengths)
+    ]
+    return {"id": "c", "source": "s", "conversations": head + turns}
+
+
+def turn(value, number):
+    return {"from": ("human", "gpt")[number % 2], "value": value}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory, llama_tokenizer, byte_tokenizer):
+    """Folders of tokenizers of both kinds, and the template each is used with."""
+    folders = {}
+    for name, tokenizer in (("vicuna_v1.1", llama_tokenizer), ("model", byte_tokenizer)):
+        folder = tmp_path_factory.mktemp("tokenizer")
+        tokenizer.save_pretrained(folder)
+        folders[name] = str(folder)
+    return folders
+
+
+@pytest.fixture(scope="module")
+def splitters(models):
+    """Splitters by template and length, made once each."""
+    made = {}
+
+    def splitter(template, length, overlong="continue"):
+        key = template, length, overlong
+        if key not in made:
+            made[key] = Splitter(models[template], length, template, overlong)
+        return made[key]
+
+    return splitter
+
+
+def labelled(renderer, piece):
+    """The tokens of a piece as it is trained, and its labels."""
+    one = renderer.encode(piece["conversations"], piece.get("label_from", 0))
+    return one.ids, one.labels
+
+
+@pytest.mark.parametrize("template", ["vicuna_v1.1", "model"])
+@settings(max_examples=120, deadline=None)
+@given(
+    seed=st.integers(0, 10**6),
+    lengths=st.lists(st.tuples(*[st.integers(0, 900)] * 2), min_size=1, max_size=5),
+    system=st.none() | st.integers(1, 400),
+    window=st.sampled_from([128, 160, 256]),
+)
+def test_every_piece_fits_and_every_answer_is_whole(
+    splitters, template, seed, lengths, system, window
+):
+    lengths = [length for pair in lengths for length in pair]
+    splitter = splitters(template, window)
+    original = conversation(seed, *lengths, system=system)
+    kept = splitter(original)
+    assert kept.pairs == len(lengths) // 2
+    assert not kept.dropped
+    answers, questions = [], 0
+    for piece in kept.conversations:
+        ids, labels = labelled(splitter.renderer, piece)
+        assert len(ids) <= window
+        assert labels.count(IGNORE) < len(labels)
+        assert piece["source"] == "s"
+        turns = [turn for turn in piece["conversations"] if turn["from"] != "system"]
+        assert [turn["from"] for turn in turns] == ["human", "gpt"] * (len(turns) // 2)
+        assert len(turns) == len(piece["conversations"]) - (system is not None)
+        *whole, last = [turn["value"] for turn in turns[1::2]]
+        new = last[piece.get("label_from", 0) :]
+        if piece.get("label_from"):  # it goes on where the piece before it stopped
+            assert not whole
+            assert answers[-1].endswith(last[: piece["label_from"]])
+            answers[-1] += new
+        else:
+            answers += [*whole, new]
+            questions += len(turns) // 2
+    wanted = [turn["value"] for turn in original["conversations"] if turn["from"] == "gpt"]
+    assert answers == wanted
+    assert questions == len(wanted)
+    goes_on = [bool(piece.get("unfinished")) for piece in kept.conversations]
+    continues = [bool(piece.get("label_from")) for piece in kept.conversations]
+    assert goes_on[:-1] == continues[1:]
+    assert not goes_on[-1]
+    names = [piece["id"] for piece in kept.conversations]
+    assert len(set(names)) == len(names)
+    again = [splitter(piece) for piece in kept.conversations]
+    assert [one.conversations for one in again] == [[piece] for piece in kept.conversations]
+
+
+@pytest.mark.parametrize("template", ["vicuna_v1.1", "model"])
+def test_answer_tokens_are_labelled_exactly_once(splitters, template):
+    whole = splitters(template, 100_000)
+    splitter = splitters(template, 256)
+    original = conversation(1, 80, 4000, 300, 200, 50, 2500)
+    count = sum(label != IGNORE for label in labelled(whole.renderer, original)[1])
+    pieces = splitter(original).conversations
+    found = sum(
+        sum(label != IGNORE for label in labelled(splitter.renderer, piece)[1])
+        - bool(piece.get("unfinished"))  # its end-of-answer token, which is not to be learned
+        for piece in pieces
+    )
+    assert abs(found - count) <= 0.01 * count
+
+
+def test_what_fits_is_left_as_it_is_and_pairs_are_packed(splitters):
+    splitter = splitters("vicuna_v1.1", 256)
+    short = conversation(2, 20, 30, 40, 30)
+    assert splitter(short).conversations == [short]
+    plain = [turn("The assistant gives polite answers.", i) for i in range(40)]
+    pieces = splitter({"id": "c", "conversations": plain}).conversations
+    turns = [piece["conversations"] for piece in pieces]
+    for this, following in zip(turns, turns[1:], strict=False):
+        one_more = {"conversations": this + following[:2]}
+        assert len(labelled(splitter.renderer, one_more)[0]) > 256
+    assert pieces[0]["id"] == "c_0"
+
+
+def test_two_pairs_that_do_not_fit_together_are_both_kept(splitters):
+    splitter = splitters("model", 128)
+    plain = [turn("The assistant gives polite answers. " * 5, i) for i in range(4)]
+    pieces = splitter({"id": "c", "conversations": plain}).conversations
+    assert [piece["id"] for piece in pieces] == ["c_0", "c_2"]
+
+
+def test_answers_are_cut_at_the_best_place(splitters):
+    splitter = splitters("vicuna_v1.1", 160)
+    paragraphs = [f"The assistant gives {i} answers. They are polite." for i in range(40)]
+    turns = [
+        {"from": "human", "value": "Tell me."},
+        {"from": "gpt", "value": "\n\n".join(paragraphs)},
+    ]
+    pieces = splitter({"id": "c", "conversations": turns}).conversations
+    assert len(pieces) > 3
+    for piece in pieces:
+        assert piece["conversations"][1]["value"].endswith("polite.")
+
+
+def test_truncate_and_drop_are_counted(splitters):
+    original = conversation(5, 40, 3000, 40, 40)
+    cut = splitters("model", 128, "truncate")(original)
+    assert [piece["id"] for piece in cut.conversations] == ["c_0", "c_2"]
+    assert cut.conversations[0]["unfinished"]
+    assert (cut.pairs, cut.repairs["answers truncated"]) == (2, 1)
+    dropped = splitters("model", 128, "drop")(original)
+    assert [piece["conversations"] for piece in dropped.conversations] == [
+        original["conversations"][2:]
+    ]
+    assert (dropped.pairs, dropped.dropped) == (1, {"longer than the window": 1})
+    with pytest.raises(Rejected, match="longer than the window"):
+        splitters("model", 128, "drop")(conversation(6, 40, 3000))
+
+
+def test_a_long_question_loses_its_middle_and_is_counted(splitters):
+    original = conversation(7, 5000, 50)
+    kept = splitters("model", 128)(original)
+    asked, whole = kept.conversations[0]["conversations"][0]["value"], original["conversations"][0]
+    assert kept.repairs["questions shortened"] == 1
+    start, end = asked.split(" … ")
+    assert whole["value"].startswith(start)
+    assert whole["value"].endswith(end)
+
+
+def test_a_window_that_the_template_fills_is_an_error(models):
+    with pytest.raises(InputError, match="--max-length 40: expected at least"):
+        Splitter(models["vicuna_v1.1"], 40)
+
+
+def test_the_script_splits_a_file_and_refuses_what_is_no_model(tmp_path, models):
+    source, out = tmp_path / "in.json", tmp_path / "out.json"
+    items = [conversation(seed, 50, 600, 50, 60) for seed in range(20)]
+    items += [{"id": "bad", "conversations": [{"from": "gpt", "value": "a"}]}]
+    items += [{**conversation(1, 9, 9), "label_from": "x"}]
+    source.write_text(json.dumps(items))
+    command = (SPLIT, "--in", source, "--out", out, "--max-length", 200)
+    done = run_script(*command, "--model-name", models["vicuna_v1.1"])
+    assert done.returncode == 0, done.stderr
+    last = done.stdout.splitlines()[-1]
+    pieces = json.loads(out.read_text())
+    assert last.startswith(f"read 22 · kept 20 in {len(pieces)} pieces · rejected 2: ")
+    renderer = Template(Splitter(models["vicuna_v1.1"], 200).renderer.tokenizer)
+    assert all(len(labelled(renderer, piece)[0]) <= 200 for piece in pieces)
+    assert len({piece["id"] for piece in pieces}) == len(pieces)
+    for model in (tmp_path, tmp_path / "nothing"):
+        done = run_script(*command, "--model-name", model)
+        assert (done.returncode, done.stderr.count("\n")) == (1, 1)
