@@ -33,7 +33,7 @@ def test_the_number_of_rows_does_not_depend_on_the_order(lengths, rng):
 
 @pytest.fixture(scope="module")
 def examples(llama_tokenizer) -> list[Example]:
-    samples = [item["conversations"] for item in shipped("dummy_en.json")]
+    samples = shipped("dummy_en.json")
     return [
         Example(str(i), np.array(e.ids, np.int32), np.array(e.labels, np.int32))
         for i, e in enumerate(Template(llama_tokenizer).encode_batch(samples))

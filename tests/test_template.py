@@ -63,7 +63,9 @@ def test_vicuna_template_is_fschats_for_any_text(llama_tokenizer, values, system
 @pytest.mark.parametrize("fixture", ["llama_tokenizer", "byte_tokenizer"])
 def test_exactly_the_answers_and_their_ends_are_labelled(fixture, request):
     tokenizer = request.getfixturevalue(fixture)
-    for sample, encoded in zip(SAMPLES, Template(tokenizer).encode_batch(SAMPLES), strict=True):
+    template = Template(tokenizer)
+    for sample in SAMPLES:
+        encoded = template.encode(sample)
         answers = [turn["value"] for turn in sample if turn["from"] == "gpt"]
         learned = [tokenizer.decode(run) for run in labelled_runs(encoded)]
         assert [text.strip() for text in learned] == [a + tokenizer.eos_token for a in answers]
@@ -111,6 +113,11 @@ def test_label_from_leaves_the_context_unlabelled(byte_tokenizer):
     encoded = Template(byte_tokenizer).encode(sample, label_from=len("three four"))
     runs = [byte_tokenizer.decode(run) for run in labelled_runs(encoded)]
     assert runs == [" one two<|im_end|>", " five<|im_end|>"]
+
+
+def test_the_end_of_an_unfinished_answer_is_not_labelled(byte_tokenizer):
+    encoded = Template(byte_tokenizer).encode(turns("Count", "one two"), unfinished=True)
+    assert [byte_tokenizer.decode(run) for run in labelled_runs(encoded)] == [" one two"]
 
 
 def test_a_template_that_never_ends_an_answer_is_refused(byte_tokenizer):

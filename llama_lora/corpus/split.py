@@ -40,8 +40,8 @@ BOUNDARIES = [
     re.compile(r"(?=\s)|(?<=[，、])"),
 ]
 
-# Texts that are tokenized apart can have other tokens at their ends than where they meet: one or two,
-# never this many. What comes closer to the window by such reckoning is rendered and tokenized whole.
+# Texts that are tokenized apart can have other tokens at their ends than where they meet: one or
+# two, never this many. What comes closer to the window by such reckoning is rendered and tokenized.
 SEAM = 8
 
 # A step of splitting asks by `yield` for the tokens of texts, and for the lengths of lists of turns
@@ -186,7 +186,8 @@ class Splitter:
         text = whole
         if length > self.max_length // 3:
             repairs["system turns shortened"] += 1
-            text, length = yield from self.shortened(whole, tokens, self.max_length // 3, around)
+            room = self.max_length // 3
+            text, length = yield from self.shortened(whole, tokens, room, self.empty, around)
         return [{**head[0], "value": text}], length - self.frame
 
     # ------------------------------------------------------------------ one pair that is too long
@@ -201,14 +202,13 @@ class Splitter:
 
         whole, text = one.question["value"], one.answer["value"]
         at = marks.get("label_from", 0)
-        first = again = whole, shared + self.frame + len(one.question_tokens)
-        if first[1] > self.max_length - LEAST_ANSWER:
+        tokens, frame = one.question_tokens, shared + self.frame
+        first = again = whole, frame + len(tokens)
+        if first[1] > (room := self.max_length - LEAST_ANSWER):
             repairs["questions shortened"] += 1
-            room = self.max_length - LEAST_ANSWER
-            first = yield from self.shortened(whole, one.question_tokens, room, asked)
-        if again[1] > self.max_length // 3:
-            room = self.max_length // 3
-            again = yield from self.shortened(whole, one.question_tokens, room, asked)
+            first = yield from self.shortened(whole, tokens, room, frame, asked)
+        if again[1] > (room := self.max_length // 3):
+            again = yield from self.shortened(whole, tokens, room, frame, asked)
         starts = [start for start, _ in one.answer_tokens.offsets]
         pieces: list[dict] = []
         while not pieces or at < len(text):
@@ -244,7 +244,7 @@ class Splitter:
         """
         text = answer["value"]
         first, new = bisect_left(starts, context), bisect_left(starts, at)
-        room = self.max_length - length - (new - first)
+        room = self.max_length - length - (new - first) - SEAM
         while room > 0:
             limit = new + room
             end = boundary(text, at, starts[limit]) if limit < len(starts) else len(text)
@@ -254,7 +254,7 @@ class Splitter:
             (total,) = yield [[*before, {**answer, "value": text[context:end]}]]
             if total <= self.max_length:
                 return end
-            room -= total - self.max_length
+            room -= max(total - self.max_length, 1)
         return min(at + 1, len(text))
 
     def context(self, text: str, starts: list[int], at: int) -> int:
@@ -266,13 +266,17 @@ class Splitter:
         return word.end() if word else starts[first]
 
     def shortened(
-        self, text: str, tokens: Encoding, limit: int, around: Callable[[str], list[Turn]]
+        self,
+        text: str,
+        tokens: Encoding,
+        limit: int,
+        frame: int,
+        around: Callable[[str], list[Turn]],
     ) -> Step:
         """`text` without its middle, so that what `around` makes of it has at most `limit` tokens,
-        and how many it has."""
+        and how many it has; `frame` is how many it makes of nothing."""
         starts = [start for start, _ in tokens.offsets]
-        (length,) = yield [around(GAP)]
-        kept = min(limit - length, len(starts) - 1)
+        kept = min(limit - frame - len(GAP), len(starts) - 1)
         while kept > 1:
             left = text[: starts[kept // 2]]
             right = text[starts[len(starts) - kept // 2] :]
@@ -281,7 +285,7 @@ class Splitter:
             if length <= limit:
                 return shorter, length
             kept -= max(length - limit, 1)
-        return GAP, length
+        return GAP, frame + len(GAP)
 
 
 @dataclass

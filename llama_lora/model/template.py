@@ -58,36 +58,31 @@ class Template:
             id for id, token in tokenizer.added_tokens_decoder.items() if token.special
         }
 
-    def encode(self, turns: list[dict], label_from: int = 0) -> Encoded:
-        """See `encode_batch`."""
-        return self.encode_batch([turns], [label_from])[0]
+    def encode(self, turns: list[dict], **marks) -> Encoded:
+        """`encode_batch` of one conversation: its turns, and `label_from` and `unfinished`."""
+        return self.encode_batch([{"conversations": turns, **marks}])[0]
 
-    def encode_batch(self, batch: list[list[dict]], label_from: list[int] | None = None):
+    def encode_batch(self, conversations: list[dict]) -> list[Encoded]:
         """Render and tokenize conversations; label every answer and the token that ends it.
 
-        Args:
-            batch: the turns of each conversation, `[{"from": …, "value": …}, …]`.
-            label_from: for each conversation, the character of its last answer from which on it
-                is labelled (what stands before is context that an earlier piece has labelled).
-
-        Returns:
-            An `Encoded` for each conversation.
+        Each is `{"conversations": [{"from": …, "value": …}, …]}`, and may hold `label_from`: the
+        character of its last answer from which on it is labelled (what stands before is context
+        that an earlier piece has labelled); and `unfinished`: whether the last answer goes on in
+        another piece, so that its end is not to be learned.
         """
-        rendered = [self.render(turns) for turns in batch]
+        rendered = [self.render(item["conversations"]) for item in conversations]
         tokens = self.tokenizer(
             [text for text, _ in rendered], add_special_tokens=False, return_offsets_mapping=True
         )
-        return [
-            Encoded(ids, self._labels(ids, offsets, self._skip(turns, text, spans, start)))
-            for turns, (text, spans), ids, offsets, start in zip(
-                batch,
-                rendered,
-                tokens["input_ids"],
-                tokens["offset_mapping"],
-                label_from or [0] * len(batch),
-                strict=True,
+        encoded = []
+        for item, (text, spans), ids, offsets in zip(
+            conversations, rendered, tokens["input_ids"], tokens["offset_mapping"], strict=True
+        ):
+            spans = self._skip(item, text, spans)
+            encoded.append(
+                Encoded(ids, self._labels(ids, offsets, spans, item.get("unfinished", False)))
             )
-        ]
+        return encoded
 
     def render(self, turns: list[dict]) -> tuple[str, list[tuple[int, int]]]:
         """The conversation as text, and the span of characters each answer takes in it.
@@ -154,16 +149,18 @@ class Template:
             ) from error
 
     @staticmethod
-    def _skip(turns, text, spans, label_from):
+    def _skip(conversation: dict, text: str, spans):
         """Move the start of the last span to the `label_from`-th character of its answer."""
+        label_from = conversation.get("label_from", 0)
         if not label_from or not spans:
             return spans
         start, end = spans[-1]
+        turns = conversation["conversations"]
         answer = next(turn["value"] for turn in reversed(turns) if turn["from"] == "gpt")
         at = text.find(answer, start, end)
         return [*spans[:-1], (max(at, start) + label_from, end)]
 
-    def _labels(self, ids, offsets, spans) -> list[int]:
+    def _labels(self, ids, offsets, spans, unfinished: bool) -> list[int]:
         labels = [IGNORE] * len(ids)
         starts = [start for start, _ in offsets]
         for start, end in spans:
@@ -177,6 +174,8 @@ class Template:
                     "special token, so the model would never stop; use --template vicuna_v1.1"
                 )
             labels[first:last] = ids[first:last]
+        if unfinished and spans:
+            labels[last - 1] = IGNORE
         return labels
 
 

@@ -51,10 +51,8 @@ def load_examples(path: str, template: Template, max_length: int) -> tuple[list[
     """
     audit, examples = Audit(), []
     for batch in _batches(_conversations(path)):
-        encoded = template.encode_batch(
-            [item["conversations"] for item in batch], [item.get("label_from", 0) for item in batch]
-        )
-        for item, (ids, labels) in zip(batch, ((e.ids, e.labels) for e in encoded), strict=True):
+        for item, encoded in zip(batch, template.encode_batch(batch), strict=True):
+            ids, labels = encoded.ids, encoded.labels
             audit.truncated += len(ids) > max_length
             kept = Example(
                 item["id"],
