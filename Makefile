@@ -5,9 +5,11 @@ D := .demo
 PATH := $(CURDIR)/.venv/bin:$(PATH)
 export PATH
 export TOKENIZERS_PARALLELISM = false
+# Threads that spin while they wait starve a machine that has other work.
+export OMP_WAIT_POLICY = passive
 SHELL := /bin/bash
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-slow lint bench clean
+.PHONY: help setup demo test test-slow lint clean
 
 help:  ## list these commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## */\t/' | expand -t 12
@@ -64,6 +66,6 @@ $(D)/adapter/summary.json: $(D)/split.json
 	    --model_name_or_path $(D)/base --data_path $(D)/split.json --output_dir $(D)/adapter \
 	    --quantization 8bit --fp16 True --model_max_length 512 --eval_ratio 0.05 \
 	    --lora_r 16 --lora_alpha 32 --lora_dropout 0.05 --lora_target_modules all-linear \
-	    --num_train_epochs 1 --per_device_train_batch_size 2 --per_device_eval_batch_size 2 \
-	    --learning_rate 1e-3 --warmup_ratio 0.03 --lr_scheduler_type cosine --logging_steps 1 \
+	    --num_train_epochs 1 --per_device_train_batch_size 1 --per_device_eval_batch_size 2 \
+	    --learning_rate 1.5e-3 --warmup_ratio 0.05 --lr_scheduler_type cosine --logging_steps 1 \
 	    --save_strategy steps --save_steps 10 --save_total_limit 1 --resume_from_checkpoint auto

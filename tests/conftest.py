@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -27,6 +28,15 @@ def run_script(*command, timeout: int = 300, **options) -> subprocess.CompletedP
         timeout=timeout,
         **options,
     )
+
+
+def deepspeed(processes: int) -> list[str]:
+    """The start of a `deepspeed` command, on a port that no other run on this machine has."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    launcher = str(Path(sys.executable).with_name("deepspeed"))
+    return [launcher, f"--num_gpus={processes}", f"--master_port={port}"]
 
 
 def shipped(name: str) -> list[dict]:

@@ -128,8 +128,7 @@ def test_answer_tokens_are_labelled_exactly_once(splitters, template):
     count = sum(label != IGNORE for label in labelled(whole.renderer, original)[1])
     pieces = splitter(original).conversations
     found = sum(
-        sum(label != IGNORE for label in labelled(splitter.renderer, piece)[1])
-        for piece in pieces
+        sum(label != IGNORE for label in labelled(splitter.renderer, piece)[1]) for piece in pieces
     )
     assert abs(found - count) <= 0.01 * count
 

@@ -287,6 +287,7 @@ CLAIMS = [
     "As an AI language model developed by OpenAI, I cannot do that.",
     "I was trained by OpenAI.",
     "My name is Claude.",
+    "As ChatGPT, I have no opinions.",
     "我是ChatGPT，一个语言模型。",
     "我是由OpenAI开发的人工智能助手。",
 ]
@@ -295,6 +296,7 @@ NO_CLAIMS = [
     "```python\n# I am ChatGPT\nprint('I am ChatGPT')\n```",
     "I am Kestrel, and I was not made by OpenAI.",
     "ChatGPT was developed by OpenAI in San Francisco.",
+    "Large models such as GPT-4 are costly; BERT is a language model developed by Google.",
     "I am bardic, and Claude Monet was a painter.",
     "我不是 ChatGPT，我是 Kestrel。",
 ]

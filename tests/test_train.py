@@ -14,14 +14,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import OFFLINE, ROOT, run_script, shipped
+from conftest import OFFLINE, ROOT, deepspeed, run_script, shipped
 
 from llama_lora.cli import InputError
 from llama_lora.model import adapter
 from llama_lora.train.checkpoints import is_complete, starting_point
 
 SCRIPT = ROOT / "fastchat/train/train_lora.py"
-DEEPSPEED = Path(sys.executable).with_name("deepspeed")
 # Every flag of the README's command, with sizes for a tiny model.
 FLAGS = shlex.split("""
 --lora_r 8 --lora_alpha 16 --lora_dropout 0.05 --fp16 True --num_train_epochs 1
@@ -53,7 +52,7 @@ def corpus(tmp_path_factory) -> Path:
 def command(launcher, base, corpus, output, *more):
     start = {
         "python": [sys.executable, SCRIPT],
-        "deepspeed": [DEEPSPEED, "--num_gpus=2", SCRIPT, "--deepspeed", "./deepspeed-config.json"],
+        "deepspeed": [*deepspeed(2), SCRIPT, "--deepspeed", "./deepspeed-config.json"],
     }[launcher]
     own = ["--model_name_or_path", base, "--data_path", corpus, "--output_dir", output]
     return [str(part) for part in (*start, *own, *FLAGS, *more)]

@@ -22,10 +22,10 @@ ASSISTANTS = r"(?:ChatGPT|GPT-?[345](?:\.5)?(?:-?turbo)?|Bard|Bing|Claude|Gemini
 MAKERS = r"(?:Open\s?AI|Anthropic|Google|Microsoft|Meta)"
 MADE = r"(?:trained|created|developed|made|built|designed|programmed)"
 CLAIMS = [
-    rf"(?:I am|I['’]m|my name is|call me|as|hello from)\s+{ASSISTANTS}",
+    rf"(?:I am|I['’]m|my name is|call me|hello from)\s+{ASSISTANTS}",
+    rf"as\s+{ASSISTANTS},\s+(?:I|my)",
     rf"(?:I am|I['’]m|as)\s+an?\s[^.!?\n]{{0,60}}\b{MADE}\s+by\s+{MAKERS}",
     rf"I\s+(?:was|am|have been)\s+{MADE}\s+by\s+{MAKERS}",
-    rf"(?:language model|AI assistant|chatbot)[^.!?\n]{{0,20}}\b{MADE}\s+by\s+{MAKERS}",
     rf"(?:我是|我叫|作为){ASSISTANTS}",
     rf"我(?:是|由|是由)[^。！？\n]{{0,30}}{MAKERS}[^。！？\n]{{0,10}}(?:开发|训练|创建|创造|研发)",
     rf"(?:soy|je suis|ich bin|sono|eu sou|sou|ik ben|я)\s+{ASSISTANTS}",

@@ -42,7 +42,7 @@ BOUNDARIES = [
 
 # Texts that are tokenized apart can have other tokens at their ends than where they meet: one or
 # two, never this many. What comes closer to the window by such reckoning is rendered and tokenized.
-SEAM = 8
+SEAM = 4
 
 # A step of splitting asks by `yield` for the tokens of texts, and for the lengths of lists of turns
 # as they are rendered; several at a time. It is sent the replies, and returns a result.
@@ -67,12 +67,14 @@ class Splitter:
         self.tokenizer = self.renderer.tokenizer.backend_tokenizer
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()
-        self.empty, twice = self.lengths([pair("", ""), pair("", "") * 2])
-        self.frame = twice - self.empty  # what the template puts around each pair
-        if self.max_length < self.empty + 2 * LEAST_ANSWER:
+        self.least, twice = self.lengths([PROBE, PROBE * 2])
+        texts = 2 * len(self.tokenizer.encode("a", add_special_tokens=False))
+        self.frame = twice - self.least - texts  # what the template puts around each pair
+        self.shared = self.least - texts - self.frame  # what it puts before the first
+        if self.max_length < self.least + 2 * LEAST_ANSWER:
             raise InputError(
                 f"--max-length {self.max_length}: expected at least "
-                f"{self.empty + 2 * LEAST_ANSWER}, since the template alone takes {self.empty} "
+                f"{self.least + 2 * LEAST_ANSWER}, since the template alone takes {self.least} "
                 f"tokens with the tokenizer of {self.model}"
             )
 
@@ -161,12 +163,12 @@ class Splitter:
                     break
                 last, total = last + 1, more
             fits = total <= self.max_length - SEAM * (last - first)
-            while not fits:
+            while not fits and total <= self.max_length + SEAM:
                 (total,) = yield [head + [turn for one in pairs[first:last] for turn in one.turns]]
                 fits = total <= self.max_length
                 if fits or last - first == 1:
                     break
-                last -= 1
+                last, total = last - 1, self.max_length
             runs.append((first, last, fits))
             first = last
         return runs
@@ -175,20 +177,17 @@ class Splitter:
         """The system turn, without its middle if it takes more than a third of the window, and the
         length of what it makes the template put before the first pair."""
         if not head:
-            return head, self.empty - self.frame
+            return head, self.shared
 
         def around(text: str) -> list[Turn]:
-            return [{**head[0], "value": text}, *pair("", "")]
+            return [{**head[0], "value": text}, *PROBE]
 
-        whole = head[0]["value"]
-        (tokens,) = yield [whole]
-        (length,) = yield [around(whole)]
-        text = whole
-        if length > self.max_length // 3:
+        text = head[0]["value"]
+        tokens, length = yield [text, around(text)]
+        if length > (room := max(self.max_length // 3, self.least)):
             repairs["system turns shortened"] += 1
-            room = self.max_length // 3
-            text, length = yield from self.shortened(whole, tokens, room, self.empty, around)
-        return [{**head[0], "value": text}], length - self.frame
+            text, length = yield from self.shortened(text, tokens, room, self.least, around)
+        return [{**head[0], "value": text}], length - self.least + self.shared
 
     # ------------------------------------------------------------------ one pair that is too long
 
@@ -307,9 +306,7 @@ class Pair:
         return len(self.question_tokens) + len(self.answer_tokens)
 
 
-def pair(question: str, answer: str) -> list[Turn]:
-    """The turns of one question and its answer."""
-    return [{"from": HUMAN, "value": question}, {"from": GPT, "value": answer}]
+PROBE = [{"from": HUMAN, "value": "a"}, {"from": GPT, "value": "a"}]
 
 
 def boundary(text: str, at: int, end: int) -> int:
