@@ -29,6 +29,7 @@ from llama_lora.corpus.conversation import (
     prefix_digests,
 )
 from llama_lora.corpus.pool import Died, Pool
+from llama_lora.model.hardware import cores
 
 # Of a chunk: enough that handing it over costs little, and little enough to keep memory flat.
 CHUNK_BYTES = 256 << 10
@@ -194,11 +195,6 @@ def natural(text: str, least: int = 0) -> int:
 def positive(text: str) -> int:
     """A whole number from 1 on, for argparse."""
     return natural(text, least=1)
-
-
-def cores() -> int:
-    """The cores this process may use."""
-    return len(os.sched_getaffinity(0))
 
 
 def run(
