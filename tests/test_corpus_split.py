@@ -5,7 +5,7 @@ import random
 
 import pytest
 from conftest import run_script
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from llama_lora.cli import InputError
@@ -74,6 +74,7 @@ def labelled(renderer, piece):
 
 @pytest.mark.parametrize("template", ["vicuna_v1.1", "model"])
 @settings(max_examples=120, deadline=None)
+@example(seed=2454, lengths=[(0, 0), (0, 0), (2, 298)], system=399, window=128)
 @given(
     seed=st.integers(0, 10**6),
     lengths=st.lists(st.tuples(*[st.integers(0, 900)] * 2), min_size=1, max_size=5),

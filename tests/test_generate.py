@@ -125,7 +125,9 @@ def config(**changes) -> LlamaConfig:
 def teach(model, template, answers: dict[str, str], learning_rate: float) -> None:
     """Train until every answer is known by heart, asked alone or as the second question."""
     pairs = [[said("human", question), said("gpt", answer)] for question, answer in answers.items()]
-    encoded = template.encode_batch([*pairs, pairs[0] + pairs[1], pairs[1] + pairs[2]])
+    encoded = [
+        template.encode(turns) for turns in (*pairs, pairs[0] + pairs[1], pairs[1] + pairs[2])
+    ]
     length = max(len(one.ids) for one in encoded)
     ids = torch.tensor([one.ids + [0] * (length - len(one.ids)) for one in encoded])
     labels = torch.tensor([one.labels + [-100] * (length - len(one.labels)) for one in encoded])

@@ -40,9 +40,9 @@ BOUNDARIES = [
     re.compile(r"(?=\s)|(?<=[，、])"),
 ]
 
-# Texts that are tokenized apart can have other tokens at their ends than where they meet: one or
-# two, never this many. What comes closer to the window by such reckoning is rendered and tokenized.
-SEAM = 4
+# Texts that are tokenized apart can have other tokens at their ends than where they meet. What by
+# such reckoning comes this many tokens over the window may yet fit, and is rendered to see.
+SEAM = 8
 
 # A step of splitting asks by `yield` for the tokens of texts, and for the lengths of lists of turns
 # as they are rendered; several at a time. It is sent the replies, and returns a result.
@@ -162,7 +162,7 @@ class Splitter:
                 if more > self.max_length and last > first:
                     break
                 last, total = last + 1, more
-            fits = total <= self.max_length - SEAM * (last - first)
+            fits = total <= self.max_length // 2
             while not fits and total <= self.max_length + SEAM:
                 (total,) = yield [head + [turn for one in pairs[first:last] for turn in one.turns]]
                 fits = total <= self.max_length
@@ -247,9 +247,6 @@ class Splitter:
         while room > 0:
             limit = new + room
             end = boundary(text, at, starts[limit]) if limit < len(starts) else len(text)
-            reckoned = length + bisect_left(starts, end) - first
-            if reckoned <= self.max_length - SEAM and is_apart(text, context, end):
-                return end
             (total,) = yield [[*before, {**answer, "value": text[context:end]}]]
             if total <= self.max_length:
                 return end
@@ -316,11 +313,6 @@ def boundary(text: str, at: int, end: int) -> int:
         if cuts and cuts[-1] > at:
             return cuts[-1]
     return max(end, at + 1)
-
-
-def is_apart(text: str, start: int, end: int) -> bool:
-    """Whether white space or nothing stands before and after this part of `text`."""
-    return (not start or text[start - 1].isspace()) and (end == len(text) or text[end].isspace())
 
 
 def marks_of(conversation: Conversation, turns: list[Turn]) -> dict:
