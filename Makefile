@@ -64,7 +64,7 @@ $(D)/split.json: $(D)/english.json $(D)/base/config.json
 $(D)/adapter/summary.json: $(D)/split.json
 	deepspeed --num_gpus=1 fastchat/train/train_lora.py --deepspeed ./deepspeed-config.json \
 	    --model_name_or_path $(D)/base --data_path $(D)/split.json --output_dir $(D)/adapter \
-	    --quantization 8bit --fp16 True --model_max_length 512 --eval_ratio 0.05 \
+	    --quantization auto --fp16 True --model_max_length 512 --eval_ratio 0.05 \
 	    --lora_r 16 --lora_alpha 32 --lora_dropout 0.05 --lora_target_modules all-linear \
 	    --num_train_epochs 1 --per_device_train_batch_size 1 --per_device_eval_batch_size 2 \
 	    --learning_rate 1.5e-3 --warmup_ratio 0.05 --lr_scheduler_type cosine --logging_steps 1 \

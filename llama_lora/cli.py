@@ -42,6 +42,10 @@ def one_line_errors(main: Callable) -> Callable:
 
 
 def fail(message: str) -> int:
-    """Print `message` as a single line on stderr and return the exit code 1."""
-    print("error: " + " ".join(message.split()), file=sys.stderr, flush=True)
+    """Print `message` as a single line on stderr and return the exit code 1.
+
+    Of several processes on a machine only the first prints: all of them read the same input.
+    """
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print("error: " + " ".join(message.split()), file=sys.stderr, flush=True)
     return 1

@@ -414,7 +414,7 @@ def test_help_is_quick():
 def test_wrong_folders_are_one_line(base, lora, fails, tmp_path):
     missing = tmp_path / "missing"
     assert "the folder does not exist" in fails("--base_model", missing, "--prompt", "a")
-    assert "expected config.json" in fails("--base_model", lora, "--prompt", "a")
+    assert "an adapter, expected" in fails("--base_model", lora, "--prompt", "a")
     assert "expected adapter_config.json" in fails(
         "--base_model", base, "--lora_weights", base, "--prompt", "a"
     )

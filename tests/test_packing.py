@@ -35,7 +35,7 @@ def test_the_number_of_rows_does_not_depend_on_the_order(lengths, rng):
 def examples(llama_tokenizer) -> list[Example]:
     samples = shipped("dummy_en.json")
     return [
-        Example(str(i), np.array(e.ids, np.int32), np.array(e.labels, np.int32))
+        Example(str(i), str(i), np.array(e.ids, np.int32), np.array(e.labels, np.int32))
         for i, e in enumerate(Template(llama_tokenizer).encode_batch(samples))
     ]
 

@@ -40,12 +40,18 @@ def labelled_runs(encoded) -> list[list[int]]:
     return runs
 
 
+RAW_VALUES = [
+    [turn["value"] for turn in item["conversations"]]
+    for item in shipped("sharegpt_sample.json")
+    if len(item["conversations"]) % 2 == 0 and all(turn["value"] for turn in item["conversations"])
+]
 SAMPLES = [item["conversations"] for item in shipped("dummy_en.json") + shipped("dummy_cn.json")]
 
 
 def test_vicuna_template_is_fschats(llama_tokenizer):
     template = Template(llama_tokenizer)
-    for sample in SAMPLES:
+    sound = [turns(*values) for values in RAW_VALUES if values]
+    for sample in SAMPLES + sound:
         assert template.render(sample)[0] == "<s>" + fschat_prompt(sample)
         assert template.prompt(sample[:-1]) == "<s>" + fschat_prompt(sample[:-1], generation=True)
 

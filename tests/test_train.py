@@ -12,13 +12,15 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import OFFLINE, ROOT, deepspeed, run_script, shipped
 
 from llama_lora.cli import InputError
 from llama_lora.model import adapter
-from llama_lora.train.checkpoints import is_complete, starting_point
+from llama_lora.train.checkpoints import clear, is_complete, starting_point
+from llama_lora.train.examples import Example, hold_out
 
 SCRIPT = ROOT / "fastchat/train/train_lora.py"
 # Every flag of the README's command, with sizes for a tiny model.
@@ -116,7 +118,7 @@ def test_labelled_tokens_are_counted_over_all_processes(tiny_base, corpus, tmp_p
 
 @pytest.mark.parametrize("launcher", ["python", "deepspeed"])
 def test_kill_and_resume(launcher, tiny_base, corpus, tmp_path):
-    more = ["--num_train_epochs", "8"]
+    more = ["--num_train_epochs", "8", "--packing", "False"]
     running = subprocess.Popen(
         command(launcher, tiny_base, corpus, tmp_path, *more),
         cwd=ROOT,
@@ -134,9 +136,11 @@ def test_kill_and_resume(launcher, tiny_base, corpus, tmp_path):
     assert not (tmp_path / "adapter_model.safetensors").exists()
 
     unasked = train(launcher, tiny_base, corpus, tmp_path, *more)
-    assert unasked.returncode == 1
-    assert "--resume_from_checkpoint True" in unasked.stderr
-    assert "Traceback" not in unasked.stderr
+    assert_one_line(unasked, "--resume_from_checkpoint True")
+    other = train(
+        launcher, tiny_base, corpus, tmp_path, "--lora_r", "4", "--resume_from_checkpoint", "True"
+    )
+    assert_one_line(other, "--lora_r 4")
 
     resumed = train(
         launcher, tiny_base, corpus, tmp_path, *more, "--resume_from_checkpoint", "True"
@@ -144,6 +148,12 @@ def test_kill_and_resume(launcher, tiny_base, corpus, tmp_path):
     assert resumed.returncode == 0, resumed.stderr[-3000:]
     first = int(re.search(r"^step +(\d+)/", resumed.stdout, re.M)[1])
     assert first >= 5
+    audited = int(re.search(r"([\d,]+) labelled", resumed.stdout)[1].replace(",", ""))
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["labelled_tokens"] == 8 * audited  # of all epochs, also those before the kill
+
+    finished = train(launcher, tiny_base, corpus, tmp_path, *more)
+    assert_one_line(finished, "--overwrite_output_dir True")
     assert loads_with_peft_alone(tiny_base, tmp_path)
 
 
@@ -171,9 +181,15 @@ BAD = {
         '[{"id": "x", "conversations": [{"from": "robot", "value": "a"}]}]',
         "conversation 0",
     ),
+    "no turns": ('[{"id": "x", "conversations": []}]', "empty"),
+    "a place outside the answer": (
+        '[{"id": "x", "label_from": "a", "conversations": '
+        '[{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}]',
+        "label_from",
+    ),
     "no answers": (
         '[{"id": "x", "conversations": [{"from": "human", "value": "a"}]}]',
-        "no token to learn",
+        "no question with an answer",
     ),
 }
 
@@ -197,6 +213,39 @@ def test_a_bad_corpus_is_one_line(kind, tiny_base, tmp_path):
 )
 def test_bad_flags_are_one_line(flags, expected, tiny_base, corpus, tmp_path):
     assert_one_line(train("python", tiny_base, corpus, tmp_path / "out", *flags), expected)
+
+
+def test_a_finished_adapter_is_not_overwritten_unasked(tmp_path):
+    (tmp_path / adapter.WEIGHTS).touch()
+    with pytest.raises(InputError, match="holds a finished adapter"):
+        starting_point(str(tmp_path), None, False)
+    assert starting_point(str(tmp_path), None, True) is None
+    clear(str(tmp_path))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (["--evaluation_strategy", "bogus"], "bogus"),
+        (["--evaluation_strategy", "steps"], "--eval_data_path"),
+        (["--eval_ratio", "2", "--lora_r", "0"], "--lora_r 0: expected at least 1"),
+    ],
+)
+def test_usage_errors(flags, expected, tiny_base, corpus, tmp_path):
+    done = train("python", tiny_base, corpus, tmp_path, *flags)
+    assert done.returncode == 2
+    assert expected in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_pieces_of_one_conversation_stay_on_one_side():
+    none = np.zeros(0, np.int32)
+    examples = [Example(f"{n}_{k}", str(n), none, none) for n in range(20) for k in range(3)]
+    kept, held = hold_out(examples, 0.2, seed=0)
+    assert len(held) == 4 * 3
+    assert len(kept) + len(held) == len(examples)
+    assert not {e.source for e in kept} & {e.source for e in held}
 
 
 def assert_one_line(done, *expected):

@@ -34,6 +34,7 @@ if ((${#packages[@]})); then
     fi
 fi
 
-[[ -x .venv/bin/python ]] || "$python" -m venv .venv
+# A venv that was interrupted while it was made has a python and no pip.
+.venv/bin/python -m pip --version >/dev/null 2>&1 || "$python" -m venv --clear .venv
 .venv/bin/python -m pip install --disable-pip-version-check -r requirements.txt
 touch .venv/complete

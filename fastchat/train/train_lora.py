@@ -23,15 +23,20 @@ def parse_args():
             arguments.LoraArguments,
             arguments.TrainingArguments,
         ),
-        description=__doc__,
+        description=__doc__.split("\n")[0],
     )
-    return parser.parse_args_into_dataclasses()
+    try:
+        parsed = parser.parse_args_into_dataclasses()
+        arguments.check(*parsed)
+    except ValueError as error:
+        parser.error(" ".join(str(error).split()))
+    return parsed
 
 
 @one_line_errors
 def main(model_args, data_args, lora_args, args):
     from llama_lora.model import adapter
-    from llama_lora.model.base import load_base
+    from llama_lora.model.base import check_folder, load_base
     from llama_lora.model.hardware import resolve_quantization
     from llama_lora.model.template import Template, load_tokenizer
     from llama_lora.train import checkpoints
@@ -41,6 +46,11 @@ def main(model_args, data_args, lora_args, args):
     checkpoint = checkpoints.starting_point(
         args.output_dir, args.resume_from_checkpoint, args.overwrite_output_dir
     )
+    if checkpoint:
+        checkpoints.check_settings(
+            checkpoint, lora_args.lora_r, lora_args.lora_alpha, lora_args.lora_target_modules
+        )
+    check_folder(Path(model_args.model_name_or_path))
     quantization, reason = resolve_quantization(model_args.quantization)
     tell(args, *args.notes, reason)
 

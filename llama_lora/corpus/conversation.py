@@ -29,6 +29,9 @@ Turn = dict[str, Any]
 Conversation = dict[str, Any]
 
 
+MARKS = "label_from", "unfinished"  # of a conversation that is a piece of an answer
+
+
 class Rejected(Exception):
     """This conversation cannot be used: `reason` is the account it is booked on."""
 
@@ -139,6 +142,14 @@ def put_in_order(turns: list[Turn], repairs: Counter) -> list[Turn]:
     repairs["leading answers"] += first > 0
     repairs["trailing questions"] += last < len(body)
     return head + middle
+
+
+def marks_of(conversation: Conversation, turns: list[Turn]) -> dict:
+    """What splitting said of the last answer; raises `Rejected` where that cannot be."""
+    label_from = conversation.get("label_from", 0)
+    if not isinstance(label_from, int) or not 0 <= label_from <= len(turns[-1]["value"]):
+        raise Rejected("label_from is no place in the answer", f"it is {kind(label_from)}")
+    return {name: conversation[name] for name in MARKS if name in conversation}
 
 
 def digest(turns: list[Turn]) -> bytes:

@@ -19,19 +19,19 @@ from llama_lora.cli import InputError
 from llama_lora.corpus.conversation import (
     GPT,
     HUMAN,
+    MARKS,
     SYSTEM,
     Conversation,
     Kept,
     Rejected,
     Turn,
-    kind,
+    marks_of,
     put_in_order,
 )
-from llama_lora.model.template import ROLES, Template, load_tokenizer
+from llama_lora.model.template import Template, load_tokenizer
 
 CONTINUE, TRUNCATE, DROP = OVERLONG = ("continue", "truncate", "drop")
 LEAST_ANSWER = 16  # tokens of new answer for which every piece has room
-MARKS = ("label_from", "unfinished")
 GAP = " … "  # in the place of the middle of a question
 # Where an answer may be cut, the best places first; all lie before the white space.
 BOUNDARIES = [
@@ -71,6 +71,10 @@ class Splitter:
         texts = 2 * len(self.tokenizer.encode("a", add_special_tokens=False))
         self.frame = twice - self.least - texts  # what the template puts around each pair
         self.shared = self.least - texts - self.frame  # what it puts before the first
+        try:
+            self.takes_system = bool(self.renderer.text([{"from": SYSTEM, "value": "a"}, *PROBE]))
+        except InputError:  # Gemma's and Mistral's first templates
+            self.takes_system = False
         if self.max_length < self.least + 2 * LEAST_ANSWER:
             raise InputError(
                 f"--max-length {self.max_length}: expected at least "
@@ -111,14 +115,7 @@ class Splitter:
 
     def lengths(self, batch: list[list[Turn]]) -> list[int]:
         """How many tokens each list of turns has when it is rendered."""
-        texts = [
-            self.renderer.tokenizer.apply_chat_template(
-                [{"role": ROLES[turn["from"]], "content": turn["value"]} for turn in turns],
-                chat_template=self.renderer.jinja,
-                tokenize=False,
-            )
-            for turns in batch
-        ]
+        texts = [self.renderer.text(turns) for turns in batch]
         tokens = self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         return [len(one) for one in tokens]
 
@@ -130,6 +127,8 @@ class Splitter:
         turns = put_in_order(conversation["conversations"], repairs)
         marks = marks_of(conversation, turns)
         head = [turn for turn in turns if turn["from"] == SYSTEM]
+        if head and not self.takes_system:
+            raise Rejected("the template takes no system turn")
         head, shared = yield from self.fitting_head(head, repairs)
         body = [turn for turn in turns if turn["from"] != SYSTEM]
         tokens = yield [turn["value"] for turn in body]
@@ -315,14 +314,6 @@ def boundary(text: str, at: int, end: int) -> int:
     return max(end, at + 1)
 
 
-def marks_of(conversation: Conversation, turns: list[Turn]) -> dict:
-    """What an earlier splitting said of the last answer."""
-    label_from = conversation.get("label_from", 0)
-    if not isinstance(label_from, int) or not 0 <= label_from <= len(turns[-1]["value"]):
-        raise Rejected("label_from is no place in the answer", f"it is {kind(label_from)}")
-    return {name: conversation[name] for name in MARKS if name in conversation}
-
-
 def named(conversation: Conversation, pieces: list[tuple[int, dict]]) -> Iterator[Conversation]:
     """Conversations of the pieces: `ID_4` starts with turn 4, `ID_4_1` goes on with its answer."""
     rest = {name: value for name, value in conversation.items() if name not in MARKS}
@@ -330,4 +321,8 @@ def named(conversation: Conversation, pieces: list[tuple[int, dict]]) -> Iterato
     for first, piece in pieces:
         name = f"{conversation['id']}_{2 * first}" + (f"_{parts[first]}" if parts[first] else "")
         parts[first] += 1
-        yield {**rest, "id": name if len(pieces) > 1 else conversation["id"], **piece}
+        if len(pieces) > 1:
+            origin = rest.get("piece_of", conversation["id"])
+            yield {**rest, "id": name, "piece_of": origin, **piece}
+        else:
+            yield {**rest, **piece}

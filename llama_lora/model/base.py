@@ -25,7 +25,7 @@ def load_base(folder, quantization: str = "none", dtype=None, device=None):
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
-    _check_folder(Path(folder))
+    check_folder(Path(folder))
     # One warning per linear layer and step, about a cast that is int8's normal way of working.
     logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     dtype = dtype or compute_dtype()
@@ -39,8 +39,10 @@ def load_base(folder, quantization: str = "none", dtype=None, device=None):
             attn_implementation="sdpa",
             local_files_only=True,
         )
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"{folder}: the model's weights cannot be read: {error}") from error
+    except torch.OutOfMemoryError:
+        raise
+    except (OSError, SafetensorError, ValueError, KeyError, RuntimeError) as error:
+        raise InputError(f"{folder}: this model cannot be loaded: {error}") from error
 
 
 def _quantization_config(quantization: str, dtype):
@@ -58,7 +60,8 @@ def _quantization_config(quantization: str, dtype):
     return None
 
 
-def _check_folder(folder: Path) -> None:
+def check_folder(folder: Path) -> None:
+    """Raise `InputError` unless `folder` holds a base model's config."""
     config = folder / "config.json"
     if not config.is_file():
         if (folder / "adapter_config.json").is_file():

@@ -3,6 +3,7 @@
 from bisect import bisect_left
 from copy import copy
 from dataclasses import dataclass
+from pathlib import Path
 
 from llama_lora.cli import InputError
 
@@ -106,6 +107,10 @@ class Template:
             spans.append((len(prompt), len(answered)))
         return text, spans
 
+    def text(self, turns: list[dict]) -> str:
+        """The conversation as text alone."""
+        return self._apply(_messages(turns))
+
     def prompt(self, turns: list[dict]) -> str:
         """The text after which the model writes the next answer."""
         return self._apply(_messages(turns), add_generation_prompt=True)
@@ -183,6 +188,8 @@ def load_tokenizer(folder):
     """The tokenizer of a model or adapter folder, with a padding token that is never eos."""
     from transformers import AutoTokenizer
 
+    if not Path(folder).is_dir():
+        raise InputError(f"{folder}: no such folder, expected a model's")
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:

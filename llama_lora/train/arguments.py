@@ -76,7 +76,7 @@ class TrainingArguments(transformers.TrainingArguments):
     def __post_init__(self):
         if self.evaluation_strategy is not None:
             self.eval_strategy = IntervalStrategy(self.evaluation_strategy)
-        if self.warmup_ratio:
+        if self.warmup_ratio and not self.warmup_steps:
             self.warmup_steps = self.warmup_ratio  # below 1 it is a share of the steps
         if self.gradient_checkpointing is not None:
             self.activation_checkpointing = self.gradient_checkpointing
@@ -97,6 +97,10 @@ class TrainingArguments(transformers.TrainingArguments):
             torch.set_num_threads(threads)
         self.notes = self._settle_precision()
         super().__post_init__()
+        if self.n_gpu > 1:
+            # The Trainer would split batches over threads, which a quantized base does not survive.
+            self._n_gpu = 1
+            self.notes.append(f"using one card; deepspeed --num_gpus={torch.cuda.device_count()} …")
 
     def _settle_precision(self) -> list[str]:
         """Set fp16 and bf16 to what this machine computes in; say so where that was not asked."""
@@ -111,3 +115,21 @@ class TrainingArguments(transformers.TrainingArguments):
         names = {torch.float16: "--fp16", torch.bfloat16: "--bf16"}
         used = str(self.compute_dtype).removeprefix("torch.")
         return [f"{names[asked]} True: not on {device_name()}; training in {used} instead"]
+
+
+def check(model, data, lora, training) -> None:
+    """Raise one `ValueError` that names every flag outside its range."""
+    held_out = bool(data.eval_data_path or data.eval_ratio)
+    faults = {
+        f"--eval_ratio {data.eval_ratio}: expected 0 to 0.5": 0 <= data.eval_ratio <= 0.5,
+        f"--model_max_length {data.model_max_length}: expected at least 16": (
+            data.model_max_length >= 16
+        ),
+        f"--lora_r {lora.lora_r}: expected at least 1": lora.lora_r >= 1,
+        f"--lora_dropout {lora.lora_dropout}: expected 0 to below 1": 0 <= lora.lora_dropout < 1,
+        "--eval_strategy: needs --eval_data_path or --eval_ratio": (
+            held_out or training.eval_strategy == IntervalStrategy.NO
+        ),
+    }
+    if broken := [fault for fault, holds in faults.items() if not holds]:
+        raise ValueError("; ".join(broken))

@@ -14,9 +14,13 @@ BATCH = 256  # conversations tokenized in one call
 
 @dataclass(frozen=True)
 class Example:
-    """One conversation as the model reads it: int32 ids and labels of the same length."""
+    """One conversation as the model reads it: int32 ids and labels of the same length.
+
+    `source` is the conversation that it is a piece of, or its own id.
+    """
 
     id: str
+    source: str
     ids: np.ndarray
     labels: np.ndarray
 
@@ -56,6 +60,7 @@ def load_examples(path: str, template: Template, max_length: int) -> tuple[list[
             audit.truncated += len(ids) > max_length
             kept = Example(
                 item["id"],
+                item.get("piece_of", item["id"]),
                 np.array(ids[:max_length], np.int32),
                 np.array(labels[:max_length], np.int32),
             )
@@ -76,22 +81,31 @@ def load_examples(path: str, template: Template, max_length: int) -> tuple[list[
 
 
 def hold_out(examples: list[Example], ratio: float, seed: int) -> tuple[list, list]:
-    """Split into examples to train on and at least one to measure on, reproducibly."""
-    count = max(1, round(len(examples) * ratio))
-    if count >= len(examples):
-        raise InputError(f"--eval_ratio {ratio}: no example is left to train on")
-    held = set(random.Random(seed).sample(range(len(examples)), count))
-    kept = [example for i, example in enumerate(examples) if i not in held]
-    return kept, [examples[i] for i in sorted(held)]
+    """Split into examples to train on and those of at least one conversation to measure on.
+
+    Pieces of one conversation repeat some of each other, so they stay on one side.
+    """
+    sources = list(dict.fromkeys(example.source for example in examples))
+    count = max(1, round(len(sources) * ratio))
+    if count >= len(sources):
+        raise InputError(f"--eval_ratio {ratio}: no conversation is left to train on")
+    held = set(random.Random(seed).sample(sources, count))
+    return (
+        [example for example in examples if example.source not in held],
+        [example for example in examples if example.source in held],
+    )
 
 
 def _conversations(path: str):
     for record in files.read(path):
         try:
-            yield conversation.check(files.parse(record.raw)[0])[0]
+            item, repairs = conversation.check(files.parse(record.raw)[0])
+            turns = conversation.put_in_order(item["conversations"], repairs)
+            yield {**item, "conversations": turns, **conversation.marks_of(item, turns)}
         except (conversation.Rejected, ValueError) as error:
+            reason = " ".join(str(part) for part in error.args)
             raise InputError(
-                f"{path}: conversation {record.index} (byte {record.offset}): {error}; "
+                f"{path}: conversation {record.index} (byte {record.offset}): {reason}; "
                 "clean the file with fastchat/data/clean_sharegpt.py first"
             ) from error
 

@@ -8,6 +8,7 @@ import warnings
 import torch
 import transformers
 from transformers import PrinterCallback, TrainerCallback
+from transformers.trainer_callback import ExportableState
 
 from llama_lora.model.hardware import device_name
 from llama_lora.model.template import IGNORE
@@ -26,14 +27,15 @@ class LoraTrainer(transformers.Trainer):
             eval_dataset=held_out,
             processing_class=template.tokenizer,
         )
-        self.labelled = 0  # tokens of this process that counted in the loss
+        self.totals = Totals()
+        self.add_callback(self.totals)
         self.remove_callback(PrinterCallback)
-        self.add_callback(LogLine(self))
+        self.add_callback(LogLine(self.totals))
         if rows.packing:
             self.add_callback(IsolationCheck())
 
     def training_step(self, model, inputs, num_items_in_batch=None):
-        self.labelled += int((inputs["labels"] != IGNORE).sum())
+        self.totals.in_step = num_items_in_batch  # of all processes and micro-batches
         return super().training_step(model, inputs, num_items_in_batch)
 
     @torch.no_grad()
@@ -60,29 +62,47 @@ class LoraTrainer(transformers.Trainer):
         )
         return metrics
 
-    def train(self, *args, **kwargs):
-        self.started = time.monotonic()
-        return super().train(*args, **kwargs)
-
     def summary(self, quantization: str) -> dict:
-        """What the run came to, over all processes; every process has to call it."""
+        """What the run came to, over all processes and resumes."""
         trainable, total = self.model.get_nb_trainable_parameters()
         held_out = [log["eval_loss"] for log in self.state.log_history if "eval_loss" in log]
-        labelled = torch.tensor(self.labelled, device=self.args.device)
         return {
             "steps": self.state.global_step,
             "trainable_parameters": trainable,
             "parameters": total,
-            "labelled_tokens": int(self.accelerator.reduce(labelled)),
+            "labelled_tokens": self.totals.labelled,
             "held_out_loss_before": held_out[0] if held_out else None,
             "held_out_loss_after": held_out[-1] if held_out else None,
-            "minutes": (time.monotonic() - self.started) / 60,
+            "minutes": self.totals.seconds() / 60,
             "peak_memory_bytes": peak_memory(),
             "processes": self.args.world_size,
             "device": device_name(),
             "compute_dtype": str(self.args.compute_dtype).removeprefix("torch."),
             "quantization": quantization,
         }
+
+
+class Totals(TrainerCallback, ExportableState):
+    """Labelled tokens of all processes and seconds of training; both survive a resume."""
+
+    def __init__(self):
+        self.labelled, self.in_step = 0, 0
+        self.earlier, self.started = 0.0, time.monotonic()
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.started = time.monotonic()
+        if saved := state.stateful_callbacks.get("Totals"):
+            self.labelled = saved["attributes"]["labelled"]
+            self.earlier = saved["attributes"]["earlier"]
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.labelled += int(self.in_step)
+
+    def seconds(self) -> float:
+        return self.earlier + time.monotonic() - self.started
+
+    def state(self) -> dict:
+        return {"args": {}, "attributes": {"labelled": self.labelled, "earlier": self.seconds()}}
 
 
 class IsolationCheck(TrainerCallback):
@@ -97,12 +117,14 @@ class IsolationCheck(TrainerCallback):
 class LogLine(TrainerCallback):
     """One line a log, made for `tail -f`."""
 
-    def __init__(self, trainer: LoraTrainer):
-        self.trainer = trainer
+    def __init__(self, totals: Totals):
+        self.totals = totals
+        self.first_step = None
 
-    def on_train_begin(self, args, state, control, **kwargs):
-        self.first_step, self.started = state.global_step, time.monotonic()
-        self.labelled, self.logged = self.trainer.labelled, self.started
+    def on_step_begin(self, args, state, control, **kwargs):
+        if self.first_step is None:  # not counting the evaluation before it
+            self.first_step, self.started = state.global_step, time.monotonic()
+            self.labelled, self.logged = self.totals.labelled, self.started
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if not state.is_world_process_zero or not logs:
@@ -116,7 +138,7 @@ class LogLine(TrainerCallback):
                 f"loss {logs['loss']:.4f}",
                 f"lr {logs['learning_rate']:.2e}",
                 f"grad {logs.get('grad_norm', 0.0):.3f}",
-                f"{self._tokens_per_second() * args.world_size:,.0f} labelled tokens/s",
+                f"{self._tokens_per_second():,.0f} labelled tokens/s",
                 f"{peak_memory() / 2**30:.1f} GiB",
                 f"{self._time_left(state)} left",
             ]
@@ -128,7 +150,7 @@ class LogLine(TrainerCallback):
         return f"step {state.global_step:>{width}}/{state.max_steps}"
 
     def _tokens_per_second(self) -> float:
-        now, labelled = time.monotonic(), self.trainer.labelled
+        now, labelled = time.monotonic(), self.totals.labelled
         rate = (labelled - self.labelled) / max(now - self.logged, 1e-9)
         self.logged, self.labelled = now, labelled
         return rate
