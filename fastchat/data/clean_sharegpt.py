@@ -8,6 +8,7 @@ from functools import partial
 
 from llama_lora.cli import one_line_errors
 from llama_lora.corpus import stage
+from llama_lora.corpus.account import listed
 
 
 def parse_args() -> argparse.Namespace:
@@ -29,7 +30,7 @@ def main(args: argparse.Namespace) -> None:
     build = partial(Cleaner, blocked_phrases(args.blocked_words))
     account = stage.run(args, build, partial(without_duplicates, out=args.out))
     if account.seen:
-        print(stage.listed(account.seen))
+        print(listed(account.seen))
     print(account)
 
 

@@ -7,6 +7,7 @@ import argparse
 
 from llama_lora.cli import one_line_errors
 from llama_lora.corpus import merge, stage
+from llama_lora.corpus.account import listed
 
 
 def parse_args() -> argparse.Namespace:
@@ -25,7 +26,7 @@ def parse_args() -> argparse.Namespace:
 @one_line_errors
 def main(args: argparse.Namespace) -> None:
     account = stage.run(args, merge.build, merge.arrangement(args))
-    print("formats: " + stage.listed(account.formats))
+    print("formats: " + listed(account.formats))
     if args.split_eval is not None:
         print(f"held out: {account.seen['held out']:,} in {merge.eval_path(args.out)}")
     print(account)

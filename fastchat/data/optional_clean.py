@@ -8,6 +8,7 @@ from functools import partial
 
 from llama_lora.cli import one_line_errors
 from llama_lora.corpus import stage
+from llama_lora.corpus.account import listed
 from llama_lora.corpus.language import Filter, code, told
 
 
@@ -24,7 +25,7 @@ def parse_args() -> argparse.Namespace:
 @one_line_errors
 def main(args: argparse.Namespace) -> None:
     account = stage.run(args, partial(Filter, args.keep_lang, args.skip_lang, args.reduce_rep))
-    print("languages: " + stage.listed(told(account)))
+    print("languages: " + listed(told(account)))
     print(account)
 
 

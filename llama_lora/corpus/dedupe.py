@@ -1,6 +1,6 @@
 """Duplicates: of equal conversations one stays, and one that goes on stands for its beginning."""
 
-from llama_lora.corpus.stage import Arrangement, Stored
+from llama_lora.corpus.output import Arrangement, Stored
 
 
 def without_duplicates(stored: list[Stored], out: str) -> Arrangement:

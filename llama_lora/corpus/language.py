@@ -7,9 +7,9 @@ from collections import Counter
 from dataclasses import dataclass, field
 from functools import cache
 
+from llama_lora.corpus.account import Account
 from llama_lora.corpus.conversation import Conversation, Kept, Rejected, Turn
 from llama_lora.corpus.prose import prose
-from llama_lora.corpus.stage import Account
 
 UNKNOWN = "unknown"  # too short or too mixed to tell
 ALIASES = {

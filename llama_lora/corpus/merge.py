@@ -7,7 +7,7 @@ from collections.abc import Callable
 from functools import partial
 
 from llama_lora.corpus.conversation import Conversation, Kept
-from llama_lora.corpus.stage import Arrangement, Stored
+from llama_lora.corpus.output import Arrangement, Stored
 
 
 def build() -> Callable[[Conversation], Kept]:

@@ -8,7 +8,6 @@ import argparse
 import os
 import signal
 import sys
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -20,6 +19,7 @@ from typing import Any
 
 from llama_lora.cli import InputError
 from llama_lora.corpus import files, formats
+from llama_lora.corpus.account import Account, write_account
 from llama_lora.corpus.conversation import (
     GPT,
     Conversation,
@@ -28,6 +28,7 @@ from llama_lora.corpus.conversation import (
     count_pairs,
     prefix_digests,
 )
+from llama_lora.corpus.output import Arrangement, Direct, Line, Spool, Stored
 from llama_lora.corpus.pool import Died, Pool
 from llama_lora.model.hardware import cores
 
@@ -35,106 +36,6 @@ from llama_lora.model.hardware import cores
 CHUNK_BYTES = 256 << 10
 
 Process = Callable[[Conversation], Kept]
-
-
-@dataclass
-class Account:
-    """What became of everything that was read, in conversations and in pairs."""
-
-    read: int = 0
-    kept: int = 0
-    written: int = 0
-    rejected: Counter = field(default_factory=Counter)
-    pairs_read: int = 0
-    pairs_kept: int = 0
-    pairs_rejected: Counter = field(default_factory=Counter)
-    repairs: Counter = field(default_factory=Counter)
-    formats: Counter = field(default_factory=Counter)
-    seen: Counter = field(default_factory=Counter)
-
-    def add(self, other: "Account") -> None:
-        for name, value in vars(other).items():
-            if isinstance(value, Counter):
-                getattr(self, name).update(value)
-            else:
-                setattr(self, name, getattr(self, name) + value)
-
-    def keep(self, pairs_read: int, kept: Kept) -> None:
-        self.kept += 1
-        self.written += len(kept.conversations)
-        self.pairs_read += pairs_read
-        self.pairs_kept += kept.pairs
-        self.pairs_rejected.update(kept.dropped)
-        self.repairs.update(kept.repairs)
-        self.seen.update(kept.seen)
-
-    def reject(self, pairs_read: int, reason: str) -> None:
-        self.rejected[reason] += 1
-        self.pairs_read += pairs_read
-        self.pairs_rejected[reason] += pairs_read
-
-    def turn_away(self, pairs: int, reason: str) -> None:
-        """Reject a conversation that was kept at first."""
-        self.kept -= 1
-        self.written -= 1
-        self.pairs_kept -= pairs
-        self.rejected[reason] += 1
-        self.pairs_rejected[reason] += pairs
-
-    def __str__(self) -> str:
-        lines = []
-        if +self.repairs:
-            lines.append("repaired: " + listed(self.repairs))
-        lines.append("pairs: " + balance(self.pairs_read, self.pairs_kept, self.pairs_rejected))
-        pieces = f" in {self.written:,} pieces" if self.written != self.kept else ""
-        lines.append(balance(self.read, self.kept, self.rejected, pieces))
-        return "\n".join(lines)
-
-
-def balance(read: int, kept: int, rejected: Counter, pieces: str = "") -> str:
-    """One account on one line."""
-    reasons = f": {listed(rejected)}" if +rejected else ""
-    return f"read {read:,} · kept {kept:,}{pieces} · rejected {rejected.total():,}{reasons}"
-
-
-def listed(counts: Counter) -> str:
-    """The counts that are not zero, largest first."""
-    order = sorted((+counts).items(), key=lambda item: (-item[1], item[0]))
-    return ", ".join(f"{name} {count:,}" for name, count in order)
-
-
-@dataclass
-class Line:
-    """A conversation as it will stand in the output, after its id."""
-
-    id: str
-    body: bytes
-    pairs: int
-    digests: list[bytes]  # up to each answer, last the whole; only where they are asked for
-
-
-@dataclass
-class Stored:
-    """A `Line` that waits in the spool to be put in its place."""
-
-    id: str
-    offset: int
-    length: int
-    pairs: int
-    digests: list[bytes]
-
-    @property
-    def digest(self) -> bytes:
-        """Equal for equal conversations."""
-        return self.digests[-1]
-
-
-@dataclass
-class Arrangement:
-    """Which of the stored conversations go where: indices by output path, reasons by index."""
-
-    outputs: dict[str, list[int]]
-    rejected: dict[int, str] = field(default_factory=dict)
 
 
 @dataclass
@@ -407,90 +308,3 @@ def rejected_line(about: dict, raw: bytes, found: Any) -> bytes:
         return files.dump({**about, "conversation": found})
     except ValueError:
         return files.dump({**about, "text": raw.decode(errors="replace")})
-
-
-class Ids:
-    """Makes ids distinct: the second `a` becomes `a-2`."""
-
-    def __init__(self):
-        self.used: dict[str, int] = {}
-
-    def distinct(self, name: str) -> str:
-        if name not in self.used:
-            self.used[name] = 1
-            return name
-        while (new := f"{name}-{self.used[name] + 1}") in self.used:
-            self.used[name] += 1
-        self.used[name] += 1
-        self.used[new] = 1
-        return new
-
-
-class Direct:
-    """Writes lines as they come."""
-
-    def __init__(self, out: files.Writer, account: Account):
-        self.out, self.account, self.ids = out, account, Ids()
-
-    def put(self, line: Line) -> None:
-        write_line(self.out, line.id, line.body, self.ids, self.account)
-
-
-def write_line(out: files.Writer, name: str, body: bytes, ids: Ids, account: Account) -> None:
-    """Write the conversation under an id that no other has."""
-    new = ids.distinct(name)
-    account.repairs["equal ids"] += new != name
-    out.write(b'{"id":' + files.dump(new) + body)
-
-
-class Spool:
-    """Keeps lines in a nameless file beside the output until it is known where each goes."""
-
-    def __init__(self, path: str, stack: ExitStack):
-        folder = os.path.dirname(os.path.realpath(path))
-        spool = tempfile.TemporaryFile(dir=folder, buffering=files.BLOCK)  # noqa: SIM115
-        self.file = stack.enter_context(spool)
-        self.stored: list[Stored] = []
-        self.offset = 0
-
-    def put(self, line: Line) -> None:
-        self.file.write(line.body)
-        size = len(line.body)
-        self.stored.append(Stored(line.id, self.offset, size, line.pairs, line.digests))
-        self.offset += size
-
-    def arrange(self, arrangement, path, out, rejects, account, stack) -> None:
-        """Write every stored conversation where `arrangement` puts it."""
-        self.file.flush()
-        ids = Ids()
-        for target, order in arrangement.outputs.items():
-            writer = out if target == path else stack.enter_context(files.writing(target))
-            for stored in map(self.stored.__getitem__, order):
-                write_line(writer, stored.id, self.body(stored), ids, account)
-            if target != path:
-                account.seen["held out"] += len(order)
-        for index, reason in arrangement.rejected.items():
-            stored = self.stored[index]
-            account.turn_away(stored.pairs, reason)
-            if rejects:
-                about = files.dump({"reason": reason})[:-1] + b',"conversation":{"id":'
-                rejects.write(about + files.dump(stored.id) + self.body(stored) + b"}")
-
-    def body(self, stored: Stored) -> bytes:
-        return os.pread(self.file.fileno(), stored.length, stored.offset)
-
-
-def write_account(args, inputs, account: Account, damages: list[str], seconds: float) -> None:
-    """Leave the accounts beside the output as `OUT.account`, for whoever looks at it later."""
-    skipped = ("inputs", "out", "rejected", "workers")
-    options = {name: value for name, value in vars(args).items() if name not in skipped}
-    record = {
-        "stage": os.path.basename(sys.argv[0]),
-        "inputs": inputs,
-        "options": options,
-        "seconds": round(seconds, 1),
-        "damages": damages,
-        **{k: dict(+v) if isinstance(v, Counter) else v for k, v in vars(account).items()},
-    }
-    with files.replacing(args.out + ".account") as file:
-        file.write(files.dump(record) + b"\n")

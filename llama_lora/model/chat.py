@@ -17,7 +17,7 @@ from transformers.generation import (
 from llama_lora.cli import InputError
 from llama_lora.model.adapter import load_adapter, read_weights
 from llama_lora.model.base import load_base
-from llama_lora.model.hardware import device_name, resolve_quantization
+from llama_lora.model.hardware import device_name, dtype_name, resolve_quantization
 from llama_lora.model.template import Template, load_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -76,7 +76,7 @@ def load(base_model, lora_weights=None, quantization="none", template="auto"):
     origin = f" of {tokenizer.name_or_path}" if template == "model" else ""
     summary = (
         f"{base_model}{f' with {lora_weights}' if lora_weights else ''} · {reason} · "
-        f"{_dtype_name(model)} on {device_name()} · template {template}{origin}"
+        f"{dtype_name(model.dtype)} on {device_name()} · template {template}{origin}"
     )
     return model, Template(tokenizer, template), summary
 
@@ -214,7 +214,7 @@ class Chat:
         if not scores.isfinite().all():
             raise InputError(
                 "the model's scores are not finite: its weights or the adapter's are damaged, or "
-                f"overflow in {_dtype_name(self._model)}"
+                f"overflow in {dtype_name(self._model.dtype)}"
             )
         answer = torch.tensor([answer], dtype=torch.long, device=scores.device)
         scores = self._processors(answer, scores)
@@ -280,10 +280,6 @@ def _end_of_sequence_ids(model) -> list[int]:
     """The base's own, beside the template's: chat models name several in generation_config.json."""
     ids = model.generation_config.eos_token_id
     return ids if isinstance(ids, list) else [] if ids is None else [ids]
-
-
-def _dtype_name(model) -> str:
-    return str(model.dtype).removeprefix("torch.")
 
 
 def _without_surrogates(text: str) -> str:

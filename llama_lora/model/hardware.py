@@ -47,6 +47,11 @@ def compute_dtype():
     return torch.bfloat16 if fast_bf16 else torch.float32
 
 
+def dtype_name(dtype) -> str:
+    """`torch.float16` -> "float16"."""
+    return str(dtype).removeprefix("torch.")
+
+
 def resolve_quantization(wanted: str) -> tuple[str, str]:
     """The base precision to load and the reason.
 

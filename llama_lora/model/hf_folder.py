@@ -15,6 +15,7 @@ from tqdm import tqdm
 from transformers import GenerationConfig, LlamaConfig, PreTrainedTokenizerFast
 
 from llama_lora.cli import InputError
+from llama_lora.model.hardware import dtype_name
 
 MODULES = [
     "self_attn.q_proj",
@@ -242,8 +243,3 @@ def _write_configs(folder: Path, checkpoint: Checkpoint, dtype: torch.dtype) -> 
         eos_token_id=checkpoint.stop_ids,
         pad_token_id=tokenizer.pad_token_id,
     ).save_pretrained(folder)
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """`torch.float16` -> "float16"."""
-    return str(dtype).removeprefix("torch.")

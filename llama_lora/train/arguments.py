@@ -7,7 +7,7 @@ import torch
 import transformers
 from transformers.trainer_utils import IntervalStrategy
 
-from llama_lora.model.hardware import QUANTIZATIONS, compute_dtype, cores, device_name
+from llama_lora.model.hardware import QUANTIZATIONS, compute_dtype, cores, device_name, dtype_name
 
 
 @dataclass
@@ -113,7 +113,7 @@ class TrainingArguments(transformers.TrainingArguments):
         if possible:
             return []
         names = {torch.float16: "--fp16", torch.bfloat16: "--bf16"}
-        used = str(self.compute_dtype).removeprefix("torch.")
+        used = dtype_name(self.compute_dtype)
         return [f"{names[asked]} True: not on {device_name()}; training in {used} instead"]
 
 

@@ -10,7 +10,7 @@ import transformers
 from transformers import PrinterCallback, TrainerCallback
 from transformers.trainer_callback import ExportableState
 
-from llama_lora.model.hardware import device_name
+from llama_lora.model.hardware import device_name, dtype_name
 from llama_lora.model.template import IGNORE
 from llama_lora.train.packing import Rows, check_isolation, collate
 
@@ -77,7 +77,7 @@ class LoraTrainer(transformers.Trainer):
             "peak_memory_bytes": peak_memory(),
             "processes": self.args.world_size,
             "device": device_name(),
-            "compute_dtype": str(self.args.compute_dtype).removeprefix("torch."),
+            "compute_dtype": dtype_name(self.args.compute_dtype),
             "quantization": quantization,
         }
 

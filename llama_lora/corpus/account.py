@@ -1,0 +1,91 @@
+"""The books of a stage: what became of everything that was read, in conversations and in pairs."""
+
+import os
+import sys
+from collections import Counter
+from dataclasses import dataclass, field
+
+from llama_lora.corpus import files
+from llama_lora.corpus.conversation import Kept
+
+
+@dataclass
+class Account:
+    """What became of everything that was read, in conversations and in pairs."""
+
+    read: int = 0
+    kept: int = 0
+    written: int = 0
+    rejected: Counter = field(default_factory=Counter)
+    pairs_read: int = 0
+    pairs_kept: int = 0
+    pairs_rejected: Counter = field(default_factory=Counter)
+    repairs: Counter = field(default_factory=Counter)
+    formats: Counter = field(default_factory=Counter)
+    seen: Counter = field(default_factory=Counter)
+
+    def add(self, other: "Account") -> None:
+        for name, value in vars(other).items():
+            if isinstance(value, Counter):
+                getattr(self, name).update(value)
+            else:
+                setattr(self, name, getattr(self, name) + value)
+
+    def keep(self, pairs_read: int, kept: Kept) -> None:
+        self.kept += 1
+        self.written += len(kept.conversations)
+        self.pairs_read += pairs_read
+        self.pairs_kept += kept.pairs
+        self.pairs_rejected.update(kept.dropped)
+        self.repairs.update(kept.repairs)
+        self.seen.update(kept.seen)
+
+    def reject(self, pairs_read: int, reason: str) -> None:
+        self.rejected[reason] += 1
+        self.pairs_read += pairs_read
+        self.pairs_rejected[reason] += pairs_read
+
+    def turn_away(self, pairs: int, reason: str) -> None:
+        """Reject a conversation that was kept at first."""
+        self.kept -= 1
+        self.written -= 1
+        self.pairs_kept -= pairs
+        self.rejected[reason] += 1
+        self.pairs_rejected[reason] += pairs
+
+    def __str__(self) -> str:
+        lines = []
+        if +self.repairs:
+            lines.append("repaired: " + listed(self.repairs))
+        lines.append("pairs: " + balance(self.pairs_read, self.pairs_kept, self.pairs_rejected))
+        pieces = f" in {self.written:,} pieces" if self.written != self.kept else ""
+        lines.append(balance(self.read, self.kept, self.rejected, pieces))
+        return "\n".join(lines)
+
+
+def balance(read: int, kept: int, rejected: Counter, pieces: str = "") -> str:
+    """One account on one line."""
+    reasons = f": {listed(rejected)}" if +rejected else ""
+    return f"read {read:,} · kept {kept:,}{pieces} · rejected {rejected.total():,}{reasons}"
+
+
+def listed(counts: Counter) -> str:
+    """The counts that are not zero, largest first."""
+    order = sorted((+counts).items(), key=lambda item: (-item[1], item[0]))
+    return ", ".join(f"{name} {count:,}" for name, count in order)
+
+
+def write_account(args, inputs, account: Account, damages: list[str], seconds: float) -> None:
+    """Leave the accounts beside the output as `OUT.account`, for whoever looks at it later."""
+    skipped = ("inputs", "out", "rejected", "workers")
+    options = {name: value for name, value in vars(args).items() if name not in skipped}
+    record = {
+        "stage": os.path.basename(sys.argv[0]),
+        "inputs": inputs,
+        "options": options,
+        "seconds": round(seconds, 1),
+        "damages": damages,
+        **{k: dict(+v) if isinstance(v, Counter) else v for k, v in vars(account).items()},
+    }
+    with files.replacing(args.out + ".account") as file:
+        file.write(files.dump(record) + b"\n")
