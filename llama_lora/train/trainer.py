@@ -50,10 +50,12 @@ class LoraTrainer(transformers.Trainer):
         self.model.eval()
         for start in range(0, len(own), self.args.eval_batch_size):
             batch = collate([rows[i] for i in own[start : start + self.args.eval_batch_size]])
-            count = (batch["labels"] != IGNORE).sum()
+            count = int((batch["labels"] != IGNORE).sum())
             with self.accelerator.autocast():
                 loss = self.model(**self._prepare_inputs(batch), use_cache=False).loss
-            total += torch.stack([loss.double() * count, count.double()]).to(total.device)
+            total += torch.tensor(
+                [loss.item() * count, count], dtype=total.dtype, device=total.device
+            )
         summed, count = self.accelerator.reduce(total).tolist()
         metrics = {f"{metric_key_prefix}_loss": summed / count}
         self.log(metrics)
