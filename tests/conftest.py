@@ -2,9 +2,12 @@
 
 import json
 import os
+import runpy
+import signal
 import socket
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -13,6 +16,8 @@ ROOT = Path(__file__).parents[1]
 DATA = ROOT / "data"
 # What a machine without a network has; a test that reached for a model hub would fail.
 OFFLINE = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
+TOKENS = tempfile.TemporaryDirectory(prefix="llama-lora-tokens-")  # until this process ends
+OFFLINE["LLAMA_LORA_CACHE"] = TOKENS.name
 
 
 def run_script(*command, timeout: int = 300, **options) -> subprocess.CompletedProcess:
@@ -28,6 +33,30 @@ def run_script(*command, timeout: int = 300, **options) -> subprocess.CompletedP
         timeout=timeout,
         **options,
     )
+
+
+@pytest.fixture
+def train_here(monkeypatch, capsys):
+    """Run train_lora.py's own `main` in this process, which spares each run the imports."""
+    path = str(ROOT / "fastchat/train/train_lora.py")
+    script = runpy.run_path(path)
+    numbers = signal.SIGINT, signal.SIGTERM, signal.SIGUSR1
+    handlers = {number: signal.getsignal(number) for number in numbers}
+
+    def run(*flags) -> subprocess.CompletedProcess:
+        words = [path, *(str(flag) for flag in flags)]
+        monkeypatch.setattr(sys, "argv", words)
+        capsys.readouterr()
+        code = 0
+        try:
+            script["main"](*script["parse_args"]())
+        except SystemExit as end:
+            code = end.code
+        return subprocess.CompletedProcess(words, code, *capsys.readouterr())
+
+    yield run
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 def deepspeed(processes: int) -> list[str]:
@@ -127,6 +156,54 @@ def tiny_base(tmp_path_factory, llama_tokenizer) -> Path:
     LlamaForCausalLM(config).save_pretrained(folder)
     llama_tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def spm(tmp_path_factory) -> Path:
+    """A SentencePiece model of LLaMA's kind."""
+    import sentencepiece
+    from conversion import SENTENCES
+
+    folder = tmp_path_factory.mktemp("spm")
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(SENTENCES * 4),
+        model_prefix=str(folder / "tokenizer"),
+        model_type="bpe",
+        vocab_size=480,
+        byte_fallback=True,
+        split_digits=True,
+        allow_whitespace_only_pieces=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        minloglevel=2,
+    )
+    return folder / "tokenizer.model"
+
+
+@pytest.fixture(scope="session")
+def tiktoken_model(tmp_path_factory) -> Path:
+    """A tiktoken vocabulary of Llama 3's kind: 344 tokens, and the 256 special ones."""
+    from base64 import b64encode
+
+    from conversion import SENTENCES, byte_of_letter
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+    trained = Tokenizer(models.BPE())
+    trained.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    trained.train_from_iterator(
+        SENTENCES,
+        trainers.BpeTrainer(
+            vocab_size=344,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
+    letters = byte_of_letter()
+    tokens = sorted(trained.get_vocab().items(), key=lambda item: item[1])
+    lines = [b64encode(bytes(letters[c] for c in token)) + b" %d" % rank for token, rank in tokens]
+    path = tmp_path_factory.mktemp("tiktoken") / "tokenizer.model"
+    path.write_bytes(b"\n".join(lines) + b"\n")
+    return path
 
 
 @pytest.fixture(scope="session")

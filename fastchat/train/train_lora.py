@@ -6,6 +6,7 @@ deepspeed --num_gpus=1 fastchat/train/train_lora.py --deepspeed ./deepspeed-conf
 """
 
 import json
+import os
 from pathlib import Path
 
 from llama_lora.cli import one_line_errors
@@ -35,84 +36,164 @@ def parse_args():
 
 @one_line_errors
 def main(model_args, data_args, lora_args, args):
-    from llama_lora.model import adapter
-    from llama_lora.model.base import check_folder, load_base
-    from llama_lora.model.hardware import resolve_quantization
-    from llama_lora.model.template import Template, load_tokenizer
-    from llama_lora.train import checkpoints
     from llama_lora.train.trainer import LoraTrainer, quieten
 
     quieten(args)
+    checkpoint = find_checkpoint(lora_args, args)
+    quantization = settle_precision(model_args, args)
+    template = load_template(model_args)
+    training, held_out = load_data(data_args, args, template)
+    model = load_model(model_args, lora_args, args, quantization)
+    args.eval_on_start = held_out is not None and checkpoint is None
+    trainer = LoraTrainer(model, args, template, training, held_out)
+    start_clean(args, checkpoint)
+    trainer.train(resume_from_checkpoint=checkpoint)
+    if trainer.stop.reason:
+        tell_how_to_resume(args, trainer)
+        return
+    trainer.finish()
+    save(trainer, template, quantization)
+
+
+def find_checkpoint(lora_args, args):
+    """The checkpoint to resume from, None to start anew."""
+    from llama_lora.train import checkpoints
+
     checkpoint = checkpoints.starting_point(
         args.output_dir, args.resume_from_checkpoint, args.overwrite_output_dir
     )
     if checkpoint:
-        checkpoints.check_settings(
-            checkpoint, lora_args.lora_r, lora_args.lora_alpha, lora_args.lora_target_modules
-        )
-    check_folder(Path(model_args.model_name_or_path))
+        checkpoints.check_settings(checkpoint, lora_args)
+    return checkpoint
+
+
+def settle_precision(model_args, args):
+    """The precision of the base on this device, told with its reason."""
+    from llama_lora.model.hardware import resolve_quantization
+
     quantization, reason = resolve_quantization(model_args.quantization)
     tell(args, *args.notes, reason)
+    return quantization
 
-    template = Template(load_tokenizer(model_args.model_name_or_path), model_args.template)
-    rows, held_out = load_data(data_args, args, template)
+
+def load_template(model_args):
+    """The prompt format with the base's tokenizer."""
+    from llama_lora.model.base import check_folder
+    from llama_lora.model.template import Template, load_tokenizer
+
+    check_folder(Path(model_args.model_name_or_path))
+    return Template(load_tokenizer(model_args.model_name_or_path), model_args.template)
+
+
+def load_data(data_args, args, template):
+    """The micro-batches to train on and those to measure on, None without held-out data."""
+    from llama_lora.report import example, terminal
+    from llama_lora.train.examples import hold_out, load_examples
+    from llama_lora.train.packing import MicroBatches
+
+    def load(path):
+        settings = data_args.model_max_length, data_args.token_cache, data_args.allow_truncation
+        with args.main_process_first(local=True):  # it tokenizes, the others read what it wrote
+            examples, audit = load_examples(path, template, *settings)
+        tell(args, f"{path}: {audit}")
+        return examples
+
+    examples, held_out = load(data_args.data_path), []
+    tell(args, example.shown(examples[0], template, terminal.in_colour()))
+    if data_args.eval_data_path:
+        held_out = load(data_args.eval_data_path)
+    elif data_args.eval_ratio:
+        examples, held_out = hold_out(examples, data_args.eval_ratio, args.seed)
+
+    length, packing, seed = data_args.model_max_length, data_args.packing, args.seed
+    training = MicroBatches(
+        examples,
+        length,
+        args.per_device_train_batch_size,
+        packing,
+        seed,
+        args.world_size,
+        args.gradient_accumulation_steps,
+    )
+    # What follows takes micro-batches, not examples, one at a time.
+    size, args.per_device_train_batch_size = args.per_device_train_batch_size, 1
+    tell(
+        args,
+        f"{len(examples):,} examples in {len(training):,} micro-batches of {size} × {length} "
+        f"tokens, {training.fill:.1%} full",
+    )
+    if not held_out:
+        return training, None
+    tell(args, f"{len(held_out):,} examples held out")
+    return training, MicroBatches(held_out, length, args.per_device_eval_batch_size, packing, seed)
+
+
+def load_model(model_args, lora_args, args, quantization):
+    """The base with fresh LoRA matrices, its loss in chunks and its attention by example."""
+    from transformers import set_seed
+
+    from llama_lora.model import adapter
+    from llama_lora.model.base import load_base
+    from llama_lora.train import attention, loss
+    from llama_lora.train.arguments import fitting_learning_rate
 
     base = load_base(model_args.model_name_or_path, quantization, args.compute_dtype, args.device)
     base.config.use_cache = False
+    base.set_attn_implementation(attention.BY_EXAMPLE)
+    loss.compute_in_chunks(base)
+    set_seed(args.seed)  # the A matrices start at random
     model = adapter.attach(
         base,
         lora_args.lora_r,
         lora_args.lora_alpha,
         lora_args.lora_dropout,
         lora_args.lora_target_modules,
+        use_dora=lora_args.use_dora,
+        use_rslora=lora_args.use_rslora,
     )
     trainable, total = model.get_nb_trainable_parameters()
-    tell(args, f"training {trainable:,} of {total:,} parameters ({trainable / total:.2%})")
+    args.learning_rate = args.learning_rate or fitting_learning_rate(base.config.hidden_size)
+    tell(
+        args,
+        f"training {trainable:,} of {total:,} parameters ({trainable / total:.2%}), "
+        f"learning rate {args.learning_rate:.2g}",
+    )
+    return model
 
-    args.eval_on_start = held_out is not None and not checkpoint
-    trainer = LoraTrainer(model, args, template, rows, held_out)
+
+def start_clean(args, checkpoint):
+    """Leave nothing of an earlier run to be taken for this one's, and say where this one starts."""
+    from llama_lora.train import checkpoints
+
     if checkpoint:
         tell(args, f"resuming from {checkpoint}")
     elif args.should_save:
         checkpoints.clear(args.output_dir)
-    trainer.train(resume_from_checkpoint=checkpoint)
-    if held_out is not None:
-        trainer.evaluate()
-    summary = trainer.summary(quantization)
+    tell(args, f"to stop early and lose nothing: kill -USR1 {os.getpid()}")
 
+
+def tell_how_to_resume(args, trainer):
+    """After an early end: the command that goes on."""
+    from llama_lora.train.stop import resume_command
+
+    step, steps = trainer.state.global_step, trainer.state.max_steps
+    tell(
+        args,
+        f"stopped by {trainer.stop.reason} after step {step} of {steps}; all is saved. To go on:",
+        resume_command(args.deepspeed is not None, args.world_size),
+    )
+
+
+def save(trainer, template, quantization):
+    """Save the adapter, verify it, and leave an account of the run."""
+    from llama_lora.model import adapter
+
+    args, summary = trainer.args, trainer.summary(quantization)
     if args.should_save:
-        adapter.save(model, template, args.output_dir)
+        adapter.save(trainer.model, template, args.output_dir)
         trainer.state.save_to_json(f"{args.output_dir}/trainer_state.json")
         Path(args.output_dir, "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     tell(args, f"the adapter is complete and verified: {args.output_dir}")
-
-
-def load_data(data_args, args, template):
-    """The rows to train on and those to measure on, None without held-out data."""
-    from llama_lora.train.examples import hold_out, load_examples
-    from llama_lora.train.packing import Rows
-
-    def load(path):
-        examples, audit = load_examples(path, template, data_args.model_max_length)
-        tell(args, f"{path}: {audit}")
-        return examples
-
-    examples, held_out = load(data_args.data_path), []
-    if data_args.eval_data_path:
-        held_out = load(data_args.eval_data_path)
-    elif data_args.eval_ratio:
-        examples, held_out = hold_out(examples, data_args.eval_ratio, args.seed)
-
-    def arrange(examples):
-        step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-        return Rows(examples, data_args.model_max_length, data_args.packing, step, args.seed)
-
-    rows = arrange(examples)
-    tell(args, f"{len(examples):,} examples in {len(rows):,} rows, {rows.fill:.1%} full")
-    if not held_out:
-        return rows, None
-    tell(args, f"{len(held_out):,} examples held out")
-    return rows, arrange(held_out)
 
 
 def tell(args, *lines):

@@ -7,7 +7,7 @@ from llama_lora.cli import InputError
 WEIGHTS = "adapter_model.safetensors"
 
 
-def attach(model, r: int, alpha: int, dropout: float, target_modules: list[str]):
+def attach(model, r: int, alpha: int, dropout: float, target_modules: list[str], **kinds):
     """Freeze `model` and add trainable LoRA matrices (fp32) to its target modules.
 
     Args:
@@ -15,12 +15,16 @@ def attach(model, r: int, alpha: int, dropout: float, target_modules: list[str])
             `prepare_model_for_kbit_training`, nothing of it is cast to fp32: norms compute in fp32
             by themselves, and fp32 norm weights would make every activation fp32 too.
         target_modules: names such as `["q_proj", "v_proj"]`, or `["all-linear"]`.
+        kinds: `use_dora` and `use_rslora` of peft's LoraConfig.
 
     Raises:
         InputError: a target module that the base does not have.
     """
     from peft import LoraConfig, get_peft_model
 
+    if kinds.get("use_dora") and model.device.type == "cpu" and _is_int8(model):
+        # peft reads the weights for DoRA and, on a CPU, moves them, which loses their scales.
+        raise InputError("--use_dora: not with an 8-bit base on a CPU; use --quantization 4bit")
     config = LoraConfig(
         r=r,
         lora_alpha=alpha,
@@ -28,6 +32,7 @@ def attach(model, r: int, alpha: int, dropout: float, target_modules: list[str])
         target_modules=_targets(model, target_modules),
         bias="none",
         task_type="CAUSAL_LM",
+        **kinds,
     )
     return get_peft_model(model, config)
 
@@ -141,6 +146,10 @@ def _targets(model, wanted: list[str]) -> list[str]:
             f"it has {', '.join(sorted(linear))}"
         )
     return wanted
+
+
+def _is_int8(model) -> bool:
+    return getattr(model, "is_loaded_in_8bit", False)
 
 
 def _first_line(error: Exception) -> str:

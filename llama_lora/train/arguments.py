@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 
 import torch
 import transformers
@@ -46,16 +47,37 @@ class DataArguments:
         default=True,
         metadata={"help": "Let short examples share a row; False: group them by length."},
     )
+    allow_truncation: bool = field(
+        default=False,
+        metadata={
+            "help": "Train although more of the answers than a twentieth is beyond the length."
+        },
+    )
+    token_cache: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder to keep tokens in from run to run, best on a local disk (default: "
+            "$LLAMA_LORA_CACHE, or llama_lora in $XDG_CACHE_HOME or ~/.cache)."
+        },
+    )
 
 
 @dataclass
 class LoraArguments:
-    lora_r: int = field(default=8, metadata={"help": "Rank of the LoRA matrices."})
-    lora_alpha: int = field(default=16, metadata={"help": "LoRA scale; updates grow by alpha / r."})
+    lora_r: int = field(default=16, metadata={"help": "Rank of the LoRA matrices."})
+    lora_alpha: int = field(default=32, metadata={"help": "LoRA scale; updates grow by alpha / r."})
     lora_dropout: float = field(default=0.05, metadata={"help": "Dropout before each A matrix."})
     lora_target_modules: list[str] = field(
-        default_factory=lambda: ["q_proj", "v_proj"],
+        default_factory=lambda: ["all-linear"],
         metadata={"help": "Linear layers that get LoRA matrices: their names, or all-linear."},
+    )
+    use_dora: bool = field(
+        default=False,
+        metadata={"help": "Learn the norm of each weight column apart (DoRA, Liu et al. 2024)."},
+    )
+    use_rslora: bool = field(
+        default=False,
+        metadata={"help": "Scale by alpha / sqrt(r) (rank-stabilized LoRA, Kalajdzievski 2023)."},
     )
 
 
@@ -66,11 +88,45 @@ class TrainingArguments(transformers.TrainingArguments):
     evaluation_strategy: str | None = field(
         default=None, metadata={"help": "Older name of --eval_strategy."}
     )
-    warmup_ratio: float = field(
-        default=0.0, metadata={"help": "Share of all steps in which the learning rate rises."}
+    learning_rate: float | None = field(
+        default=None,
+        metadata={"help": "Highest rate; without it one that fits the base's size, printed."},
     )
+    lr_scheduler_type: str = field(
+        default="cosine", metadata={"help": "How the learning rate falls: cosine, linear, …"}
+    )
+    warmup_ratio: float = field(
+        default=0.03, metadata={"help": "Share of all steps in which the learning rate rises."}
+    )
+    per_device_train_batch_size: int = field(
+        default=4, metadata={"help": "A micro-batch on a card, in units of --model_max_length."}
+    )
+    per_device_eval_batch_size: int = field(
+        default=4, metadata={"help": "The same, when the held-out loss is measured."}
+    )
+    logging_steps: float = field(default=1, metadata={"help": "Steps between two log lines."})
     overwrite_output_dir: bool = field(
         default=False, metadata={"help": "Start over although --output_dir holds checkpoints."}
+    )
+    gradient_checkpointing: str = field(
+        default="auto",
+        metadata={
+            "choices": ["True", "False", "auto"],
+            "help": "Recompute activations in the backward pass; auto: in as few layers as memory "
+            "allows.",
+        },
+    )
+    loraplus_lr_ratio: float | None = field(
+        default=None,
+        metadata={"help": "Learning rate of B over that of A (LoRA+, Hayou et al. 2024), say 16."},
+    )
+    early_stopping_patience: int | None = field(
+        default=None,
+        metadata={"help": "End after this many evaluations in a row without a lower loss."},
+    )
+    max_hours: float | None = field(
+        default=None,
+        metadata={"help": "Save and end before this many hours since the start are over."},
     )
 
     def __post_init__(self):
@@ -78,17 +134,14 @@ class TrainingArguments(transformers.TrainingArguments):
             self.eval_strategy = IntervalStrategy(self.evaluation_strategy)
         if self.warmup_ratio and not self.warmup_steps:
             self.warmup_steps = self.warmup_ratio  # below 1 it is a share of the steps
-        if self.gradient_checkpointing is not None:
-            self.activation_checkpointing = self.gradient_checkpointing
-            self.gradient_checkpointing = None
-        # Reentrant checkpointing needs inputs that require gradients, which a frozen base lacks.
-        self.activation_checkpointing_kwargs = {"use_reentrant": False}
+        self.recompute, self.gradient_checkpointing = self.gradient_checkpointing, None
         # Without it accelerate sees one process on machines that have no card, however many run.
         self.use_cpu = not torch.cuda.is_available()
         self.remove_unused_columns = False
         self.train_sampling_strategy = "sequential"  # the rows come in the order to train on
         self.prediction_loss_only = True
         self.disable_tqdm = True
+        self.logging_nan_inf_filter = False  # a loss that is no number ends the run
         self.dataloader_pin_memory = not self.use_cpu
         if self.use_cpu and "OMP_NUM_THREADS" not in os.environ:
             # Each process would start a thread for every core, and they would wait for one another.
@@ -117,6 +170,14 @@ class TrainingArguments(transformers.TrainingArguments):
         return [f"{names[asked]} True: not on {device_name()}; training in {used} instead"]
 
 
+def fitting_learning_rate(hidden_size: int) -> float:
+    """A learning rate for LoRA on a Llama base (Schulman et al., LoRA Without Regret, 2025).
+
+    Ten times that of full fine-tuning, falling with the width, whatever the rank.
+    """
+    return 5e-5 * 10 * (2000 / hidden_size) ** 0.781
+
+
 def check(model, data, lora, training) -> None:
     """Raise one `ValueError` that names every flag outside its range."""
     held_out = bool(data.eval_data_path or data.eval_ratio)
@@ -130,6 +191,19 @@ def check(model, data, lora, training) -> None:
         "--eval_strategy: needs --eval_data_path or --eval_ratio": (
             held_out or training.eval_strategy == IntervalStrategy.NO
         ),
+        "--early_stopping_patience: needs --eval_strategy steps or epoch": (
+            training.early_stopping_patience is None
+            or training.eval_strategy != IntervalStrategy.NO
+        ),
+        "several processes: need --deepspeed ./deepspeed-config.json": (
+            training.world_size == 1 or training.deepspeed is not None
+        ),
+        "--lora_target_modules lm_head: the head stays frozen": (
+            "lm_head" not in lora.lora_target_modules
+        ),
     }
+    for tool in ("tensorboard", "wandb"):
+        here = tool not in training.report_to or find_spec(tool) is not None
+        faults[f"--report_to {tool}: not installed; pip install {tool}"] = here
     if broken := [fault for fault, holds in faults.items() if not holds]:
         raise ValueError("; ".join(broken))

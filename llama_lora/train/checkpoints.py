@@ -3,12 +3,16 @@
 import json
 import re
 import shutil
+from contextlib import contextmanager
 from pathlib import Path
 
 from llama_lora.cli import InputError
 from llama_lora.model.adapter import WEIGHTS
+from llama_lora.train import best, logs
 
 NUMBERED = re.compile(r"checkpoint-(\d+)")
+COMPLETE = "complete"  # written when every process has written all of its files
+NO_ROOM = re.compile(r"No space left|Disk quota|File too large|failed writing|enforce fail", re.I)
 
 
 def starting_point(output_dir: str, resume: str | None, overwrite: bool) -> str | None:
@@ -55,19 +59,27 @@ def clear(output_dir: str) -> None:
     """Remove what an earlier run left, so that none of it is taken for this one's."""
     for _, folder in _checkpoints(output_dir):
         shutil.rmtree(folder)
-    for name in (WEIGHTS, "summary.json", "trainer_state.json"):
+    shutil.rmtree(Path(output_dir, best.FOLDER), ignore_errors=True)
+    for name in (WEIGHTS, "summary.json", "trainer_state.json", logs.LOG, logs.PICTURE):
         (Path(output_dir) / name).unlink(missing_ok=True)
 
 
-def check_settings(checkpoint: str, r: int, alpha: int, targets: list[str]) -> None:
+def check_settings(checkpoint: str, lora) -> None:
     """Raise `InputError` where a checkpoint was trained with another shape of adapter."""
     saved = json.loads((Path(checkpoint) / "adapter_config.json").read_text())
-    for flag, name, now in (("r", "r", r), ("alpha", "lora_alpha", alpha)):
-        if saved[name] != now:
+    now = {
+        "r": ("lora_r", lora.lora_r),
+        "lora_alpha": ("lora_alpha", lora.lora_alpha),
+        "use_dora": ("use_dora", lora.use_dora),
+        "use_rslora": ("use_rslora", lora.use_rslora),
+    }
+    for name, (flag, value) in now.items():
+        if saved[name] != value:
             raise InputError(
-                f"--lora_{flag} {now}: {checkpoint} was trained with {saved[name]}; "
+                f"--{flag} {value}: {checkpoint} was trained with {saved[name]}; "
                 "resume with the flags of the run that wrote it"
             )
+    targets = lora.lora_target_modules
     if targets != ["all-linear"] and set(saved["target_modules"]) != set(targets):
         raise InputError(
             f"--lora_target_modules {' '.join(targets)}: {checkpoint} was trained with "
@@ -76,15 +88,38 @@ def check_settings(checkpoint: str, r: int, alpha: int, targets: list[str]) -> N
 
 
 def is_complete(folder: Path) -> bool:
-    """Whether `folder` is a checkpoint written to its end: the trainer's state is written last."""
+    """Whether `folder` is a checkpoint that all processes have written to its end."""
+    return (folder / COMPLETE).is_file() and (folder / WEIGHTS).is_file()
+
+
+@contextmanager
+def writing(folder: Path):
+    """Around the writing of the checkpoint `folder`: a disk that is full ends in one line.
+
+    Raises:
+        InputError: no room; what was written of the checkpoint is removed.
+    """
     try:
-        step = json.loads((folder / "trainer_state.json").read_text())["global_step"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
-    return (folder / WEIGHTS).is_file() and step > 0
+        yield
+    except Exception as error:  # torch, safetensors and tokenizers each raise their own
+        if not NO_ROOM.search(str(error)):
+            raise
+        shutil.rmtree(folder, ignore_errors=True)
+        complete = [path for _, path in sorted(_checkpoints(folder.parent)) if is_complete(path)]
+        last = f"the last good checkpoint is {complete[-1]}" if complete else "there is none before"
+        reason = str(error).splitlines()[0]
+        raise InputError(f"{folder}: cannot be written: {reason}; {last}") from None
 
 
-def _checkpoints(output_dir: str):
+def finish(folder: Path, limit: int | None) -> None:
+    """Declare the checkpoint `folder` complete, and remove all but the newest `limit`."""
+    (folder / COMPLETE).touch()
+    if limit:
+        for _, older in sorted(_checkpoints(folder.parent))[:-limit]:
+            shutil.rmtree(older, ignore_errors=True)
+
+
+def _checkpoints(output_dir):
     folder = Path(output_dir)
     for path in folder.iterdir() if folder.is_dir() else ():
         if (match := NUMBERED.fullmatch(path.name)) and path.is_dir():

@@ -1,15 +1,21 @@
 """From a corpus file to token ids and labels."""
 
+import os
 import random
+import shlex
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
 from llama_lora.cli import InputError
 from llama_lora.corpus import conversation, files
-from llama_lora.model.template import IGNORE, Template
+from llama_lora.model.template import IGNORE, VICUNA_V1_1, Template
+from llama_lora.train import cache
 
-BATCH = 256  # conversations tokenized in one call
+BATCH_BYTES = 1 << 20  # of conversations tokenized in one call: enough to keep all cores busy
+MOST_CUT = 0.05  # of the answer tokens, beyond which truncation has to be asked for
 
 
 @dataclass(frozen=True)
@@ -25,97 +31,195 @@ class Example:
     labels: np.ndarray
 
 
+class Examples:
+    """A sequence of examples that stay on disk until each is asked for.
+
+    `lengths` are their tokens, int64, and `sources` the conversations that they are pieces of.
+    """
+
+    def __init__(self, rows, lengths: np.ndarray, sources: list[str]):
+        self.rows, self.lengths, self.sources = rows, lengths, sources
+
+    @classmethod
+    def of(cls, rows) -> "Examples":
+        """All that a `cache.Entry` holds."""
+        import pyarrow.compute
+
+        lengths = pyarrow.compute.list_value_length(rows.data["ids"]).to_numpy()
+        return cls(rows, lengths.astype(np.int64), rows.data["source"].to_pylist())
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Example:
+        row = self.rows[int(index)]
+        id, source, ids, labelled = (column[0] for column in row.columns)
+        ids, labelled = (part.values.to_numpy(zero_copy_only=False) for part in (ids, labelled))
+        labels = np.where(labelled, ids, np.int32(IGNORE))
+        return Example(id.as_py(), source.as_py(), ids, labels)
+
+    def select(self, indices: list[int]) -> "Examples":
+        """Those at `indices`; no token is copied."""
+        return Examples(
+            self.rows.select(indices), self.lengths[indices], [self.sources[i] for i in indices]
+        )
+
+
 @dataclass
 class Audit:
-    """What became of a corpus file."""
+    """What became of a corpus file: counts of examples and of their tokens.
+
+    `cut` are the answer tokens beyond the length, of the `truncated` examples.
+    """
 
     conversations: int = 0
     tokens: int = 0
     labelled: int = 0
     truncated: int = 0
+    cut: int = 0
     unlabelled: int = 0
 
+    def add(self, labels: np.ndarray, max_length: int) -> bool:
+        """Count an example of which `max_length` tokens are read; whether some is learned."""
+        learned = labels != IGNORE
+        labelled = int(np.count_nonzero(learned[:max_length]))
+        self.truncated += len(labels) > max_length
+        self.cut += int(np.count_nonzero(learned)) - labelled
+        if not labelled:
+            self.unlabelled += 1
+            return False
+        self.conversations += 1
+        self.tokens += min(len(labels), max_length)
+        self.labelled += labelled
+        return True
+
+    @property
+    def cut_share(self) -> float:
+        """Of all answer tokens."""
+        return self.cut / max(self.labelled + self.cut, 1)
+
     def __str__(self) -> str:
-        share = self.labelled / max(self.tokens, 1)
+        labelled = self.labelled / max(self.tokens, 1)
+        truncated = self.truncated / max(self.conversations + self.unlabelled, 1)
         return (
             f"{self.conversations:,} conversations · {self.tokens:,} tokens · "
-            f"{self.labelled:,} labelled ({share:.1%}) · {self.truncated:,} truncated · "
+            f"{self.labelled:,} labelled ({labelled:.1%}) · {self.truncated:,} truncated "
+            f"({truncated:.1%}, with {self.cut_share:.1%} of the answer tokens) · "
             f"{self.unlabelled:,} left out: no answer within the length"
         )
 
 
-def load_examples(path: str, template: Template, max_length: int) -> tuple[list[Example], Audit]:
-    """Tokenize a corpus file.
+def load_examples(
+    path: str,
+    template: Template,
+    max_length: int,
+    folder: str | None = None,
+    allow_truncation: bool = False,
+) -> tuple[Examples, Audit]:
+    """Tokenize a corpus file, or find that an earlier run has.
 
     Args:
         max_length: in tokens; what is beyond is cut off, and counted.
+        folder: where tokens are kept; None for `cache.default_folder()`.
+        allow_truncation: whether more than `MOST_CUT` of the answer tokens may be cut off.
 
     Raises:
-        InputError: not a corpus file, or no labelled token in it.
+        InputError: not a corpus file, no labelled token in it, or too many cut off.
     """
-    audit, examples = Audit(), []
-    for batch in _batches(_conversations(path)):
-        for item, encoded in zip(batch, template.encode_batch(batch), strict=True):
-            ids, labels = encoded.ids, encoded.labels
-            audit.truncated += len(ids) > max_length
-            kept = Example(
-                item["id"],
-                item.get("piece_of", item["id"]),
-                np.array(ids[:max_length], np.int32),
-                np.array(labels[:max_length], np.int32),
-            )
-            labelled = int((kept.labels != IGNORE).sum())
-            if not labelled:
-                audit.unlabelled += 1
-                continue
-            audit.conversations += 1
-            audit.tokens += len(kept.ids)
-            audit.labelled += labelled
-            examples.append(kept)
-    if not examples:
-        raise InputError(
-            f"{path}: no token to learn: expected answers within {max_length} tokens, found none "
-            f"in {audit.unlabelled} conversations"
-        )
-    return examples, audit
+    folder = Path(folder) if folder else cache.default_folder()
+    entry = cache.Entry(folder, cache.key_of(path, template, max_length))
+    if not entry.exists():
+        audit = Audit()
+        entry.write(_tokenized(path, template, max_length, audit), vars(audit))
+    rows, counts = entry.read()
+    audit = Audit(**counts)
+    if audit.cut_share > MOST_CUT and not allow_truncation:
+        raise InputError(_too_much_cut(path, template, max_length, audit))
+    return Examples.of(rows), audit
 
 
-def hold_out(examples: list[Example], ratio: float, seed: int) -> tuple[list, list]:
+def hold_out(examples: Examples, ratio: float, seed: int) -> tuple[Examples, Examples]:
     """Split into examples to train on and those of at least one conversation to measure on.
 
     Pieces of one conversation repeat some of each other, so they stay on one side.
     """
-    sources = list(dict.fromkeys(example.source for example in examples))
+    sources = list(dict.fromkeys(examples.sources))
     count = max(1, round(len(sources) * ratio))
     if count >= len(sources):
         raise InputError(f"--eval_ratio {ratio}: no conversation is left to train on")
     held = set(random.Random(seed).sample(sources, count))
-    return (
-        [example for example in examples if example.source not in held],
-        [example for example in examples if example.source in held],
-    )
+    sides: dict[bool, list[int]] = {False: [], True: []}
+    for index, source in enumerate(examples.sources):
+        sides[source in held].append(index)
+    return examples.select(sides[False]), examples.select(sides[True])
 
 
-def _conversations(path: str):
-    for record in files.read(path):
-        try:
-            item, repairs = conversation.check(files.parse(record.raw)[0])
-            turns = conversation.put_in_order(item["conversations"], repairs)
-            yield {**item, "conversations": turns, **conversation.marks_of(item, turns)}
-        except (conversation.Rejected, ValueError) as error:
-            reason = " ".join(str(part) for part in error.args)
-            raise InputError(
-                f"{path}: conversation {record.index} (byte {record.offset}): {reason}; "
-                "clean the file with fastchat/data/clean_sharegpt.py first"
-            ) from error
+def _tokenized(path: str, template: Template, max_length: int, audit: Audit) -> Iterator[dict]:
+    """The examples in columns, some at a time; `audit` counts them.
+
+    The tokenizer itself keeps all cores busy, unless TOKENIZERS_PARALLELISM says "false".
+    """
+    for batch in _batches(_conversations(path)):
+        columns: dict[str, list] = {name: [] for name in cache.schema().names}
+        for item, encoded in zip(batch, template.encode_batch(batch), strict=True):
+            labels = np.array(encoded.labels, np.int32)
+            if audit.add(labels, max_length):
+                columns["id"].append(item["id"])
+                columns["source"].append(item.get("piece_of", item["id"]))
+                columns["ids"].append(np.array(encoded.ids[:max_length], np.int32))
+                columns["labelled"].append(labels[:max_length] != IGNORE)
+        yield columns
+    if not audit.conversations:
+        raise InputError(
+            f"{path}: no token to learn: expected answers within {max_length} tokens, found none "
+            f"in {audit.unlabelled} conversations"
+        )
 
 
-def _batches(items):
-    batch = []
-    for item in items:
+def _conversations(path: str) -> Iterator[tuple[int, dict]]:
+    """The conversations as training reads them, each with its size in bytes."""
+    from tqdm import tqdm
+
+    size = os.path.getsize(path)
+    with tqdm(
+        desc="tokenizing", total=size, unit="B", unit_scale=True, disable=None, leave=False
+    ) as bar:
+        for record in files.read(path, advance=bar.update):
+            try:
+                item, repairs = conversation.check(files.parse(record.raw)[0])
+                turns = conversation.put_in_order(item["conversations"], repairs)
+                marks = conversation.marks_of(item, turns)
+                yield len(record.raw), {**item, "conversations": turns, **marks}
+            except (conversation.Rejected, ValueError) as error:
+                reason = " ".join(str(part) for part in error.args)
+                raise InputError(
+                    f"{path}: conversation {record.index} (byte {record.offset}): {reason}; "
+                    "clean the file with fastchat/data/clean_sharegpt.py first"
+                ) from error
+
+
+def _batches(sized: Iterable[tuple[int, dict]]) -> Iterator[list[dict]]:
+    batch, bytes_ = [], 0
+    for size, item in sized:
         batch.append(item)
-        if len(batch) == BATCH:
+        bytes_ += size
+        if bytes_ >= BATCH_BYTES:
             yield batch
-            batch = []
+            batch, bytes_ = [], 0
     if batch:
         yield batch
+
+
+def _too_much_cut(path: str, template: Template, max_length: int, audit: Audit) -> str:
+    """Why the corpus is refused, and the command that splits it."""
+    file = Path(path)
+    command = ["python3", "fastchat/data/split_long_conversation.py", "--in", str(file), "--out"]
+    command += [str(file.with_name(f"{file.name.split('.')[0]}_split.json"))]
+    command += ["--model-name", template.tokenizer.name_or_path, "--max-length", str(max_length)]
+    command += [] if template.jinja.endswith(VICUNA_V1_1) else ["--template", "model"]
+    return (
+        f"{path}: {audit.cut_share:.1%} of the answer tokens ({audit.cut:,} of "
+        f"{audit.labelled + audit.cut:,}) would fall beyond --model_max_length {max_length}, at "
+        f"most {MOST_CUT:.0%} may: split the conversations with {shlex.join(command)}, or lose "
+        "them with --allow_truncation True"
+    )

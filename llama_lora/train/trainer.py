@@ -1,42 +1,137 @@
-"""The Hugging Face Trainer with our data, our log lines and an account of what was trained on."""
+"""The Hugging Face Trainer with our data, our gradients and an account of what was trained on."""
 
-import resource
+import shutil
 import sys
-import time
 import warnings
+from pathlib import Path
 
 import torch
 import transformers
 from transformers import PrinterCallback, TrainerCallback
-from transformers.trainer_callback import ExportableState
 
+from llama_lora.cli import InputError
 from llama_lora.model.hardware import device_name, dtype_name
 from llama_lora.model.template import IGNORE
-from llama_lora.train.packing import Rows, check_isolation, collate
+from llama_lora.train import checkpoints, recompute
+from llama_lora.train.best import FOLDER, Best, trainable
+from llama_lora.train.gradients import Gradients
+from llama_lora.train.logs import LogFile, LogLine, Totals, peak_memory
+from llama_lora.train.packing import MicroBatches, check_isolation, collate
+from llama_lora.train.stop import Diverged, Stop, is_finite
 
 
 class LoraTrainer(transformers.Trainer):
-    """Trains the LoRA matrices of a peft model on rows of examples."""
+    """Trains the LoRA matrices of a peft model on micro-batches of examples."""
 
-    def __init__(self, model, args, template, rows: Rows, held_out: Rows | None):
+    def __init__(
+        self, model, args, template, training: MicroBatches, held_out: MicroBatches | None
+    ):
         super().__init__(
             model=model,
             args=args,
             data_collator=collate,
-            train_dataset=rows,
+            train_dataset=training,
             eval_dataset=held_out,
             processing_class=template.tokenizer,
         )
-        self.totals = Totals()
-        self.add_callback(self.totals)
+        # Older ones go when the new one is complete, not before.
+        self.checkpoints_kept, args.save_total_limit = args.save_total_limit, None
+        parameters = [parameter for _, parameter in trainable(model)]
+        self.gradients = Gradients(parameters, self.tell)
+        self.totals, self.best = Totals(), Best(args.early_stopping_patience)
+        self.stop = Stop(args.max_hours, self._any)
         self.remove_callback(PrinterCallback)
-        self.add_callback(LogLine(self.totals))
-        if rows.packing:
-            self.add_callback(IsolationCheck())
+        for callback in (
+            self.totals,
+            Preparation(training.capacity),
+            LogLine(self.totals),
+            LogFile(self.totals),
+            self.best,
+            self.stop,
+        ):
+            self.add_callback(callback)
+
+    def tell(self, line: str) -> None:
+        """Print `line` with the step, whatever process it is."""
+        print(f"step {self.state.global_step + 1}: {line}", flush=True)
+
+    def train(self, *args, **kwargs):
+        """Train; a loss that is no number ends it with the state before it saved.
+
+        Raises:
+            InputError: the loss or a gradient was not finite; says where.
+        """
+        try:
+            return super().train(*args, **kwargs)
+        except Diverged as error:
+            raise InputError(f"{error}; {self._save_before_divergence()}") from None
+
+    def create_optimizer(self, model=None):
+        if self.args.loraplus_lr_ratio is None:
+            return super().create_optimizer(model)
+        from peft.optimizers import create_loraplus_optimizer
+
+        kind, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+        options |= {"weight_decay": self.args.weight_decay}
+        self.optimizer = create_loraplus_optimizer(
+            self.model, kind, loraplus_lr_ratio=self.args.loraplus_lr_ratio, **options
+        )
+        return self.optimizer
 
     def training_step(self, model, inputs, num_items_in_batch=None):
+        """The gradients of a micro-batch, computed apart and handed over as a whole."""
+        self.model.train()
         self.totals.in_step = num_items_in_batch  # of all processes and micro-batches
-        return super().training_step(model, inputs, num_items_in_batch)
+        names, batch = inputs.pop("names"), self._prepare_inputs(inputs)
+
+        def loss_of(part):
+            return self.compute_loss(self.model, part, num_items_in_batch=num_items_in_batch)
+
+        loss, gradients = self.gradients.compute(loss_of, batch, self._loss_scale())
+        self._check_finite(loss, gradients, names)
+        options = {"scale_wrt_gas": False} if self.is_deepspeed_enabled else {}
+        self.accelerator.backward(self.gradients.as_loss(gradients), **options)
+        return loss
+
+    def _loss_scale(self) -> float:
+        """By what the loss is multiplied for fp16."""
+        if self.is_deepspeed_enabled:
+            return float(self.model_wrapped.optimizer.loss_scale)
+        scaler = getattr(self.accelerator, "scaler", None)
+        return scaler.get_scale() if scaler else 1.0
+
+    def _check_finite(self, loss, gradients, names) -> None:
+        # In fp16 gradients overflow now and then; the loss scaler skips the step and scales less.
+        checked = [loss] if self.args.fp16 else [loss, *gradients]
+        if self._any(not is_finite(checked)):
+            what = f"the loss is {loss.item():g}" if not is_finite([loss]) else "a gradient is nan"
+            raise Diverged(self.state.global_step + 1, what, names)
+
+    def _any(self, holds: bool) -> bool:
+        """Whether it holds on any of the processes."""
+        if self.args.world_size == 1:
+            return holds
+        flag = torch.tensor(float(holds), device=self.args.device)
+        return bool(self.accelerator.reduce(flag).item())
+
+    def _save_checkpoint(self, model, trial):
+        """The Trainer's own, declared complete when every process has written its part."""
+        folder = Path(self.args.output_dir, f"checkpoint-{self.state.global_step}")
+        with checkpoints.writing(folder):
+            super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            checkpoints.finish(folder, self.checkpoints_kept)
+
+    def _save_before_divergence(self) -> str:
+        step = self.state.global_step
+        if step == 0 or not is_finite(self.gradients.parameters):
+            return "the last checkpoint stands; try a lower --learning_rate"
+        self._save_checkpoint(self.model_wrapped, None)
+        return (
+            f"the state before it is saved: {self.args.output_dir}/checkpoint-{step}; lower "
+            "--learning_rate, or look at them: fastchat/data/inspect_data.py --show ID"
+        )
 
     @torch.no_grad()
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
@@ -44,18 +139,16 @@ class LoraTrainer(transformers.Trainer):
 
         The Trainer's own averages over batches, and shows some examples twice to even out ranks.
         """
-        rows = self.eval_dataset if eval_dataset is None else eval_dataset
-        own = range(self.args.process_index, len(rows), self.args.world_size)
+        held_out = self.eval_dataset if eval_dataset is None else eval_dataset
         total = torch.zeros(2, dtype=torch.float64, device=self.args.device)
         self.model.eval()
-        for start in range(0, len(own), self.args.eval_batch_size):
-            batch = collate([rows[i] for i in own[start : start + self.args.eval_batch_size]])
+        for number in range(self.args.process_index, len(held_out), self.args.world_size):
+            batch = collate([held_out[number]])
+            del batch["names"]
             count = int((batch["labels"] != IGNORE).sum())
             with self.accelerator.autocast():
-                loss = self.model(**self._prepare_inputs(batch), use_cache=False).loss
-            total += torch.tensor(
-                [loss.item() * count, count], dtype=total.dtype, device=total.device
-            )
+                summed = self.model(**self._prepare_inputs(batch), num_items_in_batch=1).loss
+            total += torch.tensor([summed.item(), count], dtype=total.dtype, device=total.device)
         summed, count = self.accelerator.reduce(total).tolist()
         metrics = {f"{metric_key_prefix}_loss": summed / count}
         self.log(metrics)
@@ -64,17 +157,33 @@ class LoraTrainer(transformers.Trainer):
         )
         return metrics
 
+    def finish(self) -> None:
+        """Measure the held-out loss once more, and put the matrices with the lowest in place."""
+        if self.eval_dataset is None:
+            return
+        step = self.state.global_step
+        if not any(log["step"] == step and "eval_loss" in log for log in self.state.log_history):
+            self.evaluate()
+        self.accelerator.wait_for_everyone()
+        if self.best.step != step:
+            self.best.restore(self.args, self.model)
+            self.tell(f"the best adapter is that of step {self.best.step}; it is the one saved")
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            shutil.rmtree(Path(self.args.output_dir, FOLDER))
+
     def summary(self, quantization: str) -> dict:
         """What the run came to, over all processes and resumes."""
-        trainable, total = self.model.get_nb_trainable_parameters()
+        trained, total = self.model.get_nb_trainable_parameters()
         held_out = [log["eval_loss"] for log in self.state.log_history if "eval_loss" in log]
         return {
             "steps": self.state.global_step,
-            "trainable_parameters": trainable,
+            "trainable_parameters": trained,
             "parameters": total,
             "labelled_tokens": self.totals.labelled,
             "held_out_loss_before": held_out[0] if held_out else None,
-            "held_out_loss_after": held_out[-1] if held_out else None,
+            "held_out_loss_after": self.best.loss if held_out else None,
+            "best_step": self.best.step if held_out else None,
             "minutes": self.totals.seconds() / 60,
             "peak_memory_bytes": peak_memory(),
             "processes": self.args.world_size,
@@ -84,84 +193,19 @@ class LoraTrainer(transformers.Trainer):
         }
 
 
-class Totals(TrainerCallback, ExportableState):
-    """Labelled tokens of all processes and seconds of training; both survive a resume."""
-
-    def __init__(self):
-        self.labelled, self.in_step = 0, 0
-        self.earlier, self.started = 0.0, time.monotonic()
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        self.started = time.monotonic()
-        if saved := state.stateful_callbacks.get("Totals"):
-            self.labelled = saved["attributes"]["labelled"]
-            self.earlier = saved["attributes"]["earlier"]
-
-    def on_step_end(self, args, state, control, **kwargs):
-        self.labelled += int(self.in_step)
-
-    def seconds(self) -> float:
-        return self.earlier + time.monotonic() - self.started
-
-    def state(self) -> dict:
-        return {"args": {}, "attributes": {"labelled": self.labelled, "earlier": self.seconds()}}
-
-
-class IsolationCheck(TrainerCallback):
-    """Checks packing before the first step, and not before a checkpoint is loaded: bitsandbytes'
-    int8 layers accept no state after their first forward pass.
+class Preparation(TrainerCallback):
+    """Checks packing and sets checkpointing up before the first step, and not before a checkpoint
+    is loaded: bitsandbytes' int8 layers accept no state after their first forward pass.
     """
+
+    def __init__(self, tokens: int):
+        self.tokens = tokens
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         check_isolation(model)
-
-
-class LogLine(TrainerCallback):
-    """One line a log, made for `tail -f`."""
-
-    def __init__(self, totals: Totals):
-        self.totals = totals
-        self.first_step = None
-
-    def on_step_begin(self, args, state, control, **kwargs):
-        if self.first_step is None:  # not counting the evaluation before it
-            self.first_step, self.started = state.global_step, time.monotonic()
-            self.labelled, self.logged = self.totals.labelled, self.started
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if not state.is_world_process_zero or not logs:
-            return
-        if "eval_loss" in logs:
-            print(f"{self._where(state)} | held-out loss {logs['eval_loss']:.4f}", flush=True)
-        elif "loss" in logs:
-            parts = [
-                self._where(state),
-                f"epoch {logs['epoch']:.2f}",
-                f"loss {logs['loss']:.4f}",
-                f"lr {logs['learning_rate']:.2e}",
-                f"grad {logs.get('grad_norm', 0.0):.3f}",
-                f"{self._tokens_per_second():,.0f} labelled tokens/s",
-                f"{peak_memory() / 2**30:.1f} GiB",
-                f"{self._time_left(state)} left",
-            ]
-            print(" | ".join(parts), flush=True)
-
-    @staticmethod
-    def _where(state) -> str:
-        width = len(str(state.max_steps))
-        return f"step {state.global_step:>{width}}/{state.max_steps}"
-
-    def _tokens_per_second(self) -> float:
-        now, labelled = time.monotonic(), self.totals.labelled
-        rate = (labelled - self.labelled) / max(now - self.logged, 1e-9)
-        self.logged, self.labelled = now, labelled
-        return rate
-
-    def _time_left(self, state) -> str:
-        done = max(state.global_step - self.first_step, 1)
-        left = (time.monotonic() - self.started) / done * (state.max_steps - state.global_step)
-        hours, rest = divmod(round(left), 3600)
-        return f"{hours}:{rest // 60:02}:{rest % 60:02}"
+        said = recompute.set_up(model.get_base_model(), args.recompute, self.tokens)
+        if state.is_world_process_zero:
+            print(said, flush=True)
 
 
 def quieten(args) -> None:
@@ -172,10 +216,3 @@ def quieten(args) -> None:
     )
     if args.process_index > 0 or not sys.stderr.isatty():
         transformers.utils.logging.disable_progress_bar()
-
-
-def peak_memory() -> int:
-    """Most bytes this process held so far: of the card's memory, or without one of the host's."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_reserved()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

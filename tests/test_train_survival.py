@@ -1,0 +1,231 @@
+"""What a run of days has to survive: kills, signals, limits, full disks, losses that are no number.
+
+Most of it runs the script's own `main` in this process, which spares each run the imports; what
+needs a process of its own (a kill, a launcher, a limit of the shell) gets one.
+"""
+
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import OFFLINE, ROOT, deepspeed, shipped
+from safetensors.torch import load_file
+
+from llama_lora.train.checkpoints import is_complete
+
+SCRIPT = ROOT / "fastchat/train/train_lora.py"
+FLAGS = shlex.split("""
+--num_train_epochs 3 --per_device_train_batch_size 2 --gradient_accumulation_steps 2
+--learning_rate 2e-3 --lora_dropout 0.1 --model_max_length 256 --logging_steps 1
+--save_strategy steps --save_steps 1
+""")
+STEPS = 15
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("corpus") / "split.json"
+    path.write_text(json.dumps(shipped("dummy_en.json")[:40]))
+    return path
+
+
+@pytest.fixture
+def train(tiny_base, corpus, train_here):
+    """Train into a folder: the exit code, and what went to stdout and stderr."""
+
+    def run(output, *more):
+        own = ["--model_name_or_path", tiny_base, "--data_path", corpus, "--output_dir", output]
+        done = train_here(*own, *FLAGS, *more)
+        return done.returncode, done.stdout, done.stderr
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tiny_base, corpus, tmp_path_factory) -> Path:
+    """The adapter of a run that nothing disturbed, in a process of its own."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    own = ["--model_name_or_path", tiny_base, "--data_path", corpus, "--output_dir", folder]
+    command = [sys.executable, SCRIPT, *own, *FLAGS, "--save_strategy", "no"]
+    done = subprocess.run(
+        [str(word) for word in command], cwd=ROOT, env={**os.environ, **OFFLINE}, timeout=300
+    )
+    assert done.returncode == 0
+    return folder
+
+
+def same_adapter(one: Path, other: Path) -> bool:
+    """Whether two adapters are equal in every bit."""
+    a, b = (load_file(folder / "adapter_model.safetensors") for folder in (one, other))
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def log_of(output: Path) -> list[dict]:
+    return [json.loads(line) for line in (output / "trainer_log.jsonl").read_text().splitlines()]
+
+
+def after_step(output: Path, step: int, number: signal.Signals):
+    """Send this process `number` when `step` is logged."""
+
+    def wait():
+        log = output / "trainer_log.jsonl"
+        while not log.is_file() or log.read_text().count("\n") < step:
+            if done.wait(0.005):
+                return
+        os.kill(os.getpid(), number)
+
+    done = threading.Event()
+    thread = threading.Thread(target=wait, daemon=True)
+    thread.start()
+    return done
+
+
+@pytest.mark.parametrize(("number", "step"), [("SIGTERM", 2), ("SIGINT", 6), ("SIGUSR1", 11)])
+def test_a_signal_saves_and_the_resumed_run_ends_in_the_same_bits(
+    number, step, train, uninterrupted, tmp_path
+):
+    done = after_step(tmp_path, step, signal.Signals[number])
+    code, out, _ = train(tmp_path, "--save_strategy", "no")
+    done.set()
+    assert code == 0
+    assert f"stopped by {number} after step" in out
+    assert out.splitlines()[-1].endswith("--resume_from_checkpoint True")
+    assert not (tmp_path / "adapter_model.safetensors").exists()
+    code, out, err = train(tmp_path, "--resume_from_checkpoint", "True")
+    assert code == 0, err
+    assert "the adapter is complete" in out
+    assert same_adapter(tmp_path, uninterrupted)
+    logged = log_of(tmp_path)
+    assert [entry["step"] for entry in logged] == list(range(1, STEPS + 1))
+
+
+def test_max_hours_ends_in_time_and_resumes_to_the_same_bits(train, uninterrupted, tmp_path):
+    code, out, _ = train(tmp_path, "--max_hours", "1e-6")
+    assert code == 0
+    assert "stopped by --max_hours 1e-06 after step 1 of" in out
+    code, _, err = train(tmp_path, "--resume_from_checkpoint", "auto")
+    assert code == 0, err
+    assert same_adapter(tmp_path, uninterrupted)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["python", "deepspeed"])
+def test_kills_at_random_steps_change_no_bit(launcher, tiny_base, corpus, tmp_path):
+    """Plain, and under ZeRO-2 with two processes; killed at any moment, three times in a row."""
+    import random
+
+    start = {"python": [sys.executable, SCRIPT]}
+    start["deepspeed"] = [SCRIPT, "--deepspeed", "./deepspeed-config.json"]
+
+    def begin(output):
+        head = start[launcher] if launcher == "python" else [*deepspeed(2), *start[launcher]]
+        own = ["--model_name_or_path", tiny_base, "--data_path", corpus, "--output_dir", output]
+        command = [*head, *own, *FLAGS, "--resume_from_checkpoint", "auto"]
+        return subprocess.Popen(
+            [str(word) for word in command],
+            cwd=ROOT,
+            env={**os.environ, **OFFLINE},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+
+    assert begin(tmp_path / "whole").wait(300) == 0
+    killed, rng = tmp_path / "killed", random.Random(0)
+    for _ in range(3):
+        process, target = begin(killed), rng.randint(1, 6)
+        log = killed / "trainer_log.jsonl"
+        before = log.read_text().count("\n") if log.is_file() else 0
+        while process.poll() is None:
+            if log.is_file() and log.read_text().count("\n") >= before + target:
+                break
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    assert begin(killed).wait(300) == 0
+    assert same_adapter(tmp_path / "whole", killed)
+
+
+def test_a_loss_that_is_no_number_says_where_and_keeps_the_state_before(train, corpus, tmp_path):
+    code, _, err = train(tmp_path, "--learning_rate", "1e30", "--save_steps", "1000")
+    assert code == 1
+    (line,) = [line for line in err.splitlines() if line.startswith("error: ")]
+    # At step 1 the learning rate is still 0; step 2 throws the matrices far out.
+    assert re.search("step 3: (the loss is (nan|inf)|a gradient is nan)", line), line
+    assert any(item["id"] in line for item in json.loads(corpus.read_text()))
+    assert f"{tmp_path}/checkpoint-2" in line
+    assert is_complete(tmp_path / "checkpoint-2")
+
+
+def test_a_full_disk_is_one_line_and_the_last_good_checkpoint_stands(tiny_base, corpus, tmp_path):
+    own = ["--model_name_or_path", tiny_base, "--data_path", corpus, "--output_dir", tmp_path]
+    words = [sys.executable, SCRIPT, *own, *FLAGS, "--save_steps", "2", "--lora_r", "64"]
+    good = tmp_path / "checkpoint-0"
+    good.mkdir()
+    (good / "adapter_model.safetensors").touch()
+    (good / "complete").touch()
+    limited = f"ulimit -f 100; exec {shlex.join(map(str, words))} --overwrite_output_dir True"
+    done = subprocess.run(
+        ["bash", "-c", limited],
+        cwd=ROOT,
+        env={**os.environ, **OFFLINE},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 1
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert f"{tmp_path}/checkpoint-2: cannot be written" in line
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "checkpoint-2").exists()
+
+
+def test_early_stopping_keeps_the_best_adapter(train, tmp_path):
+    """At this rate the held-out loss soon rises; the adapter saved is the one before it did."""
+    evals = ["--eval_ratio", "0.2", "--eval_strategy", "steps", "--eval_steps", "1"]
+    patience = ["--early_stopping_patience", "2", "--learning_rate", "1.0"]
+    code, out, err = train(tmp_path, *evals, *patience, "--num_train_epochs", "30")
+    assert code == 0, err
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    logged = log_of(tmp_path)
+    losses = {e["step"]: e["eval_loss"] for e in logged if "eval_loss" in e and e["step"]}
+    assert summary["best_step"] == min(losses, key=losses.get) < summary["steps"]
+    assert summary["steps"] == summary["best_step"] + 2
+    assert summary["held_out_loss_after"] == min(losses.values())
+    best = load_file(tmp_path / f"checkpoint-{summary['best_step']}/adapter_model.safetensors")
+    assert all(
+        torch.equal(best[name], matrix)
+        for name, matrix in load_file(tmp_path / "adapter_model.safetensors").items()
+    )
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--use_dora", "True", "--quantization", "4bit"],
+        ["--use_rslora", "True"],
+        ["--neftune_noise_alpha", "5"],
+        ["--loraplus_lr_ratio", "16"],
+        ["--gradient_checkpointing", "True", "--packing", "False"],
+        ["--quantization", "4bit"],
+    ],
+)
+def test_every_kind_of_training_ends_in_a_verified_adapter(flags, train, uninterrupted, tmp_path):
+    code, out, err = train(tmp_path, *flags, "--num_train_epochs", "1", "--save_strategy", "no")
+    assert code == 0, err
+    assert "the adapter is complete and verified" in out
+    assert not same_adapter(tmp_path, uninterrupted)
+
+
+def test_checkpointed_layers_change_no_result(train, uninterrupted, tmp_path):
+    code, out, err = train(tmp_path, "--gradient_checkpointing", "True", "--save_strategy", "no")
+    assert code == 0, err
+    assert "gradient checkpointing in 2 of 2 layers" in out
+    assert same_adapter(tmp_path, uninterrupted)
