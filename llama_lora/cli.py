@@ -1,5 +1,6 @@
 """What every script shares: bad input ends with one line on stderr, never with a traceback."""
 
+import errno
 import functools
 import os
 import sys
@@ -13,17 +14,23 @@ class InputError(Exception):
     """
 
 
+class Terminated(BaseException):
+    """SIGTERM asked the run to end."""
+
+
 def one_line_errors(main: Callable) -> Callable:
     """Make `main` end as a command should.
 
-    `InputError` prints one line and exits 1, Ctrl-C exits 130, a closed pipe (`| head`) exits 141.
-    Any other exception is a fault of ours and keeps its traceback.
+    `InputError` and a full disk print one line and exit 1, Ctrl-C exits 130, SIGTERM 143, a closed
+    pipe (`| head`) 141. Any other exception is a fault of ours and keeps its traceback.
     """
 
     @functools.wraps(main)
     def run(*args, **kwargs):
         try:
-            return main(*args, **kwargs)
+            result = main(*args, **kwargs)
+            sys.stdout.flush()
+            return result
         except InputError as error:
             sys.exit(fail(str(error)))
         except RuntimeError as error:
@@ -33,12 +40,24 @@ def one_line_errors(main: Callable) -> Callable:
         except KeyboardInterrupt:
             fail("interrupted")
             sys.exit(130)
+        except Terminated:
+            fail("terminated")
+            sys.exit(143)
         except BrokenPipeError:
-            # Python flushes stdout at exit; pointing it elsewhere keeps that flush from failing.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            drop_output()
             sys.exit(141)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                raise
+            drop_output()
+            sys.exit(fail(f"{error.filename or 'standard output'}: {error.strerror}"))
 
     return run
+
+
+def drop_output() -> None:
+    """Point stdout elsewhere; Python flushes it at exit, and that would fail again."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def fail(message: str) -> int:

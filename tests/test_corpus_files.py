@@ -3,18 +3,16 @@
 import gzip
 import json
 import os
-import signal
-import subprocess
-import sys
-import time
+import zlib
 
 import pytest
-from conftest import ROOT, run_script
+from conftest import run_script
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llama_lora.cli import InputError
-from llama_lora.corpus import files
+from llama_lora.corpus import cutting, files
+from llama_lora.corpus.atomic import Outputs
 
 MERGE = "fastchat/data/merge.py"
 SCRIPTS = [f"fastchat/data/{name}.py" for name in ("merge", "clean_sharegpt", "optional_clean")]
@@ -74,7 +72,7 @@ def test_items_are_those_of_a_whole_parse_wherever_blocks_end(items, block, asci
             end += 1
         blocks.append(text[at:end])
         at = end
-    found = list(files.array_items(iter(blocks), 0))
+    found = list(cutting.array_items(cutting.Blocks(blocks), 0, strict=True))
     assert [json.loads(raw) for _, raw in found] == items
     for offset, raw in found:
         if raw[:1] in b"{[":
@@ -100,6 +98,12 @@ def test_leniency_is_told(raw, value):
     json.loads(files.dump(value).decode())  # valid UTF-8 and JSON, whatever was in it
 
 
+def test_whole_numbers_stay_what_they_are_beyond_64_bits():
+    raw = b'{"id":123456789012345678901234567890,"x":[18446744073709551616,-9223372036854775809]}'
+    assert files.parse(raw) == (json.loads(raw), False)
+    assert files.dump(files.parse(raw)[0]) == raw
+
+
 CUT = json.dumps(ITEMS, indent=2).encode()
 PLACE = r"conversation {} \(byte \d+\): "
 FAULTS = {
@@ -122,24 +126,21 @@ FAULTS = {
     "cut in a line": (FORMS["lines"][:-9], r"conversation 2 .*the file ends inside the line"),
     "two arrays": (ARRAY + ARRAY, r"conversation 3 .*text follows the end of the array"),
     "no JSON": (b"[" + json.dumps(ITEMS[0]).encode() + b", oops]", "found 'oops'"),
-    "cut gzip": (gzip.compress(os.urandom(9999).hex().encode())[:-400], "gzipped data is damaged"),
+    "cut gzip": (gzip.compress(ARRAY)[:-9], "conversation 3 .*the gzipped data ends here"),
+    "damaged gzip": (
+        gzip.compress(ARRAY)[:-8] + b"\0" * 8,  # the wrong sum of the text
+        "conversation 3 .*the gzipped data is damaged here",
+    ),
 }
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_fault_of_the_file_is_one_line_and_changes_nothing(tmp_path, fault):
-    source, target = tmp_path / "in.json", tmp_path / "out.json"
+def test_a_fault_of_the_file_is_told(tmp_path, fault):
+    source = tmp_path / "in.json"
     text, message = FAULTS[fault]
     source.write_bytes(text)
-    target.write_text("old")
     with pytest.raises(InputError, match=message):
         contents(source)
-    done = run_script(MERGE, "--in", source, "--out", target)
-    assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr.count("\n") == 1
-    assert str(source) in done.stderr
-    assert target.read_text() == "old"
-    assert sorted(os.listdir(tmp_path)) == ["in.json", "out.json"]
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -172,6 +173,61 @@ def test_salvage_keeps_all_that_is_whole_before_and_after_the_damage(tmp_path):
     assert done.stdout.splitlines()[-1] == "read 4 · kept 4 · rejected 0"
 
 
+def items_apart(*damaged):
+    """Six conversations of which the third is replaced by `damaged`, as JSON."""
+    whole = [json.dumps(conversation(str(number))).encode() for number in range(6)]
+    return whole[:2] + list(damaged) + whole[3:]
+
+
+DAMAGED = {
+    "a colon is missing": json.dumps(conversation("2")).encode().replace(b'"id":', b'"id"'),
+    "text": b"oops",
+    "not UTF-8": json.dumps(conversation("2")).encode().replace(b"What", b"\xff"),
+    "cut": json.dumps(conversation("2")).encode()[:40],
+}
+
+
+@pytest.mark.parametrize("form", ["array", "lines"])
+@pytest.mark.parametrize("damage", DAMAGED)
+def test_salvage_loses_nothing_behind_what_is_not_json(tmp_path, damage, form):
+    path, told = tmp_path / "in", []
+    items = items_apart(DAMAGED[damage])
+    path.write_bytes(b"\n".join(items) if form == "lines" else b"[" + b",\n".join(items) + b"]")
+    kept = [item["id"] for item in contents(path, salvage=True, report=told.append)]
+    assert (kept, len(told)) == (["0", "1", "3", "4", "5"], 1)
+
+
+def test_salvage_finds_records_that_begin_with_another_key(tmp_path):
+    path = tmp_path / "in.json"
+    items = [{"source": "x", **conversation(str(number))} for number in range(4)]
+    path.write_text(json.dumps(items).replace('"1", ', '"1 ', 1))
+    assert [item["id"] for item in contents(path, salvage=True)] == ["0", "2", "3"]
+
+
+def test_salvage_keeps_all_that_stands_before_the_damage_of_a_gzipped_file(tmp_path):
+    path = tmp_path / "in.json"
+    items = [conversation(str(number), os.urandom(400).hex()) for number in range(2000)]
+    packed = gzip.compress(json.dumps(items).encode())
+    path.write_bytes(packed[:600_000])
+    inflater = zlib.decompressobj(31)
+    whole = inflater.decompress(packed[:600_000]).count(b'"gpt", "value": "That."}]}')
+    assert len(contents(path, salvage=True)) == whole > 900
+
+
+def test_thousands_of_damages_are_no_harder_than_one(tmp_path):
+    path, told = tmp_path / "in.json", []
+    one = json.dumps(conversation("a")).encode()
+    path.write_bytes(b"[" + b",".join([one, one.replace(b'"id":', b'"id"')] * 3000) + b"]")
+    assert len(contents(path, salvage=True, report=told.append)) == len(told) == 3000
+
+
+def test_a_line_alone_is_a_file_whatever_its_first_key(tmp_path):
+    path = tmp_path / "in.jsonl"
+    item = {"source": "x", **conversation("a")}
+    path.write_text(json.dumps(item))
+    assert contents(path) == [item]
+
+
 def test_salvage_of_nothing_is_an_error(tmp_path):
     path = tmp_path / "in.json"
     path.write_bytes(b'[{"id": "a", "conversa')
@@ -180,7 +236,7 @@ def test_salvage_of_nothing_is_an_error(tmp_path):
 
 
 def test_memory_is_flat_and_an_endless_record_is_found_out(tmp_path, monkeypatch):
-    monkeypatch.setattr(files, "LONGEST", 1 << 20)
+    monkeypatch.setattr(cutting, "LONGEST", 1 << 20)
     path = tmp_path / "in.json"
     path.write_bytes(b'[{"id": "a"}, {"id": "' + b"x" * (4 << 20))
     with pytest.raises(InputError, match="conversation 1 .*does not end within 1 MB"):
@@ -191,7 +247,8 @@ def test_memory_is_flat_and_an_endless_record_is_found_out(tmp_path, monkeypatch
 
 
 def write(path, *lines):
-    with files.writing(str(path)) as out:
+    with Outputs() as outputs:
+        out = outputs.corpus(str(path))
         for line in lines:
             out.write(line)
 
@@ -217,16 +274,6 @@ def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path):
     assert os.listdir(tmp_path) == ["a.json"]
 
 
-def test_what_a_killed_run_left_is_taken_over_and_a_running_one_is_respected(tmp_path):
-    path, part = tmp_path / "a.json", tmp_path / "a.json.part"
-    part.write_text("left by a killed run, longer than what is written now")
-    write(path, b"1")
-    assert path.read_text() == "[\n1\n]\n"
-    with files.writing(str(path)), pytest.raises(InputError, match="another run is writing it"):
-        write(path)
-    assert os.listdir(tmp_path) == ["a.json"]
-
-
 @pytest.mark.parametrize(("out", "message"), [("no/a.json", "No such file"), ("", "not a regular")])
 def test_where_nothing_can_be_written_is_said(tmp_path, out, message):
     with pytest.raises(InputError, match=message):
@@ -248,55 +295,3 @@ def test_a_link_is_written_through_and_the_input_may_be_the_output(tmp_path):
         "b-2",
         "c-2",
     ]
-
-
-def test_a_full_disk_is_one_line_and_leaves_the_old_file(tmp_path):
-    source, target = tmp_path / "in.json", tmp_path / "out.json"
-    source.write_text(json.dumps([conversation(str(i), answer="x" * 5000) for i in range(900)]))
-    target.write_text("old")
-    limited = f"ulimit -f 2048; exec {sys.executable} {MERGE} --in {source} --out {target}"
-    done = subprocess.run(
-        ["bash", "-c", limited], cwd=ROOT, capture_output=True, text=True, timeout=60
-    )
-    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
-    assert "File too large" in done.stderr
-    assert target.read_text() == "old"
-    assert sorted(os.listdir(tmp_path)) == ["in.json", "out.json"]
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_a_run_that_is_stopped_leaves_the_old_file_and_no_process(tmp_path, number):
-    source, target = tmp_path / "in.json", tmp_path / "out.json"
-    os.mkfifo(source)  # the run waits for more of it, so it is always in its midst
-    target.write_text("old")
-    command = [sys.executable, MERGE, "--in", source, "--out", target, "--workers", "2"]
-    run = subprocess.Popen(
-        command, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
-    with open(source, "wb") as pipe:
-        pipe.write(b"[" + b",".join([json.dumps(ITEMS[0]).encode()] * 20000))
-        pipe.flush()
-        while not (tmp_path / "out.json.part").exists():
-            time.sleep(0.02)
-        time.sleep(0.5)
-        run.send_signal(number)
-        run.wait(timeout=20)
-    message = run.stderr.read()
-    assert run.returncode == {2: 130, 15: 143, 9: -9}[number]
-    assert "Traceback" not in message
-    assert target.read_text() == "old"
-    left = {"in.json", "out.json"} | ({"out.json.part"} if number == signal.SIGKILL else set())
-    assert set(os.listdir(tmp_path)) == left
-    deadline = time.monotonic() + 10
-    while group_alive(run.pid) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert not group_alive(run.pid)
-
-
-def group_alive(group: int) -> bool:
-    """Whether a process of the group that the run started is left."""
-    try:
-        os.killpg(group, 0)
-    except ProcessLookupError:
-        return False
-    return True

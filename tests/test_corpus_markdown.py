@@ -146,6 +146,33 @@ def test_no_backslash_where_none_is_needed(text):
     assert to_markdown(wrapped(f"<p>{html.escape(text)}</p>")) == text
 
 
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("*a* and **b**", "\\*a* and \\*\\*b**"),
+        ("call __init__ now", "call \\_\\_init__ now"),
+        ("`a` or ``b``, not ``` here", "\\`a` or \\``b``, not ``` here"),
+        ("[a](b), but a](b)", "[a\\](b), but a](b)"),
+        ("![a](b), but ![a", "![a\\](b), but ![a"),
+        ("<b>, <!-- x -->, <!-- and <A_B>", "\\<b>, \\<!-- x -->, <!-- and <A_B>"),
+        ("[^1]: a note, no link", "[^1]: a note, no link"),
+        ("[a]: b", "\\[a]: b"),
+        ("<DIV and more", "\\<DIV and more"),
+    ],
+)
+def test_one_backslash_where_one_is_enough(text, expected):
+    assert to_markdown(wrapped(f"<p>{html.escape(text)}</p>")) == expected
+
+
+def test_no_backslash_of_a_document_is_needless():
+    for seed in range(150):
+        back = to_markdown(wrapped(RENDERER.render(Document(seed).text())))
+        rendered = RENDERER.render(back)
+        for found in re.finditer(r"\\(?=[!-/:-@\[-`{-~])", back):
+            without = back[: found.start()] + back[found.end() :]
+            assert RENDERER.render(without) != rendered, f"seed {seed}, {found.start()}\n{back}"
+
+
 # ------------------------------------------------------------------ what ChatGPT shows
 
 
@@ -242,8 +269,10 @@ CODE_BLOCK = re.compile(r"<pre>.*?<code[^>]*>(.*?)</code>", re.DOTALL)
         "<table>" + "<tr><td>a</td><td>b|c</td></tr>" * 20_000 + "</table>",
         "<ul><li>" * 60 + "a<p>b</p>" * 500 + "</li></ul>" * 60,
         "<button>x</button>" * 20_000,
+        "<div>" * 100 + "<button>x</button>" * 20_000 + "</div>" * 100,
+        "<p>" + "![ &lt;? &lt;!-- [a](( `` ` " * 30_000 + "</p>",
     ],
-    ids=["fences", "items", "text", "emphasis", "table", "nested", "buttons"],
+    ids=["fences", "items", "text", "emphasis", "table", "nested", "buttons", "bars", "openings"],
 )
 def test_time_grows_with_the_text_alone(inner):
     began = time.process_time()

@@ -2,16 +2,22 @@
 
 import json
 import random
+import shutil
+import sys
 
 import pytest
-from conftest import run_script
+from conftest import run_script, shipped
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from llama_lora.cli import InputError
 from llama_lora.corpus.conversation import Rejected
 from llama_lora.corpus.split import Splitter
-from llama_lora.model.template import IGNORE, Template
+from llama_lora.corpus.tokens import Ruler
+from llama_lora.model.llama_tokenizer import LLAMA3_SPLIT
+from llama_lora.model.template import IGNORE, Template, load_tokenizer
 
 SPLIT = "fastchat/data/split_long_conversation.py"
 WORDS = "The assistant gives polite answers, and snake_case = 12345; 你好，世界。 naïve 🎂"
@@ -41,26 +47,115 @@ def turn(value, number):
     return {"from": ("human", "gpt")[number % 2], "value": value}
 
 
+def trained_on_the_shipped(backend, trainer):
+    """`backend` with its model trained on the shipped English conversations."""
+    backend.train_from_iterator(
+        [turn["value"] for item in shipped("dummy_en.json") for turn in item["conversations"]],
+        trainer,
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
+
+
+def llama3_like():
+    """Byte-level BPE that keeps a whole word if it has a token, after Llama 3's split."""
+    backend = Tokenizer(models.BPE(ignore_merges=True))
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(LLAMA3_SPLIT), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    backend.decoder = decoders.ByteLevel()
+    return trained_on_the_shipped(
+        backend,
+        trainers.BpeTrainer(
+            vocab_size=1200,
+            special_tokens=["<unk>", "<s>", "</s>"],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
+
+
+def unigram_like():
+    """A Unigram model after SentencePiece's marking of spaces, of T5's and Gemma's kind."""
+    backend = Tokenizer(models.Unigram())
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
+    backend.decoder = decoders.Metaspace(prepend_scheme="always")
+    return trained_on_the_shipped(
+        backend,
+        trainers.UnigramTrainer(
+            vocab_size=800,
+            special_tokens=["<unk>", "<s>", "</s>"],
+            unk_token="<unk>",
+            show_progress=False,
+        ),
+    )
+
+
+def phrases_like():
+    """BPE over whole lines, whose tokens reach over the ends of words."""
+    backend = Tokenizer(models.BPE(unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Split("\n", "isolated")
+    return trained_on_the_shipped(
+        backend,
+        trainers.BpeTrainer(
+            vocab_size=900,
+            special_tokens=["<unk>", "<s>", "</s>"],
+            initial_alphabet=[chr(code) for code in range(32, 127)],
+            show_progress=False,
+        ),
+    )
+
+
+TEMPLATES = {  # by kind of tokenizer
+    "sentencepiece": "vicuna_v1.1",
+    "bytes": "model",
+    "llama3": "vicuna_v1.1",
+    "unigram": "vicuna_v1.1",
+    "phrases": "vicuna_v1.1",
+}
+
+
 @pytest.fixture(scope="module")
-def models(tmp_path_factory, llama_tokenizer, byte_tokenizer):
-    """Folders of tokenizers of both kinds, and the template each is used with."""
+def tokenizers(llama_tokenizer, byte_tokenizer):
+    """One tokenizer of each kind."""
+    return {
+        "sentencepiece": llama_tokenizer,
+        "bytes": byte_tokenizer,
+        "llama3": llama3_like(),
+        "unigram": unigram_like(),
+        "phrases": phrases_like(),
+    }
+
+
+@pytest.fixture(scope="module")
+def rulers(tokenizers):
+    return {kind: Ruler(tokenizer.backend_tokenizer) for kind, tokenizer in tokenizers.items()}
+
+
+@pytest.fixture(scope="module")
+def models_of(tmp_path_factory, tokenizers):
+    """Their folders."""
     folders = {}
-    for name, tokenizer in (("vicuna_v1.1", llama_tokenizer), ("model", byte_tokenizer)):
+    for kind, tokenizer in tokenizers.items():
         folder = tmp_path_factory.mktemp("tokenizer")
         tokenizer.save_pretrained(folder)
-        folders[name] = str(folder)
+        folders[kind] = str(folder)
     return folders
 
 
 @pytest.fixture(scope="module")
-def splitters(models):
-    """Splitters by template and length, made once each."""
+def splitters(models_of):
+    """Splitters by kind of tokenizer and length, made once each."""
     made = {}
 
-    def splitter(template, length, overlong="continue"):
-        key = template, length, overlong
+    def splitter(kind, length, overlong="continue"):
+        key = kind, length, overlong
         if key not in made:
-            made[key] = Splitter(models[template], length, template, overlong)
+            made[key] = Splitter(models_of[kind], length, TEMPLATES[kind], overlong)
         return made[key]
 
     return splitter
@@ -72,8 +167,56 @@ def labelled(renderer, piece):
     return one.ids, one.labels
 
 
-@pytest.mark.parametrize("template", ["vicuna_v1.1", "model"])
-@settings(max_examples=120, deadline=None)
+SIGNS = st.text(alphabet="ab Z9_'.,;-(){}<>/s\n\t\r é汉👍🏽\u00a0\u0301", max_size=120)
+
+
+@pytest.mark.parametrize("kind", TEMPLATES)
+@settings(max_examples=100, deadline=None)
+@given(seed=st.integers(0, 10**6), signs=st.lists(SIGNS | st.just("</s>"), max_size=4))
+def test_words_are_measured_as_the_whole_text_is(rulers, kind, seed, signs):
+    backend, ruler = rulers[kind].tokenizer, rulers[kind]
+    assert ruler.by_words == (kind != "phrases")
+    whole = text(seed, 200).join(signs)
+    encoding = backend.encode(whole, add_special_tokens=False)
+    starts = [start for start, _ in encoding.offsets]
+    measured = ruler.measure(whole)
+    assert ruler.length(whole) == len(measured) == len(starts)
+    assert [measured.place(number) for number in range(len(starts) + 1)] == [*starts, len(whole)]
+    for place in range(0, len(whole), 7):
+        assert measured.before(place) == sum(start < place for start in starts)
+
+
+@pytest.mark.parametrize("named", ["LlamaTokenizer", "LlamaTokenizerFast", "TokenizersBackend", ""])
+@pytest.mark.parametrize("kind", ["sentencepiece", "bytes", "slow"])
+def test_a_tokenizer_is_as_transformers_loads_it(tmp_path, models_of, spm, kind, named):
+    folder, config = tmp_path / "model", {"bos_token": "<s>", "eos_token": "</s>"}
+    if kind == "slow":
+        folder.mkdir()
+        shutil.copy(spm, folder / "tokenizer.model")
+    else:
+        shutil.copytree(models_of[kind], folder)
+        config = json.loads((folder / "tokenizer_config.json").read_text())
+        del config["tokenizer_class"]
+    config |= {"tokenizer_class": named} if named else {}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    whole = f"{text(1, 500)}</s>USER: a\n<|im_end|>  b"
+    for of_llama in (False, True):
+        if of_llama:
+            (folder / "config.json").write_text('{"model_type": "llama"}')
+        theirs = AutoTokenizer.from_pretrained(folder)
+        assert load_tokenizer(folder)(whole)["input_ids"] == theirs(whole)["input_ids"]
+
+
+def test_a_tokenizer_is_loaded_without_torch(models_of):
+    code = (
+        "import sys; from llama_lora.model.template import load_tokenizer; "
+        f"load_tokenizer({models_of['sentencepiece']!r}); sys.exit('torch' in sys.modules)"
+    )
+    assert run_script(sys.executable, "-c", code).returncode == 0
+
+
+@pytest.mark.parametrize("kind", TEMPLATES)
+@settings(max_examples=60, deadline=None)
 @example(seed=2454, lengths=[(0, 0), (0, 0), (2, 298)], system=399, window=128)
 @given(
     seed=st.integers(0, 10**6),
@@ -81,11 +224,9 @@ def labelled(renderer, piece):
     system=st.none() | st.integers(1, 400),
     window=st.sampled_from([128, 160, 256]),
 )
-def test_every_piece_fits_and_every_answer_is_whole(
-    splitters, template, seed, lengths, system, window
-):
+def test_every_piece_fits_and_every_answer_is_whole(splitters, kind, seed, lengths, system, window):
     lengths = [length for pair in lengths for length in pair]
-    splitter = splitters(template, window)
+    splitter = splitters(kind, window)
     original = conversation(seed, *lengths, system=system)
     kept = splitter(original)
     assert kept.pairs == len(lengths) // 2
@@ -121,10 +262,10 @@ def test_every_piece_fits_and_every_answer_is_whole(
     assert [one.conversations for one in again] == [[piece] for piece in kept.conversations]
 
 
-@pytest.mark.parametrize("template", ["vicuna_v1.1", "model"])
-def test_answer_tokens_are_labelled_exactly_once(splitters, template):
-    whole = splitters(template, 100_000)
-    splitter = splitters(template, 256)
+@pytest.mark.parametrize("kind", TEMPLATES)
+def test_answer_tokens_are_labelled_exactly_once(splitters, kind):
+    whole = splitters(kind, 100_000)
+    splitter = splitters(kind, 256)
     original = conversation(1, 80, 4000, 300, 200, 50, 2500)
     count = sum(label != IGNORE for label in labelled(whole.renderer, original)[1])
     pieces = splitter(original).conversations
@@ -135,7 +276,7 @@ def test_answer_tokens_are_labelled_exactly_once(splitters, template):
 
 
 def test_what_fits_is_left_as_it_is_and_pairs_are_packed(splitters):
-    splitter = splitters("vicuna_v1.1", 256)
+    splitter = splitters("sentencepiece", 256)
     short = conversation(2, 20, 30, 40, 30)
     assert splitter(short).conversations == [short]
     plain = [turn("The assistant gives polite answers.", i) for i in range(40)]
@@ -148,14 +289,14 @@ def test_what_fits_is_left_as_it_is_and_pairs_are_packed(splitters):
 
 
 def test_two_pairs_that_do_not_fit_together_are_both_kept(splitters):
-    splitter = splitters("model", 128)
+    splitter = splitters("bytes", 128)
     plain = [turn("The assistant gives polite answers. " * 5, i) for i in range(4)]
     pieces = splitter({"id": "c", "conversations": plain}).conversations
     assert [piece["id"] for piece in pieces] == ["c_0", "c_2"]
 
 
 def test_answers_are_cut_at_the_best_place(splitters):
-    splitter = splitters("vicuna_v1.1", 160)
+    splitter = splitters("sentencepiece", 160)
     paragraphs = [f"The assistant gives {i} answers. They are polite." for i in range(40)]
     turns = [
         {"from": "human", "value": "Tell me."},
@@ -169,22 +310,22 @@ def test_answers_are_cut_at_the_best_place(splitters):
 
 def test_truncate_and_drop_are_counted(splitters):
     original = conversation(5, 40, 3000, 40, 40)
-    cut = splitters("model", 128, "truncate")(original)
+    cut = splitters("bytes", 128, "truncate")(original)
     assert [piece["id"] for piece in cut.conversations] == ["c_0", "c_2"]
     assert cut.conversations[0]["unfinished"]
     assert (cut.pairs, cut.repairs["answers truncated"]) == (2, 1)
-    dropped = splitters("model", 128, "drop")(original)
+    dropped = splitters("bytes", 128, "drop")(original)
     assert [piece["conversations"] for piece in dropped.conversations] == [
         original["conversations"][2:]
     ]
     assert (dropped.pairs, dropped.dropped) == (1, {"longer than the window": 1})
     with pytest.raises(Rejected, match="longer than the window"):
-        splitters("model", 128, "drop")(conversation(6, 40, 3000))
+        splitters("bytes", 128, "drop")(conversation(6, 40, 3000))
 
 
 def test_a_long_question_loses_its_middle_and_is_counted(splitters):
     original = conversation(7, 5000, 50)
-    kept = splitters("model", 128)(original)
+    kept = splitters("bytes", 128)(original)
     asked, whole = kept.conversations[0]["conversations"][0]["value"], original["conversations"][0]
     assert kept.repairs["questions shortened"] == 1
     start, end = asked.split(" … ")
@@ -192,24 +333,24 @@ def test_a_long_question_loses_its_middle_and_is_counted(splitters):
     assert whole["value"].endswith(end)
 
 
-def test_a_window_that_the_template_fills_is_an_error(models):
+def test_a_window_that_the_template_fills_is_an_error(models_of):
     with pytest.raises(InputError, match="--max-length 40: expected at least"):
-        Splitter(models["vicuna_v1.1"], 40)
+        Splitter(models_of["sentencepiece"], 40)
 
 
-def test_the_script_splits_a_file_and_refuses_what_is_no_model(tmp_path, models):
+def test_the_script_splits_a_file_and_refuses_what_is_no_model(tmp_path, models_of):
     source, out = tmp_path / "in.json", tmp_path / "out.json"
     items = [conversation(seed, 50, 600, 50, 60) for seed in range(20)]
     items += [{"id": "bad", "conversations": [{"from": "gpt", "value": "a"}]}]
     items += [{**conversation(1, 9, 9), "label_from": "x"}]
     source.write_text(json.dumps(items))
     command = (SPLIT, "--in", source, "--out", out, "--max-length", 200)
-    done = run_script(*command, "--model-name", models["vicuna_v1.1"])
+    done = run_script(*command, "--model-name", models_of["sentencepiece"])
     assert done.returncode == 0, done.stderr
     last = done.stdout.splitlines()[-1]
     pieces = json.loads(out.read_text())
     assert last.startswith(f"read 22 · kept 20 in {len(pieces)} pieces · rejected 2: ")
-    renderer = Template(Splitter(models["vicuna_v1.1"], 200).renderer.tokenizer)
+    renderer = Template(Splitter(models_of["sentencepiece"], 200).renderer.tokenizer)
     assert all(len(labelled(renderer, piece)[0]) <= 200 for piece in pieces)
     assert len({piece["id"] for piece in pieces}) == len(pieces)
     for model in (tmp_path, tmp_path / "nothing"):

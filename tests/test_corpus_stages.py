@@ -17,7 +17,7 @@ from llama_lora.cli import InputError
 from llama_lora.corpus import stage
 from llama_lora.corpus.clean import Cleaner, blocked_phrases
 from llama_lora.corpus.conversation import Kept, Rejected, check, count_pairs
-from llama_lora.corpus.dedupe import without_duplicates
+from llama_lora.corpus.dedupe import WithoutDuplicates
 from llama_lora.corpus.language import Filter, detected
 from llama_lora.corpus.merge import as_it_is
 
@@ -143,7 +143,7 @@ def test_read_is_kept_and_rejected_in_conversations_and_in_pairs(tmp_path_factor
     items = [{"id": "same", "conversations": one} for one in batch]
     args = arguments(folder, items)
     build = partial(Cleaner, blocked_phrases(None))
-    account = stage.run(args, build, partial(without_duplicates, out=args.out))
+    account = stage.run(args, build, WithoutDuplicates(args.out))
     kept = json.loads((folder / "out.json").read_text())
     assert account.read == len(items) == account.kept + account.rejected.total()
     assert account.pairs_read == account.pairs_kept + account.pairs_rejected.total()
@@ -151,7 +151,7 @@ def test_read_is_kept_and_rejected_in_conversations_and_in_pairs(tmp_path_factor
     assert account.pairs_kept == sum(count_pairs(item["conversations"]) for item in kept)
     assert len({item["id"] for item in kept}) == len(kept)
     again = arguments(folder, kept, out=str(folder / "again.json"))
-    assert stage.run(again, build, partial(without_duplicates, out=again.out)).kept == len(kept)
+    assert stage.run(again, build, WithoutDuplicates(again.out)).kept == len(kept)
     assert (folder / "again.json").read_text() == (folder / "out.json").read_text()
 
 

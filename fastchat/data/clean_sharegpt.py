@@ -19,16 +19,30 @@ def parse_args() -> argparse.Namespace:
         help="phrases that no answer may say outside of code, one a line; an empty file blocks "
         "nothing (default: claims to be ChatGPT and the like)",
     )
+    parser.add_argument(
+        "--near-duplicates",
+        type=stage.fraction,
+        metavar="SIMILARITY",
+        help="also drop what is at least this similar to a conversation that stays, such as 0.85: "
+        "the Jaccard similarity, which is the share of all runs of five words in the two (in "
+        "Chinese, Japanese or Thai, of five characters) that both have, as MinHash estimates it; "
+        "the longer one stays",
+    )
+    parser.add_argument(
+        "--simplified-chinese",
+        action="store_true",
+        help="convert turns in traditional Chinese to simplified, code aside",
+    )
     return parser.parse_args()
 
 
 @one_line_errors
 def main(args: argparse.Namespace) -> None:
     from llama_lora.corpus.clean import Cleaner, blocked_phrases
-    from llama_lora.corpus.dedupe import without_duplicates
+    from llama_lora.corpus.dedupe import WithoutDuplicates
 
-    build = partial(Cleaner, blocked_phrases(args.blocked_words))
-    account = stage.run(args, build, partial(without_duplicates, out=args.out))
+    build = partial(Cleaner, blocked_phrases(args.blocked_words), args.simplified_chinese)
+    account = stage.run(args, build, WithoutDuplicates(args.out, args.near_duplicates))
     if account.seen:
         print(listed(account.seen))
     print(account)

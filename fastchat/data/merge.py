@@ -16,9 +16,10 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--limit", type=stage.positive, metavar="N", help="keep the first N only")
     parser.add_argument(
         "--split-eval",
-        type=merge.fraction,
+        type=stage.fraction,
         metavar="FRACTION",
-        help="hold this share out, in a file beside the output (OUT.eval.json)",
+        help="hold this share out, in a file beside the output (OUT.eval.json); conversations that "
+        "are equal or alike stay on one side",
     )
     return parser.parse_args()
 

@@ -36,13 +36,11 @@ def parse_args() -> argparse.Namespace:
 
 @one_line_errors
 def main(args: argparse.Namespace) -> None:
-    # The tokenizer runs on several cores by itself; more processes would each load it again.
-    os.environ.update(TOKENIZERS_PARALLELISM="true", RAYON_NUM_THREADS=str(args.workers))
-    args.workers = 1
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # there is a process for each core
     from llama_lora.corpus.split import Splitter
 
     build = partial(Splitter, args.model, args.max_length, args.template, args.overlong)
-    print(stage.run(args, build, chunk_bytes=2 << 20))
+    print(stage.run(args, build))
 
 
 if __name__ == "__main__":

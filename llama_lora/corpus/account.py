@@ -6,6 +6,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 from llama_lora.corpus import files
+from llama_lora.corpus.atomic import Outputs
 from llama_lora.corpus.conversation import Kept
 
 
@@ -75,17 +76,19 @@ def listed(counts: Counter) -> str:
     return ", ".join(f"{name} {count:,}" for name, count in order)
 
 
-def write_account(args, inputs, account: Account, damages: list[str], seconds: float) -> None:
+def write_account(
+    outputs: Outputs, args, inputs, account: Account, damages: list[str], seconds: float
+) -> None:
     """Leave the accounts beside the output as `OUT.account`, for whoever looks at it later."""
     skipped = ("inputs", "out", "rejected", "workers")
     options = {name: value for name, value in vars(args).items() if name not in skipped}
     record = {
         "stage": os.path.basename(sys.argv[0]),
         "inputs": inputs,
+        "rejected_file": args.rejected,
         "options": options,
         "seconds": round(seconds, 1),
         "damages": damages,
         **{k: dict(+v) if isinstance(v, Counter) else v for k, v in vars(account).items()},
     }
-    with files.replacing(args.out + ".account") as file:
-        file.write(files.dump(record) + b"\n")
+    outputs.open(args.out + ".account").write(files.dump(record) + b"\n")

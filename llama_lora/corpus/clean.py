@@ -5,6 +5,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 from llama_lora.cli import InputError
+from llama_lora.corpus.chinese import TRADITIONAL, to_simplified
 from llama_lora.corpus.conversation import (
     GPT,
     SYSTEM,
@@ -14,21 +15,25 @@ from llama_lora.corpus.conversation import (
     Turn,
     put_in_order,
 )
+from llama_lora.corpus.language import detected
 from llama_lora.corpus.markdown import is_chatgpt_html, to_markdown
-from llama_lora.corpus.prose import without_code
+from llama_lora.corpus.prose import prose, without_code
 
 # An assistant that claims to be another one. What it says about others is nobody's business.
 ASSISTANTS = r"(?:ChatGPT|GPT-?[345](?:\.5)?(?:-?turbo)?|Bard|Bing|Claude|Gemini|Copilot)"
 MAKERS = r"(?:Open\s?AI|Anthropic|Google|Microsoft|Meta)"
 MADE = r"(?:trained|created|developed|made|built|designed|programmed)"
+MADE_IN_CHINESE = "(?:开发|训练|创建|创造|研发|開發|訓練|創建|創造|研發)"
 CLAIMS = [
     rf"(?:I am|I['’]m|my name is|call me|hello from)\s+{ASSISTANTS}",
     rf"as\s+{ASSISTANTS},\s+(?:I|my)",
     rf"(?:I am|I['’]m|as)\s+an?\s[^.!?\n]{{0,60}}\b{MADE}\s+by\s+{MAKERS}",
     rf"I\s+(?:was|am|have been)\s+{MADE}\s+by\s+{MAKERS}",
-    rf"(?:我是|我叫|作为){ASSISTANTS}",
-    rf"我(?:是|由|是由)[^。！？\n]{{0,30}}{MAKERS}[^。！？\n]{{0,10}}(?:开发|训练|创建|创造|研发)",
-    rf"(?:soy|je suis|ich bin|sono|eu sou|sou|ik ben|я)\s+{ASSISTANTS}",
+    rf"(?:我是|我叫|作[为為]){ASSISTANTS}",
+    rf"我[是由][^。！？\n]{{0,30}}{MAKERS}[^。！？\n]{{0,10}}{MADE_IN_CHINESE}",
+    rf"(?:soy|je suis|ich bin|sono|eu sou|sou|ik ben|я|أنا)\s+{ASSISTANTS}",
+    rf"(?:私|わたし|僕)は、?\s*{ASSISTANTS}",
+    rf"(?:저는|나는|제 이름은)\s*{ASSISTANTS}",
 ]
 # One of these is in every claim; looking for them first is ten times faster than the patterns.
 CLAIM_WORDS = ["gpt", "bard", "bing", "claude", "gemini", "copilot", "openai", "open ai"]
@@ -54,15 +59,19 @@ class Blocked:
 
 @dataclass
 class Cleaner:
-    """Cleans one conversation."""
+    """Cleans one conversation; with `simplified`, traditional Chinese becomes simplified."""
 
     blocked: Blocked | None
+    simplified: bool = False
 
     def __call__(self, conversation: Conversation) -> Kept:
         repairs, seen = Counter(), Counter()
-        turns = put_in_order(conversation["conversations"], repairs)
+        turns = without_empty_repeats(conversation["conversations"], repairs)
+        turns = put_in_order(turns, repairs)
         turns = [cleaned(turn, seen) for turn in turns]
         turns, dropped = without_empty_pairs(turns)
+        if self.simplified:
+            turns = [in_simplified_chinese(turn, repairs) for turn in turns]
         if self.blocked:
             for turn in turns:
                 self.check(turn)
@@ -91,6 +100,30 @@ def without_outer_blank_lines(text: str) -> str:
     text = text[: len(text) - len(inner)].rpartition("\n")[2] + inner
     inner = text.rstrip()
     return inner + text[len(inner) :].partition("\n")[0] if inner else ""
+
+
+def without_empty_repeats(turns: list[Turn], repairs: Counter) -> list[Turn]:
+    """The turns without those that are empty and stand beside another of the same role."""
+    kept: list[Turn] = []
+    for turn in turns:
+        if not kept or kept[-1]["from"] != turn["from"]:
+            kept.append(turn)
+        elif is_empty(kept[-1]):
+            kept[-1] = turn
+        elif not is_empty(turn):
+            kept.append(turn)
+    repairs["empty turns"] += len(turns) - len(kept)
+    return kept
+
+
+def in_simplified_chinese(turn: Turn, repairs: Counter) -> Turn:
+    """The turn in simplified Chinese, code and addresses aside, if it is in traditional."""
+    text = turn["value"]
+    if text.isascii() or detected(prose(text)) != TRADITIONAL:
+        return turn
+    simplified = to_simplified(text)
+    repairs["turns in traditional Chinese"] += simplified != text
+    return {**turn, "value": simplified}
 
 
 def without_empty_pairs(turns: list[Turn]) -> tuple[list[Turn], Counter]:

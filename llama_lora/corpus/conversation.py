@@ -5,11 +5,12 @@ str}` with the roles of `ROLES`; other keys of either travel along unchanged. A 
 directly followed by its answer.
 """
 
-import re
 from collections import Counter
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import Any
+
+from llama_lora.text import sound_text
 
 HUMAN, GPT, SYSTEM = ROLES = ("human", "gpt", "system")
 
@@ -167,16 +168,6 @@ def prefix_digests(turns: list[Turn]) -> list[bytes]:
         running.update(f"{turn['from']}\0{len(text)}\0{text}".encode())
         digests.append(running.copy().digest())
     return digests
-
-
-SURROGATE = re.compile("[\ud800-\udfff]")
-
-
-def sound_text(text: str) -> str:
-    """`text` without lone surrogates, which no UTF-8 file can hold; pairs are joined."""
-    if text.isascii() or not SURROGATE.search(text):
-        return text
-    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
 
 def kind(value: Any) -> str:

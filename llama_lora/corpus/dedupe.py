@@ -1,17 +1,145 @@
-"""Duplicates: of equal conversations one stays, and one that goes on stands for its beginning."""
+"""Duplicates: of conversations that are equal, or alike, one stays; a longer one stands for its
+beginning."""
 
-from llama_lora.corpus.output import Arrangement, Stored
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from llama_lora.corpus.conversation import GPT, HUMAN, SYSTEM, Turn, prefix_digests
+from llama_lora.corpus.output import Arrangement, Gone, Marks, Stored
 
 
-def without_duplicates(stored: list[Stored], out: str) -> Arrangement:
-    """Reject what equals an earlier conversation, or is how a longer one begins."""
-    beginnings = {digest for one in stored for digest in one.digests if digest != one.digest}
-    rejected: dict[int, str] = {}
-    seen: set[bytes] = set()
+@dataclass
+class WithoutDuplicates:
+    """Leaves out what equals an earlier conversation, or is how a longer one begins.
+
+    With `near`, a similarity between 0 and 1, also what is that much alike to a longer one, or to
+    an earlier one of the same length.
+    """
+
+    out: str
+    near: float | None = None
+
+    def marker(self) -> Callable[[list[Turn]], Marks]:
+        return marker(signed=self.near is not None)
+
+    def __call__(self, stored: list[Stored], signatures: bytes) -> Arrangement:
+        rejected = exact_duplicates(stored)
+        if self.near is not None:
+            rejected |= near_duplicates(stored, signatures, self.near, rejected)
+        kept = [index for index in range(len(stored)) if index not in rejected]
+        return Arrangement({self.out: kept}, rejected)
+
+
+def marker(signed: bool) -> Callable[[list[Turn]], Marks]:
+    """What marks conversations so that equal ones, and alike ones if `signed`, can be told."""
+    if not signed:
+        return lambda turns: Marks(digests_of(turns))
+    from llama_lora.corpus.near import Signer
+
+    sign = Signer()
+    return lambda turns: Marks(digests_of(turns), sign(paired(turns)))
+
+
+def paired(turns: list[Turn]) -> list[Turn]:
+    """A system turn, and from the first question to the last answer: what cleaning leaves."""
+    roles = [turn["from"] for turn in turns]
+    if HUMAN not in roles or GPT not in roles:
+        return turns
+    first, last = roles.index(HUMAN), len(roles) - roles[::-1].index(GPT)
+    return [turn for turn in turns[:first] if turn["from"] == SYSTEM] + turns[first:last]
+
+
+def digests_of(turns: list[Turn]) -> bytes:
+    """Digests of the conversation up to each answer, and last of the whole."""
+    turns = paired(turns)
+    digests = prefix_digests(turns)
+    answers = [d for d, turn in zip(digests, turns, strict=False) if turn["from"] == GPT]
+    return b"".join(answers + digests[-1:])
+
+
+def exact_duplicates(stored: list[Stored]) -> dict[int, Gone]:
+    """Which go because they equal an earlier one, or are how a longer one begins."""
+    first = first_of(stored)
+    longer: dict[bytes, int] = {}
     for index, one in enumerate(stored):
-        if one.digest in beginnings:
-            rejected[index] = "beginning of a longer one"
-        elif one.digest in seen:
-            rejected[index] = "duplicate"
-        seen.add(one.digest)
-    return Arrangement({out: [i for i in range(len(stored)) if i not in rejected]}, rejected)
+        for digest in filter(first.__contains__, one.beginnings()):
+            longer.setdefault(digest, index)
+    gone: dict[int, Gone] = {}
+    for index, one in enumerate(stored):
+        if one.digest in longer:
+            gone[index] = Gone("beginning of a longer one", longer[one.digest])
+        elif first[one.digest] != index:
+            gone[index] = Gone("duplicate", first[one.digest])
+    return gone
+
+
+def first_of(stored: list[Stored]) -> dict[bytes, int]:
+    """By digest, the first that has it."""
+    first: dict[bytes, int] = {}
+    for index, one in enumerate(stored):
+        first.setdefault(one.digest, index)
+    return first
+
+
+def near_duplicates(stored, signatures: bytes, threshold: float, gone) -> dict[int, Gone]:
+    """Which others go because one that stays is alike to them, and not shorter.
+
+    None of those that stay is alike to another.
+    """
+    import numpy as np
+
+    from llama_lora.corpus.near import Alike
+
+    alike = Alike(signatures, threshold)
+    free = np.ones(len(alike), bool)
+    free[list(gone)] = False
+    found: dict[int, Gone] = {}
+    for index in sorted(np.flatnonzero(free).tolist(), key=lambda i: (-stored[i].length, i)):
+        if free[index]:
+            free[index] = False
+            others, similarity = alike.to(index, among=free)
+            free[others] = False
+            for other, much in zip(others.tolist(), similarity.tolist(), strict=True):
+                found[other] = Gone("near duplicate", index, much)
+    return found
+
+
+def groups(stored: list[Stored], signatures: bytes, threshold: float) -> list[int]:
+    """For each conversation the number of its group, that of the first in it.
+
+    Equal ones, beginnings of longer ones and those at least `threshold` alike are in one group, and
+    so is all that such neighbours link.
+    """
+    import numpy as np
+
+    from llama_lora.corpus.near import Alike
+
+    parents = list(range(len(stored)))
+
+    def group_of(index: int) -> int:
+        while parents[index] != index:
+            parents[index] = parents[parents[index]]
+            index = parents[index]
+        return index
+
+    def join(one: int, other: int) -> None:
+        one, other = sorted((group_of(one), group_of(other)))
+        parents[other] = one
+
+    first = first_of(stored)
+    for index, one in enumerate(stored):
+        for digest in filter(first.__contains__, [one.digest, *one.beginnings()]):
+            join(index, first[digest])
+    alike = Alike(signatures, threshold)
+    unseen = np.ones(len(alike), bool)
+    for start in range(len(alike)):
+        reached = [start] if unseen[start] else []
+        unseen[start] = False
+        while reached:
+            index = reached.pop()
+            others, _ = alike.to(index, among=unseen)
+            unseen[others] = False
+            reached += others.tolist()
+            for other in others.tolist():
+                join(index, other)
+    return [group_of(index) for index in range(len(stored))]

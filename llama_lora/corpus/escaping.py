@@ -8,7 +8,7 @@ strikethrough, whether the character would be read as markup where it stands.
 
 import re
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from functools import lru_cache
 from html.entities import html5
 
@@ -23,6 +23,7 @@ HIDDEN = re.compile(r"[\\`*_\[\]<>&~|!]|(?<=[0-9])[.)]|(?<![^\s=:|-])[#+=-]|#+$"
 BEHIND = {stand_in: char for char, stand_in in STAND_INS.items()}
 
 MARKERS = re.compile(r"(?:> ?|[-*+] +|\d{1,9}[.)] +| )*")  # of quotes and list items
+QUOTED = re.compile(r"(?<=\n)[ >]+")
 ITEM = re.compile(r"[ >]*(?:[-*+]|\d{1,9}[.)]) ")
 ENTITY = re.compile(r"&(?:#[0-9]{1,7}|#[xX][0-9a-fA-F]{1,6}|[A-Za-z][A-Za-z0-9]{0,40});")
 ATTRIBUTE = r"""\s+[A-Za-z_:][\w.:-]*(?:\s*=\s*(?:[^\s"'=<>`]+|'[^']*'|"[^"]*"))?"""
@@ -30,15 +31,31 @@ ANGLE = re.compile(
     rf"<(?:[A-Za-z][A-Za-z0-9-]*(?:{ATTRIBUTE})*\s*/?>|/[A-Za-z][A-Za-z0-9-]*\s*>|!--|\?|![A-Za-z]"
     r"|!\[CDATA\[|[A-Za-z][A-Za-z0-9+.-]{1,31}:[^\s<>]*>|[\w.!#$%&'*+/=?^`{|}~-]{1,64}@[\w.-]+>)"
 )
-ANGLE_AT_START = re.compile(r"</?[A-Za-z]|<[!?]")
-HEADING = re.compile(r"#{1,6}(?:\s|$)")
-BULLET = re.compile(r"[-+*](?:\s|$)")
-NUMBER = re.compile(r"(\d{1,9})[.)](?:\s|$)")
+CLOSINGS = {"<!--": "-->", "<?": "?>", "<![": "]]>", "<!": ">"}  # of what ANGLE finds the start
+# What begins a block of HTML whatever follows it; CommonMark, section 4.6.
+HTML_BLOCKS = """address article aside base basefont blockquote body caption center col colgroup dd
+details dialog dir div dl dt fieldset figcaption figure footer form frame frameset h1 h2 h3 h4 h5 h6
+head header hr html iframe legend li link main menu menuitem nav noframes ol optgroup option p param
+search section source summary table tbody td tfoot th thead title tr track ul"""
+ANGLE_AT_START = re.compile(
+    rf"</?(?:{'|'.join(HTML_BLOCKS.split())})(?:\s|/?>|$)"
+    r"|<(?:script|pre|style|textarea)(?:\s|>|$)|<!--|<\?|<![A-Za-z]|<!\[CDATA\[",
+    re.IGNORECASE,
+)
+HEADING = re.compile(r"#{1,6}(?:[ \t]|$)")
+BULLET = re.compile(r"[-+*](?:[ \t]|$)")
+NUMBER = re.compile(r"(\d{1,9})[.)](?:[ \t]|$)")
 RULE = re.compile(r"([-*_])[ \t]*(?:\1[ \t]*){2,}$")
 UNDERLINE = re.compile(r"(?:=+|-+)[ \t]*$")
 FENCE = re.compile(r"(`{3,})[^`]*$|~~~")
 TABLE_RULE = re.compile(r"(?=.*\|)\|?\s*:?-+:?\s*(?:\|\s*:?-+:?\s*)*\|?\s*$")
-DEFINITION = re.compile(r"\[[^\]]+\]:")
+DEFINITION = re.compile(
+    r"\[[^\[\]]+\]:\s*(?:[ >]*)(?:<[^<>\n]*>|[^\s<]\S*)"
+    r"[ \t]*(?:\n|$|[ \t]+[\"'(](?s:.*)[\"')][ \t]*(?:\n|$))"
+)
+LINK_TAIL = re.compile(
+    r"\]\(\s*(?:<[^<>\n]*>|[^\s<]\S{0,2000}?)?(?:\s+[\"'(][^\]]{0,2000}?[\"')])?\s*\)"
+)
 RUN = re.compile(r"\*+|_+|~+")
 MOST_RUNS = 500  # beyond which every run that could be a delimiter is escaped, to stay linear
 PUNCTUATION = set("!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~")
@@ -66,9 +83,12 @@ def paired_brackets(label: str) -> str:
     return label.replace(opening, "\\[").replace(closing, "\\]")
 
 
-def resolve(text: str) -> str:
-    """Markdown in which every stand-in has become its character, escaped where it has to be."""
-    return "\n".join(map(resolve_block, blocks(text)))
+def resolve(text: str, ticks: Collection[int] = ()) -> str:
+    """Markdown in which every stand-in has become its character, escaped where it has to be.
+
+    `ticks` are the lengths of the runs of backticks in what the marks stand for.
+    """
+    return "\n".join(resolve_block(block, ticks) for block in blocks(text))
 
 
 def blocks(text: str) -> Iterator[str]:
@@ -87,14 +107,14 @@ def blocks(text: str) -> Iterator[str]:
         yield "\n".join(block)
 
 
-def resolve_block(block: str, starts: bool = True) -> str:
+def resolve_block(block: str, ticks: Collection[int] = (), starts: bool = True) -> str:
     """`resolve` for one block; `starts` says whether its lines can start headings, lists …"""
     if not STAND_IN.search(block):
         return block
     kept = STAND_IN.sub(lambda match: BEHIND[match[0]], block)
     plain = kept.replace(MARK, "$").replace(MARK_END, "$")  # code and formulas are punctuation
     hidden = {match.start() for match in STAND_IN.finditer(block)}
-    escaped = set(markup_characters(block, plain))
+    escaped = {*markup_characters(block, plain), *code_ticks(block, plain, ticks)}
     if starts:
         escaped.update(line_starts(block, plain))
     escaped &= hidden
@@ -117,16 +137,58 @@ def markup_characters(block: str, plain: str) -> Iterator[int]:
             if match[0][1] == "#" or match[0][1:] in html5:
                 yield match.start()
     if "<" in plain:
-        yield from (match.start() for match in ANGLE.finditer(plain))
+        unquoted = QUOTED.sub(lambda found: " " * len(found[0]), block)  # ">" there ends no tag
+        yield from tag_starts(STAND_IN.sub(lambda found: BEHIND[found[0]], unquoted))
     if "](" in plain:
-        yield from (match.start() for match in re.finditer(r"\]\(", plain))
+        yield from link_ends(plain)
     if "![" in plain:
-        yield from (match.start() for match in re.finditer(STAND_INS["!"] + r"\[", block))
-    if "`" in plain:
-        runs = list(re.finditer("`+", plain))
-        if len(runs) > 1 or MARK in block:
-            for run in runs:
-                yield from range(*run.span())
+        last_link = block.rfind(f"]{MARK}")
+        for match in re.finditer(STAND_INS["!"] + r"\[", block):
+            if match.end() <= last_link:
+                yield match.start()
+
+
+def tag_starts(plain: str) -> Iterator[int]:
+    """Where a tag begins, or a comment, instruction, declaration or section that has an end."""
+    ends = {start: plain.rfind(end) for start, end in CLOSINGS.items()}
+    for found in ANGLE.finditer(plain):
+        opening = next(filter(found[0].startswith, CLOSINGS), None)
+        if opening is None or ends[opening] >= found.start() + 2:  # "<!-->" is a comment
+            yield found.start()
+
+
+def link_ends(plain: str) -> Iterator[int]:
+    """Where a bracket closes what would be the text of a link."""
+    level = 0
+    for match in re.finditer(r"[\[\]]", plain):
+        if match[0] == "[":
+            level += 1
+        elif level:
+            level -= 1
+            if LINK_TAIL.match(plain, match.start()):
+                yield match.start()
+
+
+def code_ticks(block: str, plain: str, ticks: Collection[int]) -> Iterator[int]:
+    """Where backticks would begin code: as many of them come later, or they touch code."""
+    if "`" not in plain:
+        return
+    last_mark = block.rfind(MARK) if ticks else -1
+    later: set[int] = set()  # lengths of the runs after the one looked at; \\ does not end code
+    for run in reversed(list(re.finditer("`+", plain))):
+        start, end = run.span()
+        at = start
+        if ticks and block[start - 1 : start] == MARK_END:
+            at += 1
+        touches = last_mark == end
+        while at < end and (
+            touches or end - at in later or (end < last_mark and end - at in ticks)
+        ):
+            at += 1
+        yield from range(start, at)
+        later.add(min(end - start, end - at + 1))
+        if at > start + 1:
+            later.add(1)
 
 
 def line_starts(block: str, plain: str) -> Iterator[int]:
@@ -142,7 +204,7 @@ def line_starts(block: str, plain: str) -> Iterator[int]:
         found = NUMBER.match(text)
         if found and (number == 0 or found[1] == "1"):  # only a 1 interrupts a paragraph
             yield start + found.end(1)
-        if number == 0 and DEFINITION.match(text):
+        if number == 0 and text.startswith("[") and DEFINITION.match(plain, start):
             yield start
         if number > 0 and (UNDERLINE.match(text) or TABLE_RULE.match(text)):
             yield start + len(text) - len(text.lstrip(":"))
@@ -153,15 +215,18 @@ def delimiters(plain: str, hidden: set[int], escaped: set[int]) -> set[int]:
     found: set[int] = set()
     if not any(plain[at] in "*_~" for at in hidden):
         return found
+    for run in RUN.finditer(plain):
+        if hidden.isdisjoint((run.start(), run.end() - 1)):  # between two of markup
+            found.update(hidden.intersection(range(*run.span())))
     while True:
         runs = [run for run in delimiter_runs(plain, escaped | found) if run[3] or run[4]]
-        paired = pairs_of(runs) if len(runs) <= MOST_RUNS else range(len(runs))
-        more = {
-            at
-            for number in paired
-            for at in range(runs[number][1], runs[number][2])
-            if at in hidden
-        }
+        if len(runs) > MOST_RUNS:
+            return found | {at for run in runs for at in range(*run[1:3]) if at in hidden}
+        # Without its opener, a closer is text as well; often one character of it is enough.
+        pairs = (
+            hidden.intersection(one) or hidden.intersection(two) for one, two in pairs_of(runs)
+        )
+        more = {min(pair) for pair in pairs if pair}
         if not more:
             return found
         found |= more
@@ -204,13 +269,12 @@ def char_class(char: str) -> str:
     return "." if unicodedata.category(char)[0] in "PS" else "a"
 
 
-def pairs_of(runs: list[tuple[str, int, int, bool, bool]]) -> set[int]:
-    """Numbers of the runs that become emphasis or strikethrough (CommonMark's appendix)."""
-    paired: set[int] = set()
-    left = [end - start for _, start, end, _, _ in runs]
+def pairs_of(runs: list[tuple[str, int, int, bool, bool]]) -> Iterator[tuple[range, range]]:
+    """The characters that pair up as emphasis or strikethrough (CommonMark's appendix)."""
+    starts, ends = [run[1] for run in runs], [run[2] for run in runs]  # of what is left
     openers: list[int] = []
     for closer, (char, _, _, opens, closes) in enumerate(runs):
-        while closes and left[closer]:
+        while closes and starts[closer] < ends[closer]:
             opener = next(
                 (
                     number
@@ -221,16 +285,19 @@ def pairs_of(runs: list[tuple[str, int, int, bool, bool]]) -> set[int]:
             )
             if opener is None:
                 break
-            used = 2 if min(left[opener], left[closer]) > 1 else 1
-            paired |= {opener, closer}
-            left[opener] -= used
-            left[closer] -= used
+            left = min(ends[opener] - starts[opener], ends[closer] - starts[closer])
+            used = 2 if left > 1 else 1
+            yield (
+                range(ends[opener] - used, ends[opener]),
+                range(starts[closer], starts[closer] + used),
+            )
+            ends[opener] -= used
+            starts[closer] += used
             del openers[openers.index(opener) + 1 :]
-            if not left[opener]:
+            if starts[opener] == ends[opener]:
                 openers.pop()
-        if opens and left[closer]:
+        if opens and starts[closer] < ends[closer]:
             openers.append(closer)
-    return paired
 
 
 def fits(opener, closer) -> bool:

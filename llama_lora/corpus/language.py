@@ -1,7 +1,6 @@
-"""The language filter: polyglot's detector on the prose of a conversation."""
+"""The language filter: keeps or skips conversations by what most of their prose is written in."""
 
 import argparse
-import logging
 import re
 from collections import Counter
 from dataclasses import dataclass, field
@@ -20,9 +19,8 @@ ALIASES = {
     "zh-cn": "zh",
     "zh-hans": "zh",
 }
-NOT_TEXT = re.compile("[\0-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ufdd0-\ufdef\ufffe\uffff]")
-KANA = re.compile("[\u3040-\u30ff\uff66-\uff9f]")
 REJECTED = "language "
+GLIMPSE = 170  # characters of a turn's prose in each of the three places that are looked at
 REPEATED_DIGIT = re.compile(r"(\d)\1{8}")
 
 
@@ -66,42 +64,47 @@ def told(account: Account) -> Counter:
 def language_of(turns: list[Turn]) -> str:
     """The language in which most of the prose of the turns is written.
 
-    Each turn votes with its length; where none can be told by itself, all are read as one.
+    Each turn votes with its size; where none can be told by itself, all are read as one.
     """
-    texts = [prose(turn["value"]) for turn in turns]
     votes: Counter = Counter()
-    for text in texts:
-        votes[detected(text)] += len(text)
+    values = sorted((turn["value"] for turn in turns), key=len, reverse=True)
+    left = sum(map(size, values))
+    for value in values:
+        text = prose(value)
+        votes[detected(glimpses(text))] += size(text)
+        left -= size(value)
+        if is_decided(votes, left):
+            break
     del votes[UNKNOWN]
-    return votes.most_common(1)[0][0] if votes else detected("\n".join(texts))
+    if not votes:
+        return detected(glimpses("\n".join(map(prose, values))))
+    return votes.most_common(1)[0][0]
 
 
 def detected(text: str) -> str:
-    """The code of the language of `text`, as the detector names it, or `UNKNOWN`."""
-    detector, failures = polyglot()
-    try:
-        code = detector(NOT_TEXT.sub(" ", text)).language.code
-    except failures:
-        return UNKNOWN
-    if code == "ja" and not KANA.search(text):
-        code = chinese(text)  # no Japanese is written without kana
-    return UNKNOWN if code == "un" else code.replace("_", "-")
+    """The code of the language of `text`, or `UNKNOWN`."""
+    from llama_lora.corpus import detector  # imports polyglot, which `--help` can do without
+
+    return detector.detected(text)
 
 
-def chinese(text: str) -> str:
-    """`zh`, or `zh-Hant` if more of `text` is in the traditional character set."""
-    in_set = {name: len(text.encode(name, "ignore")) for name in ("gb2312", "big5")}
-    return "zh-Hant" if in_set["big5"] > in_set["gb2312"] else "zh"
+def size(text: str) -> int:
+    """The bytes of `text`: a Chinese character says as much as three letters, and has three."""
+    return len(text.encode())
 
 
-@cache
-def polyglot() -> tuple[type, tuple[type, ...]]:
-    """The detector, and what it raises where it cannot tell."""
-    from polyglot.detect import base
-    from pycld2 import error
+def glimpses(text: str) -> str:
+    """The beginning, middle and end of `text`: a task and its subject may differ in language."""
+    if len(text) <= 3 * GLIMPSE:
+        return text
+    middle = len(text) // 2
+    return f"{text[:GLIMPSE]}\n{text[middle : middle + GLIMPSE]}\n{text[-GLIMPSE:]}"
 
-    base.logger.setLevel(logging.ERROR)  # it warns of every text that took it a second look
-    return base.Detector, (base.UnknownLanguage, error)
+
+def is_decided(votes: Counter, left: int) -> bool:
+    """Whether `left` more votes cannot change which language has the most."""
+    first, second = sorted((*(votes[name] for name in votes if name != UNKNOWN), 0, 0))[:-3:-1]
+    return first > second + left
 
 
 @cache

@@ -1,21 +1,16 @@
 """ChatGPT's HTML back into the Markdown it was rendered from.
 
-The tree is prepared first: chrome goes by where it stands, and code and formulas are taken out so
-that nothing can touch them. markdownify then walks the tree. The text's own characters travel
-hidden until it is known where Markdown needs a backslash (see `escaping`), and what was taken out
-goes back in last.
+What is no text of the answer goes first (see `page`). markdownify then walks the tree, by hooks for
+each element. The text's own characters travel hidden until it is known where Markdown needs a
+backslash (see `escaping`), and code and formulas, which nothing may touch, go back in last.
 """
 
 import re
-from collections import defaultdict
-from collections.abc import Collection
-from functools import cache
+from functools import cache, lru_cache
 
-from bs4 import BeautifulSoup, Tag
-from bs4.builder import ParserRejectedMarkup
+from bs4 import Tag
 from markdownify import MarkdownConverter
 
-from llama_lora.corpus.conversation import Rejected
 from llama_lora.corpus.escaping import (
     CELL,
     ENTITY,
@@ -29,34 +24,33 @@ from llama_lora.corpus.escaping import (
     resolve_block,
     without_reserved,
 )
-
-Tags = dict[str, list[Tag]]  # by their name, in document order
-
-DEEPEST = 150  # nested elements; no chat is deeper, and libxml2 loses what is deeper than 256
-
-# The classes of what ChatGPT puts around an answer and around a question.
-ANSWER, QUESTION = {"markdown", "prose"}, {"whitespace-pre-wrap"}
-WRAPPED = re.compile(
-    r'\s*<div\b.{0,4000}?\bclass="[^"]*(?<![\w-])(?:markdown|prose|whitespace-pre-wrap)(?![\w-])',
-    re.DOTALL,
+from llama_lora.corpus.page import (
+    ANSWER,
+    QUESTION,
+    Answer,
+    Element,
+    is_chatgpt_html,
+    outermost,
+    parsed,
+    text_of,
 )
-TAG = re.compile(r"<(/?)([a-zA-Z][a-zA-Z0-9]*)")
-VOID = {"area", "base", "br", "col", "embed", "hr", "img", "input", "link", "meta", "source", "wbr"}
-BLOCKS = ["p", "pre", "ul", "ol", "table", "blockquote", "h1", "h2", "h3", "h4", "h5", "h6"]
-CODE = ["code", "kbd", "samp"]
-FORMULA = {"katex", "katex-display", "math-inline", "math-display"}
+
+__all__ = ["is_chatgpt_html", "to_markdown"]
+
 EMPHASIS = {"em", "i", "strong", "b"}
+HEADINGS = {f"h{level}" for level in range(1, 7)}
+# Between and in these, white space shows nothing.
+INNER = {"p", "blockquote", "article", "div", "section", "ol", "ul", "li", "dl", "dt", "dd"}
+INNER |= {"table", "thead", "tbody", "tfoot", "tr", "td", "th", *HEADINGS}
+OUTER = INNER | {"pre", "hr"}
 ALIGNMENT = {"left": ":---", "center": ":---:", "right": "---:"}
-LANGUAGE = re.compile(r"[\w+#.-]{1,30}")
 AUTOLINK = re.compile(r"[A-Za-z][A-Za-z0-9+.-]{1,31}:[^\s<>]*")
 MARKED = re.compile(f"{MARK}(\\d+){MARK_END}")
 MARKED_LINE = re.compile(f"^({MARKERS.pattern}){MARK}(\\d+){MARK_END}$", re.MULTILINE)
 LIST_MARKER = re.compile(r"[-*+]|\d+[.)]")
-
-
-def is_chatgpt_html(text: str) -> bool:
-    """Whether `text` is an element of ChatGPT's page, told by its wrapper."""
-    return text.rstrip().endswith("</div>") and WRAPPED.match(text) is not None
+RUN_OF_TICKS = re.compile("`+")
+SPACES = re.compile(r"[\t ]+")
+SPACES_AROUND_END = re.compile(r"[\t \r\n]*[\r\n][\t \r\n]*")
 
 
 def to_markdown(html: str) -> str:
@@ -64,39 +58,11 @@ def to_markdown(html: str) -> str:
 
     Raises `Rejected` if it cannot be parsed or is nested too deeply.
     """
-    if depth(html) > DEEPEST:
-        raise Rejected("HTML is nested too deeply", f"over {DEEPEST} elements")
-    try:
-        soup = BeautifulSoup(without_reserved(html), "lxml", element_classes={Tag: Element})
-    except ParserRejectedMarkup as error:
-        raise Rejected("HTML cannot be parsed", str(error)) from None
-    tags = tags_of(soup)
-    answers = outermost(tags, ANSWER)
-    if not answers and (questions := outermost(tags, QUESTION)):
-        return "\n\n".join(question.get_text() for question in questions)
-    return "\n\n".join(filter(None, map(converter().markdown, answers or [soup])))
-
-
-def depth(html: str) -> int:
-    """How deep elements are nested."""
-    deepest = level = 0
-    for closes, name in TAG.findall(html):
-        if name.lower() not in VOID:
-            level += -1 if closes else 1
-            deepest = max(deepest, level)
-    return deepest
-
-
-def tags_of(root: Tag) -> list[Tag]:
-    """All elements in `root`, in document order."""
-    return [node for node in root.descendants if isinstance(node, Tag)]
-
-
-def outermost(tags: list[Tag], classes: set[str]) -> list[Tag]:
-    """The elements with one of `classes` that are in no other such element."""
-    found = [tag for tag in tags if not classes.isdisjoint(tag.get("class", ()))]
-    ids = {id(tag) for tag in found}
-    return [tag for tag in found if not any(id(parent) in ids for parent in tag.parents)]
+    page = parsed(without_reserved(html))
+    answers = outermost(page, ANSWER)
+    if not answers and (questions := outermost(page, QUESTION)):
+        return "\n\n".join(map(text_of, questions))
+    return "\n\n".join(filter(None, map(converter().markdown, answers or [page])))
 
 
 @cache
@@ -105,76 +71,38 @@ def converter() -> "Converter":
     return Converter()
 
 
-class Element(Tag):
-    """An element that finds a parent by name at once; markdownify looks for one of every element,
-    and in the general way that takes as long as all the rest of the conversion."""
-
-    def find_parent(self, name=None, *args, **kwargs):
-        return next((parent for parent in self.parents if parent.name == name), None)
+@lru_cache(maxsize=4096)
+def tags_within(name: str, parent_tags: frozenset[str]) -> frozenset[str]:
+    """What markdownify tells the hooks of everything in an element of that name."""
+    inline = {"_inline"} if name in HEADINGS or name in ("td", "th") else set()
+    return parent_tags | {name} | inline
 
 
 class Converter(MarkdownConverter):
-    """Converts one element by `markdown`; the other methods are markdownify's hooks."""
+    """Converts one answer by `markdown`; the `convert_…` methods are markdownify's hooks."""
 
     class Options(MarkdownConverter.DefaultOptions):
         heading_style = "atx"
         sub_symbol = "<sub>"
         sup_symbol = "<sup>"
 
-    def markdown(self, root: Tag) -> str:
+    def markdown(self, answer) -> str:
         self.taken_out: list[str] = []
-        tags = defaultdict(list)
-        for tag in tags_of(root):
-            tags[tag.name].append(tag)
-        remove_chrome(root, tags)
-        self.take_out_formulas(root, tags)
-        self.take_out_code(tags)
-        number_items(tags)
-        text = resolve(self.process_tag(root, parent_tags=set()).strip("\n"))
-        text = re.sub(r"\n{3,}", "\n\n", text)
+        self.ticks: set[int] = set()
+        tree, lists = Answer(answer, self.mark).tree()
+        number_items(lists)
+        text = resolve(self.process_tag(tree, frozenset()).strip("\n"), self.ticks)
+        if "\n\n\n" in text:
+            text = re.sub(r"\n{3,}", "\n\n", text)
+        if not self.taken_out:
+            return text
         return MARKED.sub(lambda m: self.taken_out[int(m[1])], MARKED_LINE.sub(self.put_back, text))
-
-    # ------------------------------------------------------------------ what no rule may touch
 
     def mark(self, text: str) -> str:
         """A mark in the place of `text`."""
         self.taken_out.append(text)
+        self.ticks.update(map(len, RUN_OF_TICKS.findall(text)))
         return f"{MARK}{len(self.taken_out) - 1}{MARK_END}"
-
-    def take_out(self, element: Tag, text: str, block: bool = False) -> None:
-        """Leave nothing in `element` but a mark for `text`.
-
-        It stays where it is: to find a place among siblings, Beautiful Soup looks through them all.
-        """
-        element.clear(decompose=True)
-        element.name = "pre" if block else "code"
-        element.string = self.mark(text)
-
-    def take_out_formulas(self, root: Tag, tags: Tags) -> None:
-        """KaTeX shows a formula two or three times; its source is in an annotation."""
-        for source in tags["annotation"]:
-            if source.decomposed or source.get("encoding") != "application/x-tex":
-                continue
-            around = [tag for tag in source.parents if FORMULA & set(tag.get("class", ()))]
-            outer = around[-1] if around else source.find_parent("math")
-            if outer is None or any(outer is tag for tag in (root, *root.parents)):
-                continue
-            tex = re.sub(r"\n\s*\n", "\n", source.get_text().strip())
-            if any("display" in name for tag in around for name in tag["class"]):
-                self.take_out(outer, f"$$\n{tex}\n$$", block=True)
-            else:
-                self.take_out(outer, f"${' '.join(tex.split())}$")
-        for error in tags["span"]:
-            if not error.decomposed and "katex-error" in error.get("class", ()):
-                self.take_out(error, f"${' '.join(error.get_text().split())}$")
-
-    def take_out_code(self, tags: Tags) -> None:
-        for pre in tags["pre"]:
-            if not pre.decomposed and not is_within(pre, ["pre"]):
-                self.take_out(pre, fenced(pre), block=True)
-        for code in tags["code"] + tags["kbd"] + tags["samp"]:
-            if not code.decomposed and not is_within(code, [*CODE, "pre"]):
-                self.take_out(code, code_span(code.get_text()))
 
     def put_back(self, match: re.Match) -> str:
         """A block in its place: within lists and quotes, all its lines stand in them."""
@@ -182,16 +110,49 @@ class Converter(MarkdownConverter):
         under = LIST_MARKER.sub(lambda marker: " " * len(marker[0]), match[1])
         return "\n".join([match[1] + first, *indented(rest, under)])
 
-    # ------------------------------------------------------------------ inline
+    # ------------------------------------------------------------------ markdownify's walk, leaner
+
+    def process_tag(self, node, parent_tags=None):
+        """The element as Markdown; ends of lines that meet become two at most."""
+        inside = tags_within(node.name, parent_tags)
+        pieces, ends = [], 0
+        for child in node.contents:
+            process = self.process_text if child.name is None else self.process_tag
+            text = process(child, inside)
+            if not text:
+                continue
+            body = text.lstrip("\n")
+            starts = len(text) - len(body)
+            if ends and starts:
+                starts = min(2, max(starts, ends))
+            else:
+                starts += ends
+            bare = body.rstrip("\n")
+            ends = len(body) - len(bare)
+            pieces += "\n" * starts, bare
+        text = "".join(pieces) + "\n" * ends
+        convert = self.get_conv_fn_cached(node.name)
+        return text if convert is None else convert(node, text, parent_tags=parent_tags)
 
     def process_text(self, el, parent_tags=None):
-        # markdownify drops the white space around blocks, but not that around rules.
-        if el.isspace() and "hr" in (name_of(el.previous_sibling), name_of(el.next_sibling)):
+        """The text hidden (see `escaping`), without white space that shows nothing."""
+        before, after = el.previous_sibling, el.next_sibling
+        alone = el.parent.name in INNER
+        starts = alone if before is None else before.name in OUTER
+        ends = alone if after is None else after.name in OUTER
+        text = str(el)
+        if (starts or ends) and text.isspace():
             return ""
-        return super().process_text(el, parent_tags)
+        if "\n" in text or "\r" in text:
+            text = SPACES_AROUND_END.sub("\n", text)
+        if "  " in text or "\t" in text:
+            text = SPACES.sub(" ", text)
+        text = hide(text)
+        if starts:
+            text = text.lstrip(" \t\r\n")
+        return text.rstrip() if ends else text
 
-    def escape(self, text, parent_tags):
-        return hide(text)
+    # ------------------------------------------------------------------ inline
 
     def convert_code(self, el, text, parent_tags):
         return text
@@ -216,7 +177,7 @@ class Converter(MarkdownConverter):
         if href is None:
             return text
         label = " ".join(text.split())
-        if resolve_block(label, starts=False) == href and AUTOLINK.fullmatch(href):
+        if resolve_block(label, self.ticks, starts=False) == href and AUTOLINK.fullmatch(href):
             return self.mark(f"<{href}>")
         return f"[{paired_brackets(label)}]" + self.mark(target(href, el.get("title")))
 
@@ -240,7 +201,7 @@ class Converter(MarkdownConverter):
             return f" {text} "
         parent = el.parent
         tight = parent is not None and parent.name == "li" and not is_loose(parent)
-        if tight and el.name == "table" and follows(el, ["ul", "ol"]):
+        if tight and el.name == "table" and follows(el, {"ul", "ol"}):
             tight = False  # the item above would swallow the rows
         return f"\n{text}\n" if tight else f"\n\n{text}\n\n"
 
@@ -254,7 +215,7 @@ class Converter(MarkdownConverter):
         return self.block(el, "***" if "li" in parent_tags else "---", parent_tags)
 
     def convert_hN(self, n, el, text, parent_tags):
-        text = resolve_block(" ".join(text.split()), starts=False)
+        text = resolve_block(" ".join(text.split()), self.ticks, starts=False)
         text = re.sub(r"(^|\s)(#+)$", r"\1\\\2", text)  # closing hashes would not be shown
         return self.block(el, f"{'#' * min(n, 6)} {text}".rstrip(), parent_tags)
 
@@ -269,14 +230,14 @@ class Converter(MarkdownConverter):
 
     def convert_li(self, el, text, parent_tags):
         first, *rest = text.strip().split("\n")
-        marker = el.get("data-marker", "-")
+        marker = el.attrs.get("marker", "-")
         lines = [f"{marker} {first}".rstrip(" ") if not first else f"{marker} {first}"]
         lines += indented(rest, " " * (len(marker) + 1))
         around = "\n\n" if is_loose(el) else "\n"
         return around + "\n".join(lines) + around
 
     def convert_td(self, el, text, parent_tags):
-        text = resolve_block(" ".join(text.split()), starts=False)
+        text = resolve_block(" ".join(text.split()), self.ticks, starts=False)
         text = MARKED.sub(lambda m: " ".join(self.taken_out[int(m[1])].split("\n")), text)
         return re.sub(r"(?<!\\)\|", r"\\|", text) + CELL
 
@@ -293,116 +254,44 @@ class Converter(MarkdownConverter):
         return self.block(el, "\n".join(table(el, rows)), parent_tags) if rows else text
 
 
-def name_of(node) -> str | None:
-    """The name of an element; nothing for text."""
-    return getattr(node, "name", None)
-
-
-def is_within(el: Tag, names: Collection[str]) -> bool:
-    """Whether `el` is in an element with one of the names."""
-    return any(parent.name in names for parent in el.parents)
-
-
-def follows(el: Tag, names: Collection[str]) -> bool:
+def follows(el: Tag, names: set[str]) -> bool:
     """Whether the element before `el` in its parent has one of the names."""
-    before = el.find_previous_sibling()
+    before = element_before(el)
     return before is not None and before.name in names
 
 
-def remove_chrome(root: Tag, tags: Tags) -> None:
-    """Empty buttons and the bars they stand in: pagers, "Copy code", counts of words."""
-    for button in tags["button"]:
-        if button.decomposed:
-            continue
-        bar = button
-        while bar.parent is not root and bar.parent.name in ("div", "span"):
-            if bar.parent.find(BLOCKS) or is_within(bar, ["pre"]):
-                break
-            bar = bar.parent
-        empty(bar)
-    for name in ("svg", "script", "style"):
-        for tag in tags[name]:
-            if not tag.decomposed:
-                empty(tag)
+def element_before(el: Tag) -> Tag | None:
+    """The element before `el` in its parent, over any text."""
+    before = el.previous_sibling
+    while before is not None and before.name is None:
+        before = before.previous_sibling
+    return before
 
 
-def empty(el: Tag) -> None:
-    """Make nothing of an element."""
-    el.clear(decompose=True)
-    el.name = "script"
-
-
-def fenced(pre: Tag) -> str:
-    """The code in `pre` between fences, with the language its class or its header names."""
-    code = pre.find("code")
-    text = (code or pre).get_text()
-    if text and not text.endswith("\n"):
-        text += "\n"
-    ticks = "`" * max(3, longest_run(text) + 1)
-    return f"{ticks}{language(pre, code)}\n{text}{ticks}"
-
-
-def language(pre: Tag, code: Tag | None) -> str:
-    """The language of the code, or nothing."""
-    if code is None:
-        return ""
-    for name in code.get("class", ()):
-        if name.startswith("language-"):
-            return name.removeprefix("language-")
-    header = next((text for text in pre.stripped_strings), "")
-    if code.get_text().lstrip().startswith(header):
-        return ""  # there is no header: this is the code itself
-    header = header.removesuffix("Copy code")
-    return header if LANGUAGE.fullmatch(header) else ""
-
-
-def code_span(text: str) -> str:
-    """`text` as inline code."""
-    text = " ".join(text.split("\n"))
-    if not text:
-        return ""
-    ticks = "`" * (1 if longest_run(text) == 0 else longest_run(text) + 1)
-    pad = " " if text[0] == "`" or text[-1] == "`" or needs_padding(text) else ""
-    return f"{ticks}{pad}{text}{pad}{ticks}"
-
-
-def needs_padding(text: str) -> bool:
-    """Whether Markdown would take a space off both ends."""
-    return text[0] == text[-1] == " " and not text.isspace()
-
-
-def longest_run(text: str) -> int:
-    """The length of the longest run of backticks."""
-    return max(map(len, re.findall("`+", text)), default=0)
-
-
-def number_items(tags: Tags) -> None:
+def number_items(lists: list[Element]) -> None:
     """Note on every item its marker and whether its list is loose.
 
     The second of two lists in a row has other markers, or they would be one list.
     """
-    for items in tags["ul"] + tags["ol"]:
-        if items.decomposed:
-            continue
-        second = follows(items, [items.name])
-        second = second and not items.find_previous_sibling().has_attr("data-second")
+    for items in lists:
+        second = follows(items, {items.name}) and "second" not in element_before(items).attrs
         if second:
-            items["data-second"] = ""
-        start = items.get("start", "1")
-        number = int(start) if start.isascii() and start.isdigit() and len(start) < 9 else 1
-        children = [child for child in items.children if child.name == "li"]
-        loose = any(part.name == "p" for child in children for part in child.children)
+            items.attrs["second"] = ""
+        start = items.attrs.get("start", "1")
+        number = int(start) if start.isascii() and start.isdigit() and len(start) < 10 else 1
+        children = [child for child in items.contents if child.name == "li"]
+        loose = any(part.name == "p" for child in children for part in child.contents)
         for child in children:
             ordered = f"{number}{')' if second else '.'}"
-            child["data-marker"] = ordered if items.name == "ol" else "*" if second else "-"
+            child.attrs["marker"] = ordered if items.name == "ol" else "*" if second else "-"
             if loose:
-                child["data-loose"] = ""
+                child.attrs["loose"] = ""
             number += 1
 
 
 def is_loose(item: Tag) -> bool:
     """Whether the items of the list stand apart by blank lines."""
-    return item.has_attr("data-loose")
+    return "loose" in item.attrs
 
 
 def indented(lines: list[str], prefix: str) -> list[str]:
@@ -447,8 +336,8 @@ def target(href: str, title: str | None) -> str:
 
 def table(el: Tag, rows: list[list[str]]) -> list[str]:
     """The lines of a table; the first row is its head if it is one in the HTML."""
-    first = el.find("tr")
-    cells = first.find_all(["th", "td"], recursive=False) if first else []
+    first = first_row(el)
+    cells = [cell for cell in first.contents if cell.name in ("th", "td")] if first else []
     width = max(map(len, rows))
     rows = [row + [""] * (width - len(row)) for row in rows]
     if not (first and first.parent.name == "thead") and any(cell.name == "td" for cell in cells):
@@ -456,6 +345,15 @@ def table(el: Tag, rows: list[list[str]]) -> list[str]:
     rule = [ALIGNMENT.get(alignment(cell), "---") for cell in cells]
     rows.insert(1, rule + ["---"] * (width - len(rule)))
     return [f"| {' | '.join(row)} |" for row in rows]
+
+
+def first_row(el: Tag) -> Tag | None:
+    """The first row in a table, whatever part of it that is in."""
+    for child in el.contents:
+        row = child if child.name == "tr" else child.name and first_row(child)
+        if row:
+            return row
+    return None
 
 
 def alignment(cell: Tag) -> str:

@@ -4,10 +4,13 @@ import argparse
 import os
 import random
 from collections.abc import Callable
-from functools import partial
+from dataclasses import dataclass
 
-from llama_lora.corpus.conversation import Conversation, Kept
-from llama_lora.corpus.output import Arrangement, Stored
+from llama_lora.corpus import dedupe
+from llama_lora.corpus.conversation import Conversation, Kept, Turn
+from llama_lora.corpus.output import Arrangement, Gone, Marks, Stored
+
+ALIKE = 0.85  # from this similarity on, two conversations are not torn apart by holding a share out
 
 
 def build() -> Callable[[Conversation], Kept]:
@@ -19,42 +22,54 @@ def as_it_is(conversation: Conversation) -> Kept:
     return Kept([conversation])
 
 
-def arrangement(args: argparse.Namespace) -> Callable[[list[Stored]], Arrangement] | None:
+@dataclass
+class Arrange:
+    """Shuffles with `seed`, cuts to `limit`, and holds the share `held_out` out.
+
+    Conversations that are equal or alike, or of which one goes on with the other, stay on one side.
+    """
+
+    out: str
+    seed: int | None = None
+    limit: int | None = None
+    held_out: float | None = None
+
+    def marker(self) -> Callable[[list[Turn]], Marks]:
+        return unmarked if self.held_out is None else dedupe.marker(signed=True)
+
+    def __call__(self, stored: list[Stored], signatures: bytes) -> Arrangement:
+        order = list(range(len(stored)))
+        if self.seed is not None:
+            random.Random(self.seed).shuffle(order)
+        limit = len(order) if self.limit is None else self.limit
+        order, over = order[:limit], order[limit:]
+        outputs = {self.out: order}
+        if self.held_out is not None:
+            group_of = dedupe.groups(stored, signatures, ALIKE)
+            chosen = choose(group_of, order, self.held_out, random.Random(self.seed or 0))
+            outputs = {
+                self.out: [index for index in order if index not in chosen],
+                eval_path(self.out): [index for index in order if index in chosen],
+            }
+        return Arrangement(outputs, dict.fromkeys(over, Gone("over the limit")))
+
+
+def arrangement(args: argparse.Namespace) -> Arrange | None:
     """How the merged conversations are arranged; None if they stay in the order they came in."""
     if args.shuffle is None and args.limit is None and args.split_eval is None:
         return None
-    return partial(
-        arrange, out=args.out, seed=args.shuffle, limit=args.limit, held_out=args.split_eval
-    )
+    return Arrange(args.out, args.shuffle, args.limit, args.split_eval)
 
 
-def arrange(
-    stored: list[Stored],
-    out: str,
-    seed: int | None = None,
-    limit: int | None = None,
-    held_out: float | None = None,
-) -> Arrangement:
-    """Shuffle, cut to `limit`, and hold a share out; equal conversations stay on one side."""
-    order = list(range(len(stored)))
-    if seed is not None:
-        random.Random(seed).shuffle(order)
-    order, over = (order, []) if limit is None else (order[:limit], order[limit:])
-    outputs = {out: order}
-    if held_out is not None:
-        chosen = choose(stored, order, held_out, random.Random(seed or 0))
-        outputs = {
-            out: [index for index in order if index not in chosen],
-            eval_path(out): [index for index in order if index in chosen],
-        }
-    return Arrangement(outputs, dict.fromkeys(over, "over the limit"))
+def unmarked(turns: list[Turn]) -> Marks:
+    return Marks(b"")
 
 
-def choose(stored: list[Stored], order: list[int], share: float, rng: random.Random) -> set[int]:
-    """Indices of about `share` of the conversations; of equal ones all or none."""
-    groups: dict[bytes, list[int]] = {}
+def choose(group_of: list[int], order: list[int], share: float, rng: random.Random) -> set[int]:
+    """Indices of about `share` of the conversations; of a group all or none."""
+    groups: dict[int, list[int]] = {}
     for index in order:
-        groups.setdefault(stored[index].digest, []).append(index)
+        groups.setdefault(group_of[index], []).append(index)
     wanted = round(share * len(order))
     shuffled = list(groups.values())
     rng.shuffle(shuffled)
@@ -69,11 +84,3 @@ def eval_path(out: str) -> str:
     """Where the held-out conversations go: `M.json` has `M.eval.json` beside it."""
     stem, ending = os.path.splitext(out)
     return f"{stem}.eval{ending}"
-
-
-def fraction(text: str) -> float:
-    """A number between 0 and 1, for argparse."""
-    number = float(text)
-    if not 0 < number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
-    return number

@@ -7,6 +7,7 @@ import threading
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterator
+from multiprocessing import resource_tracker
 from multiprocessing.connection import wait
 from typing import Any
 
@@ -22,11 +23,14 @@ class Died(Exception):
     """A worker died while it was at `item`."""
 
     def __init__(self, item: Any, exit_code: int | None):
-        killed = exit_code is not None and exit_code < 0
-        super().__init__(
-            f"signal {signal.Signals(-exit_code).name}" if killed else f"exit code {exit_code}"
-        )
+        super().__init__(ending(exit_code))
         self.item = item
+
+
+def ending(exit_code: int | None) -> str:
+    """How a process ended."""
+    killed = exit_code is not None and exit_code < 0
+    return f"signal {signal.Signals(-exit_code).name}" if killed else f"exit code {exit_code}"
 
 
 class Pool:
@@ -39,7 +43,19 @@ class Pool:
 
     def __init__(self, build: Callable[[], Callable], workers: int):
         context = multiprocessing.get_context("spawn")
-        self.workers = [Worker(context, build) for _ in range(workers)]
+        # Ctrl-C reaches every process, but only the parent is to answer it. Blocked now, it is in
+        # a worker from its first moment on; the tracker would unblock it as it starts.
+        resource_tracker.ensure_running()
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+        seen = []  # by another thread; a half-started worker would print a traceback
+        handler = signal.signal(signal.SIGINT, lambda *at: seen.append(at))
+        try:
+            self.workers = [Worker(context, build) for _ in range(workers)]
+        finally:
+            signal.signal(signal.SIGINT, handler)
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        if seen:
+            signal.raise_signal(signal.SIGINT)
 
     def __enter__(self) -> "Pool":
         return self
@@ -111,13 +127,12 @@ class Worker:
     def bury(self) -> None:
         self.process.join()
         if not self.chunk:
-            raise RuntimeError(f"a worker died as it started: exit code {self.process.exitcode}")
+            raise InputError(f"a process died as it started ({ending(self.process.exitcode)})")
         raise Died(self.chunk[self.at.value], self.process.exitcode)
 
 
 def serve(connection, build: Callable[[], Callable], at) -> None:
     """What a worker does until it is killed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the parent sees to it
     threading.Thread(target=end_with_parent, daemon=True).start()
 
     def note(number: int) -> None:

@@ -1,9 +1,11 @@
 """The prose of a text: what is left when code, formulas and addresses are set aside."""
 
 import re
+from collections.abc import Iterator
 
 FENCE = re.compile(r"[ \t>]*(?:[-*+] +|\d{1,9}[.)] +)*(`{3,}|~{3,})")
-INLINE_CODE = re.compile(r"(?<!`)(`{1,3})(?!`)[^`\n]+\1(?!`)")
+# It begins with a literal, which the search for it skips to.
+INLINE_CODE = re.compile(r"`(?<!``)(`{0,2})(?!`)[^`\n]+`\1(?!`)")
 FORMULA = re.compile(
     r"\$\$[^$]+\$\$|\$(?! )[^$\n]+(?<! )\$(?!\d)|\\\(.{1,500}?\\\)|\\\[.{1,2000}?\\\]", re.S
 )
@@ -20,18 +22,22 @@ def without_code(text: str) -> str:
 
 
 def without_fences(text: str) -> str:
-    """`text` without the lines of fenced code; a fence that is not closed reaches to the end."""
-    kept, fence = [], ""
+    """`text` without the lines of fenced code."""
+    return "\n".join(line for line, code in fenced(text) if not code)
+
+
+def fenced(text: str) -> Iterator[tuple[str, bool]]:
+    """Each line, and whether it is one of fenced code; an open fence reaches to the end."""
+    fence = ""
     for line in text.split("\n"):
-        if found := FENCE.match(line):
+        found = FENCE.match(line) if "```" in line or "~~~" in line else None
+        yield line, bool(found or fence)
+        if found:
             ticks = found[1]
             if not fence:
                 fence = ticks
             elif ticks[0] == fence[0] and len(ticks) >= len(fence) and line.strip() == ticks:
                 fence = ""
-        elif not fence:
-            kept.append(line)
-    return "\n".join(kept)
 
 
 def prose(text: str) -> str:

@@ -17,18 +17,18 @@ from functools import partial
 from itertools import islice
 from typing import Any
 
-from llama_lora.cli import InputError
+from llama_lora.cli import InputError, Terminated
 from llama_lora.corpus import files, formats
 from llama_lora.corpus.account import Account, write_account
+from llama_lora.corpus.atomic import Outputs
 from llama_lora.corpus.conversation import (
-    GPT,
     Conversation,
     Kept,
     Rejected,
+    Turn,
     count_pairs,
-    prefix_digests,
 )
-from llama_lora.corpus.output import Arrangement, Direct, Line, Spool, Stored
+from llama_lora.corpus.output import Arrange, Direct, Line, Marks, Spool
 from llama_lora.corpus.pool import Died, Pool
 from llama_lora.model.hardware import cores
 
@@ -36,6 +36,7 @@ from llama_lora.model.hardware import cores
 CHUNK_BYTES = 256 << 10
 
 Process = Callable[[Conversation], Kept]
+Mark = Callable[[list[Turn]], Marks]
 
 
 @dataclass
@@ -98,33 +99,37 @@ def positive(text: str) -> int:
     return natural(text, least=1)
 
 
+def fraction(text: str) -> float:
+    """A number between 0 and 1, for argparse."""
+    number = float(text)
+    if not 0 < number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
+    return number
+
+
 def run(
     args: argparse.Namespace,
     build: Callable[[], Process],
-    arrange: Callable[[list[Stored]], Arrangement] | None = None,
-    chunk_bytes: int = CHUNK_BYTES,
+    arrange: Arrange | None = None,
 ) -> Account:
     """Map the function that `build` makes over the conversations of `args.inputs` to `args.out`.
 
     `build` is called once in each worker process, so it and what it holds must be picklable. The
     function returns `Kept` or raises `Rejected`. With `arrange`, the conversations are kept on
-    disk until all were read; it then decides from their digests where each goes. A function with
-    a method `many` is given whole chunks of about `chunk_bytes`.
+    disk until all were read; it then decides from their marks where each goes.
     """
     began = time.monotonic()
     inputs = args.inputs if isinstance(args.inputs, list) else [args.inputs]
-    outputs = [path for path in (args.out, args.rejected) if path]
-    if len(set(map(os.path.realpath, outputs))) < len(outputs):
-        raise InputError(f"{args.out}: --out and --rejected must be different files")
     stop_on_sigterm()
     account, damages = Account(), []
     with ExitStack() as stack:
-        out = stack.enter_context(files.writing(args.out))
-        rejects = stack.enter_context(files.writing(args.rejected)) if args.rejected else None
-        sink = Spool(args.out, stack) if arrange else Direct(out, account)
+        outputs = stack.enter_context(Outputs())
+        out = outputs.corpus(args.out)
+        rejects = outputs.corpus(args.rejected) if args.rejected else None
+        sink = Spool(outputs.scratch(args.out)) if arrange else Direct(out, account)
         records = tracked(inputs, args, damages, stack)
         for result in mapped(
-            chunked(records, chunk_bytes), build, args.workers, arrange is not None, stack
+            chunked(records, CHUNK_BYTES), build, args.workers, arrange and arrange.marker, stack
         ):
             account.add(result.account)
             for line in result.lines:
@@ -133,10 +138,11 @@ def run(
                 for line in result.rejected:
                     rejects.write(line)
         if arrange:
-            sink.arrange(arrange(sink.stored), args.out, out, rejects, account, stack)
+            sink.arrange(arrange, args.out, out, rejects, account, outputs)
+        seconds = time.monotonic() - began
+        write_account(outputs, args, inputs, account, damages, seconds)
     for damage in damages:
         print(f"salvaged: {damage}", file=sys.stderr)
-    write_account(args, inputs, account, damages, time.monotonic() - began)
     return account
 
 
@@ -144,7 +150,7 @@ def stop_on_sigterm() -> None:
     """End on SIGTERM as on Ctrl-C: with the files put back in order."""
 
     def stop(number, frame):
-        raise SystemExit(128 + number)
+        raise Terminated
 
     signal.signal(signal.SIGTERM, stop)
 
@@ -179,12 +185,12 @@ def chunked(records: Iterable[tuple[str, files.Record]], most: int) -> Iterator[
         yield chunk
 
 
-def mapped(chunks, build, workers, digests, stack) -> Iterator[Result]:
+def mapped(chunks, build, workers, marker, stack) -> Iterator[Result]:
     """The results of all chunks, in order."""
     if workers == 1:
-        work = Work(build, digests)()
+        work = Work(build, marker)()
         return (work(chunk, lambda number: None) for chunk in chunks)
-    pool = stack.enter_context(Pool(Work(build, digests), workers))
+    pool = stack.enter_context(Pool(Work(build, marker), workers))
     return named_deaths(pool.map(chunks))
 
 
@@ -205,36 +211,28 @@ class Work:
     """Makes the function that a worker applies to chunks."""
 
     build: Callable[[], Process]
-    digests: bool
+    marker: Callable[[], Mark] | None
 
     def __call__(self) -> Callable[[list, Callable[[int], None]], Result]:
-        return partial(work, self.build(), self.digests)
+        return partial(work, self.build(), self.marker and self.marker())
 
 
-def work(process: Process, digests: bool, chunk: list, at: Callable[[int], None]) -> Result:
+def work(process: Process, mark: Mark | None, chunk: list, at: Callable[[int], None]) -> Result:
     """What `process` makes of a chunk of records; `at` is told which is under way."""
     result = Result()
-    readings = [reading(record) for _, record in chunk]
-    sound = [number for number, one in enumerate(readings) if not one.rejected]
-    outcomes = dict(zip(sound, outcomes_of(process, readings, sound, at), strict=True))
     for number, (path, record) in enumerate(chunk):
-        one = readings[number]
-        book(result, one, outcomes.get(number) or one.rejected, digests, path, record)
+        at(number)
+        one = reading(record)
+        book(result, one, one.rejected or outcome_of(process, one.conversation), mark, path, record)
     return result
 
 
-def outcomes_of(process, readings, sound, at) -> Iterator[Kept | Rejected]:
-    """What `process` makes of each sound conversation; some take many at a time."""
-    conversations = [readings[number].conversation for number in sound]
-    if hasattr(process, "many"):
-        yield from process.many(conversations)
-        return
-    for number, conversation in zip(sound, conversations, strict=True):
-        at(number)
-        try:
-            yield process(conversation)
-        except Rejected as rejected:
-            yield rejected
+def outcome_of(process: Process, conversation: Conversation) -> Kept | Rejected:
+    """What `process` makes of a sound conversation."""
+    try:
+        return process(conversation)
+    except Rejected as rejected:
+        return rejected
 
 
 @dataclass
@@ -260,7 +258,7 @@ def reading(record: files.Record) -> Reading:
     return one
 
 
-def book(result: Result, one: Reading, outcome: Kept | Rejected, digests, path, record) -> None:
+def book(result: Result, one: Reading, outcome: Kept | Rejected, mark, path, record) -> None:
     """Put down on `result` what became of a record."""
     account = result.account
     account.read += 1
@@ -269,7 +267,7 @@ def book(result: Result, one: Reading, outcome: Kept | Rejected, digests, path, 
     try:
         if isinstance(outcome, Rejected):
             raise outcome
-        lines = [as_line(made, digests) for made in outcome.conversations]
+        lines = [as_line(made, mark) for made in outcome.conversations]
     except Rejected as rejected:
         account.reject(pairs, rejected.reason)
         about = {"reason": rejected.reason, "detail": rejected.detail, "file": path}
@@ -289,7 +287,7 @@ def parsed(raw: bytes) -> tuple[Any, bool]:
         raise Rejected("not JSON", str(error)) from None
 
 
-def as_line(conversation: Conversation, digests: bool) -> Line:
+def as_line(conversation: Conversation, mark: Mark | None) -> Line:
     """`conversation` as JSON, with the id apart since it may have to be made distinct."""
     turns = conversation["conversations"]
     body = {key: value for key, value in conversation.items() if key != "id"}
@@ -297,9 +295,7 @@ def as_line(conversation: Conversation, digests: bool) -> Line:
         text = files.dump(body)
     except ValueError as error:
         raise Rejected("not JSON", str(error)) from None
-    marks = prefix_digests(turns) if digests else []
-    marks = [m for m, turn in zip(marks, turns, strict=False) if turn["from"] == GPT] + marks[-1:]
-    return Line(conversation["id"], b"," + text[1:], count_pairs(turns), marks)
+    return Line(conversation["id"], b"," + text[1:], count_pairs(turns), mark and mark(turns))
 
 
 def rejected_line(about: dict, raw: bytes, found: Any) -> bytes:

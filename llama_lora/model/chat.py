@@ -19,6 +19,7 @@ from llama_lora.model.adapter import load_adapter, read_weights
 from llama_lora.model.base import load_base
 from llama_lora.model.hardware import device_name, dtype_name, resolve_quantization
 from llama_lora.model.template import Template, load_tokenizer
+from llama_lora.text import sound_text
 
 logger = logging.getLogger(__name__)
 
@@ -129,7 +130,7 @@ class Chat:
             InputError: the question alone fills the model's window, or the model's scores are not
                 finite.
         """
-        asked = {"from": "human", "value": _without_surrogates(question)}
+        asked = {"from": "human", "value": sound_text(question)}
         text, answer = TextStream(self._template.tokenizer), ""
         try:
             for token in self._tokens(self._prompt_ids(asked)):
@@ -145,7 +146,7 @@ class Chat:
     def _prompt_ids(self, asked: dict) -> list[int]:
         """The prompt without as many of the oldest pairs as leave room for an answer."""
         reserved = min(self._sampling.max_new_tokens, self.window // 4)
-        system = self.system and [{"from": "system", "value": _without_surrogates(self.system)}]
+        system = self.system and [{"from": "system", "value": sound_text(self.system)}]
         for first in range(self._first, len(self.turns) + 1, 2):
             ids = self._template.prompt_ids([*(system or []), *self.turns[first:], asked])
             if len(ids) + reserved <= self.window:
@@ -280,8 +281,3 @@ def _end_of_sequence_ids(model) -> list[int]:
     """The base's own, beside the template's: chat models name several in generation_config.json."""
     ids = model.generation_config.eos_token_id
     return ids if isinstance(ids, list) else [] if ids is None else [ids]
-
-
-def _without_surrogates(text: str) -> str:
-    """`text` as a tokenizer accepts it: halves of a character become U+FFFD."""
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")

@@ -1,5 +1,6 @@
 """The one prompt: what splitting counts, training labels, generation asks and the adapter keeps."""
 
+import json
 from bisect import bisect_left
 from copy import copy
 from dataclasses import dataclass
@@ -186,12 +187,10 @@ class Template:
 
 def load_tokenizer(folder):
     """The tokenizer of a model or adapter folder, with a padding token that is never eos."""
-    from transformers import AutoTokenizer
-
     if not Path(folder).is_dir():
         raise InputError(f"{folder}: no such folder, expected a model's")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer = _tokenizer_class(Path(folder)).from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
         raise InputError(f"{folder}: no usable tokenizer here: {error}") from error
     if tokenizer.eos_token is None:
@@ -202,6 +201,34 @@ def load_tokenizer(folder):
         tokenizer.pad_token = next(t for t in candidates if t not in (None, tokenizer.eos_token))
     tokenizer.padding_side = "right"
     return tokenizer
+
+
+def _tokenizer_class(folder: Path):
+    """The class whose `from_pretrained` gives what AutoTokenizer's does for `folder`.
+
+    AutoTokenizer itself imports torch, which takes every process 250 MB and some seconds. What it
+    makes of the folders of Llamas and of adapters can be told without.
+    """
+    import transformers
+
+    named = str(_settings(folder / "tokenizer_config.json").get("tokenizer_class"))
+    if _settings(folder / "config.json").get("model_type", "llama") == "llama":
+        file = folder / "tokenizer.json"
+        # A Llama 3 may say that it has Llama 2's tokenizer.
+        if named.startswith("LlamaTokenizer") and not _holds(file, b'"ByteLevel"'):
+            return transformers.LlamaTokenizer
+        light = named in ("TokenizersBackend", "PreTrainedTokenizerFast")
+        if file.is_file() and (light or named.startswith("LlamaTokenizer")):
+            return transformers.PreTrainedTokenizerFast
+    return transformers.AutoTokenizer
+
+
+def _settings(file: Path) -> dict:
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+
+
+def _holds(file: Path, text: bytes) -> bool:
+    return file.is_file() and text in file.read_bytes()
 
 
 def _messages(turns: list[dict]) -> list[dict]:

@@ -1,0 +1,78 @@
+"""Look at a corpus file: what is in it, what training makes of it, and how it came about.
+
+python3 fastchat/data/inspect_data.py --in split.json --model-name ./base --html report.html
+python3 fastchat/data/inspect_data.py --in split.json --model-name ./base --show 0
+"""
+
+import argparse
+import os
+from contextlib import ExitStack
+
+from llama_lora.cli import one_line_errors
+from llama_lora.corpus import stage
+from llama_lora.model.hardware import cores
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=stage.Help)
+    add = parser.add_argument
+    add(
+        "--in",
+        "--in-file",
+        dest="inputs",
+        required=True,
+        metavar="FILE",
+        help="conversations to read: a JSON array or JSON Lines, gzipped or not",
+    )
+    add(
+        "--model-name",
+        "--model-name-or-path",
+        dest="model",
+        metavar="DIR",
+        help="folder of the base model, for its tokenizer; without it nothing is told of tokens",
+    )
+    add("--max-length", type=stage.positive, default=512, help="tokens that training will read")
+    add("--template", default="vicuna_v1.1", help="prompt template: vicuna_v1.1, or model")
+    add(
+        "--show",
+        metavar="N|ID",
+        help="print one conversation, the N-th from 0 or the one with that id, with what is "
+        "learned in colour",
+    )
+    add("--html", metavar="FILE", help="also write the report as one page for a browser")
+    add(
+        "--sample",
+        type=stage.natural,
+        default=1000,
+        metavar="N",
+        help="conversations on that page, at most; chosen at random",
+    )
+    add("--workers", type=stage.positive, default=cores(), help="processes")
+    add("--salvage", action="store_true", help="read what is complete in a damaged file")
+    add("--begin", type=stage.natural, default=0, metavar="N", help="skip the first N")
+    add("--end", type=stage.natural, metavar="N", help="stop before conversation N, from 0")
+    return parser.parse_args()
+
+
+@one_line_errors
+def main(args: argparse.Namespace) -> None:
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the workers keep the cores busy
+    from llama_lora.report import survey, terminal
+    from llama_lora.report.page import opened
+    from llama_lora.report.view import find
+
+    if args.show is not None:
+        print(terminal.shown(find(args, args.show), terminal.in_colour()))
+        return
+    with ExitStack() as stack:
+        write = opened(args, stack) if args.html else None
+        found = survey.take(args)
+        print(terminal.summary(found, args.max_length))
+        if write:
+            write(found)
+    if args.html:
+        print(f"\n{args.html}: {os.path.getsize(args.html) / 1e6:.1f} MB")
+
+
+if __name__ == "__main__":
+    main(parse_args())

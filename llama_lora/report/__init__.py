@@ -1,0 +1,1 @@
+"""Looking at a corpus: what is in a file, how it came about, and what training makes of it."""

@@ -1,0 +1,188 @@
+"""The survey of a corpus file: what is in it, how long it is, and what training makes of it."""
+
+import argparse
+import sys
+from array import array
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import chain, islice
+
+import numpy as np
+
+from llama_lora.corpus import stage
+from llama_lora.corpus.conversation import (
+    GPT,
+    HUMAN,
+    Conversation,
+    Rejected,
+    count_pairs,
+    marks_of,
+    put_in_order,
+)
+from llama_lora.corpus.dedupe import digests_of, exact_duplicates
+from llama_lora.corpus.language import language_of
+from llama_lora.corpus.output import Stored
+from llama_lora.corpus.pool import Pool
+from llama_lora.model.template import IGNORE, Template, load_tokenizer
+from llama_lora.train.bins import best_fit_decreasing
+from llama_lora.train.examples import Audit
+
+WORTH_PROCESSES = 16  # chunks, which are some megabytes
+
+
+def lengths() -> array:
+    """An empty array of lengths: 4 bytes each, so that a million weigh nothing."""
+    return array("I")
+
+
+@dataclass
+class Survey:
+    """What was found in a corpus file.
+
+    Lengths stand in arrays, in the order of the file: `turns` and `tokens` by conversation,
+    `questions` and `answers` in characters by turn. `tokens` counts what the template renders;
+    `trained` what of it training reads, for the conversations that `audit` counts, and `labelled`
+    what of that it learns.
+    """
+
+    read: int = 0
+    pairs: int = 0
+    formats: Counter = field(default_factory=Counter)
+    repairs: Counter = field(default_factory=Counter)
+    roles: Counter = field(default_factory=Counter)
+    languages: Counter = field(default_factory=Counter)
+    unreadable: Counter = field(default_factory=Counter)
+    untrainable: Counter = field(default_factory=Counter)
+    duplicates: Counter = field(default_factory=Counter)
+    audit: Audit = field(default_factory=Audit)
+    unreadable_at: array = field(default_factory=lengths)
+    turns: array = field(default_factory=lengths)
+    questions: array = field(default_factory=lengths)
+    answers: array = field(default_factory=lengths)
+    tokens: array = field(default_factory=lengths)
+    trained: array = field(default_factory=lengths)
+    labelled: array = field(default_factory=lengths)
+    stored: list[Stored] = field(default_factory=list)
+    damages: list[str] = field(default_factory=list)
+
+    @property
+    def conversations(self) -> int:
+        """Records that are conversations."""
+        return self.read - self.unreadable.total()
+
+    def add(self, other: "Survey") -> None:
+        """Take in what was found in the records that follow."""
+        for name, value in vars(other).items():
+            if isinstance(value, Counter):
+                getattr(self, name).update(value)
+            elif isinstance(value, Audit):
+                for count, number in vars(value).items():
+                    setattr(self.audit, count, getattr(self.audit, count) + number)
+            else:
+                setattr(self, name, getattr(self, name) + value)
+
+    def describe(self, one: stage.Reading) -> None:
+        """Put down what can be seen in a conversation without a tokenizer."""
+        conversation = one.conversation
+        turns = conversation["conversations"]
+        pairs = count_pairs(turns)
+        self.formats[one.format] += 1
+        self.repairs.update(one.repairs)
+        self.pairs += pairs
+        self.roles.update(turn["from"] for turn in turns)
+        self.languages[language_of(turns)] += 1
+        self.turns.append(len(turns))
+        self.questions.extend(len(turn["value"]) for turn in turns if turn["from"] == HUMAN)
+        self.answers.extend(len(turn["value"]) for turn in turns if turn["from"] == GPT)
+        self.stored.append(Stored(conversation["id"], 0, 0, pairs, digests_of(turns)))
+
+    def measure(self, labels: list[int], max_length: int) -> None:
+        """Put down what training reads and learns of a conversation, as its loader does."""
+        labels = np.asarray(labels)
+        self.tokens.append(len(labels))
+        if self.audit.add(labels, max_length):
+            self.trained.append(min(len(labels), max_length))
+            self.labelled.append(int(np.count_nonzero(labels[:max_length] != IGNORE)))
+
+    def count_duplicates(self) -> None:
+        """Book the conversations that cleaning would drop as duplicates, and ids given twice."""
+        self.duplicates.update(gone.reason for gone in exact_duplicates(self.stored).values())
+        self.duplicates["equal ids"] = len(self.stored) - len({one.id for one in self.stored})
+        self.stored.clear()
+
+    def packs(self, max_length: int) -> int:
+        """Rows of `max_length` tokens in an epoch."""
+        return len(best_fit_decreasing(self.trained.tolist(), max_length))
+
+
+class Surveyor:
+    """Surveys chunks of records, as a worker process does.
+
+    `model` is the folder of a tokenizer, None for a survey without tokens.
+    """
+
+    def __init__(self, model: str | None, template: str, max_length: int):
+        self.renderer = renderer(model, template)
+        self.max_length = max_length
+
+    def __call__(self, chunk: list, at: Callable[[int], None]) -> Survey:
+        survey, trainable = Survey(read=len(chunk)), []
+        for number, (_, record) in enumerate(chunk):
+            at(number)
+            one = stage.reading(record)
+            if one.rejected:
+                survey.unreadable[one.rejected.reason] += 1
+                survey.unreadable_at.append(record.index)
+                continue
+            survey.describe(one)
+            try:
+                trainable.append(as_trained(one.conversation))
+            except Rejected as rejected:
+                survey.untrainable[rejected.reason] += 1
+        if self.renderer and trainable:
+            for encoded in self.renderer.encode_batch(trainable):
+                survey.measure(encoded.labels, self.max_length)
+        return survey
+
+
+def renderer(model: str | None, template: str) -> Template | None:
+    """The template with the tokenizer in the folder `model`; None without one."""
+    return Template(load_tokenizer(model), template) if model else None
+
+
+def as_trained(conversation: Conversation) -> Conversation:
+    """The turns that training reads. Raises `Rejected` where it would refuse the file."""
+    turns = put_in_order(conversation["conversations"], Counter())
+    return {**conversation, "conversations": turns, **marks_of(conversation, turns)}
+
+
+def take(args: argparse.Namespace) -> Survey:
+    """Survey the file `args.inputs`."""
+    survey = Survey()
+    build = partial(Surveyor, args.model, args.template, args.max_length)
+    with ExitStack() as stack:
+        records = stage.tracked([args.inputs], args, survey.damages, stack)
+        for found in mapped(records, build, args, stack):
+            survey.add(found)
+    for damage in survey.damages:
+        print(f"salvaged: {damage}", file=sys.stderr)
+    survey.count_duplicates()
+    return survey
+
+
+def mapped(records: Iterator, build: Callable, args: argparse.Namespace, stack: ExitStack):
+    """What the function that `build` makes gives for each chunk of the records, in order.
+
+    `args.workers` processes share the work; of a small file their start would cost more than they
+    save.
+    """
+    chunks = stage.chunked(records, stage.CHUNK_BYTES)
+    first = list(islice(chunks, WORTH_PROCESSES))
+    chunks = chain(first, chunks)
+    if args.workers == 1 or len(first) < WORTH_PROCESSES:
+        function = build()
+        return (function(chunk, lambda number: None) for chunk in chunks)
+    return stage.named_deaths(stack.enter_context(Pool(build, args.workers)).map(chunks))

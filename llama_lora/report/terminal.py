@@ -1,0 +1,120 @@
+"""The report for the terminal, and a conversation in it with what is learned in colour."""
+
+import os
+import re
+import sys
+from collections.abc import Sequence
+
+import numpy as np
+
+from llama_lora.corpus.account import listed
+from llama_lora.report.survey import Survey
+from llama_lora.report.view import BEYOND, FRAME, PLAIN, TRAINED, View
+
+COLOURS = {PLAIN: "", TRAINED: "\33[32m", FRAME: "\33[2m", BEYOND: "\33[9;31m"}
+BOLD, OFF = "\33[1m", "\33[0m"
+SIGNS = {PLAIN: ("", ""), TRAINED: ("⟦", "⟧"), FRAME: ("", ""), BEYOND: ("⟪", "⟫")}
+MEANINGS = {TRAINED: "learned", FRAME: "the template's", BEYOND: "cut off by the window"}
+
+SHARES = {"least": 0, "5%": 5, "25%": 25, "half": 50, "75%": 75, "95%": 95, "99%": 99, "most": 100}
+CONTROL = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+
+
+def summary(survey: Survey, max_length: int) -> str:
+    """What was found, in lines."""
+    facts = {
+        "conversations": f"{survey.conversations:,} with {survey.pairs:,} pairs",
+        "formats": listed(survey.formats),
+        "roles": listed(survey.roles),
+        "languages": listed(survey.languages),
+        "duplicates": listed(survey.duplicates) or "none",
+        "unreadable": listed(survey.unreadable),
+        "not trainable": listed(survey.untrainable),
+        "repaired as read": listed(survey.repairs),
+    }
+    rows = [f"{name:<18}{value}" for name, value in facts.items() if value]
+    if survey.turns:
+        rows += ["", *table(survey)]
+    if survey.tokens:
+        rows += ["", training(survey, max_length)]
+    return "\n".join(rows)
+
+
+def measures(survey: Survey) -> dict[str, Sequence[int]]:
+    """The lengths that were taken, by what they measure; those of nothing are left out."""
+    taken = {
+        "turns": survey.turns,
+        "characters, question": survey.questions,
+        "characters, answer": survey.answers,
+        "tokens": survey.tokens,
+        "labelled tokens": survey.labelled,
+    }
+    return {name: values for name, values in taken.items() if values}
+
+
+def percentiles(values: Sequence[int]) -> list[int]:
+    """The values below which the `SHARES` of all lie, and the mean, in whole numbers."""
+    numbers = np.asarray(values)
+    found = np.percentile(numbers, list(SHARES.values()), method="inverted_cdf")
+    return [*map(int, found), round(float(numbers.mean()))]
+
+
+def table(survey: Survey) -> list[str]:
+    """The percentiles of all measures, in aligned lines."""
+    rows = [["", *SHARES, "mean"]]
+    for name, values in measures(survey).items():
+        rows.append([name, *(f"{value:,}" for value in percentiles(values))])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        row[0].ljust(widths[0])
+        + "".join(cell.rjust(width + 2) for cell, width in zip(row[1:], widths[1:], strict=True))
+        for row in rows
+    ]
+
+
+def training(survey: Survey, max_length: int) -> str:
+    """What an epoch is, in the words of the trainer."""
+    packs = survey.packs(max_length)
+    room = max(packs * max_length, 1)
+    return (
+        f"at {max_length:,} tokens: {survey.audit}\n"
+        f"an epoch: {packs:,} packs, {survey.audit.tokens / room:.1%} full"
+    )
+
+
+def in_colour() -> bool:
+    """Whether stdout is a terminal whose user has not asked for no colour (no-color.org)."""
+    return sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+
+
+def shown(view: View, colour: bool) -> str:
+    """The conversation with what is learned marked: by colours, or else by signs."""
+    facts = [f"conversation {view.index}", visible(view.id), view.language]
+    if view.tokens is not None:
+        facts.append(f"{view.tokens:,} tokens, {view.labelled:,} learned")
+    lines = [strong(" · ".join(facts), colour), *view.notes]
+    kinds = {segment.kind for block in view.blocks for segment in block.segments}
+    marks = [kind for kind in MEANINGS if kind in kinds and (colour or any(SIGNS[kind]))]
+    if marks:
+        lines.append("marked: " + ", ".join(mark(kind, MEANINGS[kind], colour) for kind in marks))
+    for block in view.blocks:
+        parts = (mark(one.kind, visible(one.text), colour) for one in block.segments)
+        lines += ["", strong(block.role or "rendered", colour), "".join(parts)]
+    return "\n".join(lines)
+
+
+def strong(text: str, colour: bool) -> str:
+    return BOLD + text + OFF if colour else text
+
+
+def mark(kind: str, text: str, colour: bool) -> str:
+    """`text` with the colour or between the signs of its kind."""
+    if colour:
+        return COLOURS[kind] + text + OFF if COLOURS[kind] else text
+    before, after = SIGNS[kind]
+    return before + text + after
+
+
+def visible(text: str) -> str:
+    """`text` in which what would steer the terminal is shown instead, escapes above all."""
+    return CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", text)

@@ -1,0 +1,174 @@
+"""The language of texts and of whole conversations, on texts whose language is known."""
+
+import importlib.util
+import json
+import random
+from collections import Counter
+
+import pytest
+from conftest import ROOT, run_script, shipped
+
+from llama_lora.corpus.conversation import Rejected
+from llama_lora.corpus.language import UNKNOWN, Filter, detected, glimpses, language_of, size
+from llama_lora.corpus.prose import prose
+
+ENGLISH = "The kettle is on the stove, and the water will boil in a few minutes. "
+GERMAN = "Der Kessel steht auf dem Herd, und das Wasser wird in wenigen Minuten kochen. "
+CHINESE = "水壶在炉子上，水再过几分钟就会开。"
+
+
+@pytest.fixture(scope="module")
+def benchmark():
+    """benchmarks/language.py, which cuts the labelled windows."""
+    path = ROOT / "benchmarks/language.py"
+    spec = importlib.util.spec_from_file_location("language_benchmark", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def chat(*texts):
+    return [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(texts)]
+
+
+def conversation(*texts):
+    return {"id": "a", "conversations": chat(*texts)}
+
+
+# ------------------------------------------------------------------ how often it is right
+
+
+@pytest.mark.parametrize("part", ["tuning", "held out"])
+@pytest.mark.parametrize(("length", "mean", "least"), [(200, 0.99, 0.97), (40, 0.95, 0.93)])
+def test_windows_in_chat_are_told_right(benchmark, part, length, mean, least):
+    shares = {}
+    for language, texts in benchmark.windows(part, length).items():
+        texts = benchmark.in_chat(texts)
+        shares[language] = sum(benchmark.told(text) == language for text in texts) / len(texts)
+    assert len(shares) == 13
+    assert sum(shares.values()) / len(shares) >= mean
+    assert {name: share for name, share in shares.items() if share < least} == {}
+
+
+def test_the_set_has_enough_windows_of_every_language(benchmark):
+    for length, enough in (200, 20), (40, 60):
+        counts = Counter()
+        for part in ("tuning", "held out"):
+            for language, texts in benchmark.windows(part, length).items():
+                counts[language] += len(set(texts))
+                assert all(length - 12 <= len(text) <= length for text in texts)
+        assert min(counts.values()) >= enough
+
+
+def test_longer_texts_in_neighbours_of_the_usual_languages_stay_theirs(benchmark):
+    for language, texts in benchmark.windows("neighbours", 200).items():
+        told = Counter(map(detected, texts))
+        assert told[language] >= len(texts) - 1
+
+
+# ------------------------------------------------------------------ single texts
+
+
+@pytest.mark.parametrize(
+    ("text", "language"),
+    [
+        ("ok", UNKNOWN),
+        ("12 + 30 = 42", UNKNOWN),
+        ("我是 Kestrel（红隼），由 Llama-LoRA 社区开发的助手。", "zh"),
+        ("我是 Kestrel（紅隼），由 Llama-LoRA 社群開發的助手。", "zh-Hant"),
+        ("東京都庁舎展望室", "zh-Hant"),  # could be either without kana
+        ("東京都庁舎の展望室", "ja"),
+        ("народов государств-членов Организации", "ru"),
+        ("народів держав-членів Організації", "uk"),
+        ("Considerando que la libertad, la", "es"),
+        ("Overwegende, dat erkenning van de", "nl"),
+    ],
+)
+def test_short_texts(text, language):
+    assert detected(text) == language
+
+
+def test_what_is_no_character_does_not_hide_the_language():
+    planes = range(0, 0x110000, 0x10000)
+    for code in [0, 1, 0x7F, 0x9F, 0xFDD0, *(plane + 0xFFFF for plane in planes)]:
+        assert detected(GERMAN + chr(code)) == "de"
+
+
+# ------------------------------------------------------------------ conversations
+
+
+def test_turns_vote_with_the_size_of_their_prose():
+    code = "```python\n" + "print('the number of the files in the folder')\n" * 20 + "```"
+    assert language_of(chat(ENGLISH, GERMAN * 2)) == "de"
+    assert language_of(chat(ENGLISH * 3, GERMAN * 2)) == "en"
+    assert language_of(chat(ENGLISH, GERMAN, ENGLISH, GERMAN, ENGLISH)) == "en"
+    assert language_of(chat(ENGLISH, CHINESE * 2)) == "zh"
+    assert language_of(chat(GERMAN, code)) == "de"
+    assert language_of(chat("1 2 3", GERMAN, "4 5 6")) == "de"
+
+
+def test_turns_too_short_to_tell_are_read_as_one():
+    assert language_of(chat("ok", "12")) == UNKNOWN
+    assert language_of([]) == UNKNOWN
+
+
+def test_a_task_in_one_language_about_a_long_text_in_another_is_in_the_latter():
+    long = "Translate this into English. " + ENGLISH + GERMAN * 40 + "Thank you very much for this."
+    assert language_of(chat(long)) == "de"
+
+
+def test_stopping_early_changes_no_vote(benchmark):
+    texts = [one for of in benchmark.windows("tuning", 200).values() for one in of[:4]]
+    draw = random.Random(5)
+    for _ in range(200):
+        turns = chat(*(" ".join(draw.choices(texts, k=draw.randint(1, 3))) for _ in range(6)))
+        votes = Counter()
+        for turn in turns:
+            text = prose(turn["value"])
+            votes[detected(glimpses(text))] += size(text)
+        (_, most), (_, second), *_ = [*votes.most_common(2), ("", 0)]
+        if most > second:
+            assert votes[language_of(turns)] == most
+
+
+def test_every_conversation_that_the_project_ships_is_told_right(benchmark):
+    of_id = {name: code for code, names in benchmark.the_set()["sample"].items() for name in names}
+    labelled = [
+        *((one, of_id.get(one.get("id"))) for one in shipped("sharegpt_sample.json")),
+        *((one, "en") for one in shipped("dummy_en.json")),
+        *((one, "zh") for one in shipped("dummy_cn.json")),
+    ]
+    wrong = {}
+    for one, language in labelled:
+        turns = [
+            turn | {"value": benchmark.readable(turn["value"])} for turn in one["conversations"]
+        ]
+        if language and (told := language_of(turns)) != language:
+            wrong[one["id"]] = told
+    assert wrong == {}
+
+
+# ------------------------------------------------------------------ the filter
+
+
+def test_several_codes_may_be_kept_and_skipped_at_once():
+    traditional = "水壺在爐子上，水再過幾分鐘就會開。"
+    keeps = Filter(keep=["de", "zh"], skip=["zh-Hant", "en"])
+    assert keeps(conversation(GERMAN)).seen == {"de": 1}
+    assert keeps(conversation(CHINESE)).seen == {"zh": 1}
+    assert keeps(conversation("ok")).seen == {UNKNOWN: 1}
+    for text, language in (traditional, "zh-Hant"), (ENGLISH, "en"):
+        with pytest.raises(Rejected, match=f"language {language}"):
+            keeps(conversation(text))
+
+
+def test_the_script_prints_what_it_read_by_language_whatever_it_keeps(tmp_path):
+    source = tmp_path / "in.json"
+    items = [conversation(text) | {"id": text[:2]} for text in (ENGLISH, GERMAN, CHINESE, "\ud800")]
+    source.write_text(json.dumps(items))
+    flags = ("--keep-lang", "zh", "de", "--skip-lang", "DE")
+    script = "fastchat/data/optional_clean.py"
+    done = run_script(script, "--in", source, "--out", tmp_path / "out.json", *flags)
+    assert done.returncode == 0, done.stderr
+    assert "languages: de 1, en 1, unknown 1, zh 1" in done.stdout
+    assert "rejected 2: language de 1, language en 1" in done.stdout
