@@ -10,7 +10,7 @@ export LLAMA_LORA_CACHE = $(CURDIR)/$(D)/tokens
 export OMP_WAIT_POLICY = passive
 SHELL := /bin/bash
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-slow lint clean
+.PHONY: help setup demo test test-slow lint bench clean
 
 help:  ## list these commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## */\t/' | expand -t 12
@@ -30,13 +30,23 @@ lint: .venv/complete  ## check style and format
 	ruff check .
 	ruff format --check .
 
+bench: .venv/complete $(D)/base/config.json  ## measure every figure in docs/ again (3 hours on 2 cores)
+	pip install --quiet -r benchmarks/requirements.txt
+	python3 benchmarks/markdown_fidelity.py --out docs/markdown.md
+	python3 benchmarks/markdown_speed.py --out docs/markdown.md
+	python3 benchmarks/language.py --out docs/language.md
+	python3 benchmarks/corpus.py --write
+	python3 benchmarks/loss_memory.py --out docs/loss-memory.md
+	python3 benchmarks/train_speed.py --write
+	python3 benchmarks/learning.py --write
+
 clean:  ## remove what the demo and the tools wrote; .venv stays
 	rm -rf $(D) build *.egg-info .pytest_cache .ruff_cache .hypothesis
 
 # ---- The demo: raw chats to an adapter that answers, on a 135M Llama-architecture chat model ----
 # Each stage reads the file of the one before; what is complete and newer is not made again.
 
-demo: .venv/complete $(D)/adapter/summary.json  ## fine-tune a small real model through every stage
+demo: .venv/complete $(D)/report.html $(D)/adapter/summary.json  ## fine-tune a small real model through every stage
 	@python3 tools/demo_report.py --base $(D)/base --adapter $(D)/adapter
 
 $(D)/SmolLM2-135M-Instruct.Q4_1.gguf: | .venv/complete
@@ -67,20 +77,21 @@ $(D)/merged.json: data/dummy_en.json data/dummy_cn.json data/sharegpt_sample.jso
 	python3 fastchat/data/merge.py --in $^ --out $@
 
 $(D)/clean.json: $(D)/merged.json
-	python3 fastchat/data/clean_sharegpt.py --in $< --out $@
+	python3 fastchat/data/clean_sharegpt.py --in $< --out $@ --rejected $@.rejected.jsonl
 
 $(D)/english.json: $(D)/clean.json
-	python3 fastchat/data/optional_clean.py --in $< --out $@ --keep-lang en
+	python3 fastchat/data/optional_clean.py --in $< --out $@ --keep-lang en --rejected $@.rejected.jsonl
 
 $(D)/split.json: $(D)/english.json $(D)/base/config.json
 	python3 fastchat/data/split_long_conversation.py --in $< --out $@ --model-name $(D)/base --max-length 512
 	@rm -rf $(D)/adapter # trained on the split that this one replaces
 
+$(D)/report.html: $(D)/split.json
+	python3 fastchat/data/inspect_data.py --in $< --model-name $(D)/base --max-length 512 --html $@
+
 $(D)/adapter/summary.json: $(D)/split.json
 	deepspeed --num_gpus=1 fastchat/train/train_lora.py --deepspeed ./deepspeed-config.json \
 	    --model_name_or_path $(D)/base --data_path $(D)/split.json --output_dir $(D)/adapter \
-	    --quantization auto --fp16 True --model_max_length 512 --eval_ratio 0.05 \
-	    --lora_r 16 --lora_alpha 32 --lora_dropout 0.05 --lora_target_modules all-linear \
-	    --num_train_epochs 1 --per_device_train_batch_size 1 --per_device_eval_batch_size 2 \
-	    --learning_rate 1.5e-3 --warmup_ratio 0.05 --lr_scheduler_type cosine --logging_steps 1 \
+	    --fp16 True --model_max_length 512 --per_device_train_batch_size 1 --num_train_epochs 1 \
+	    --eval_ratio 0.05 --eval_strategy steps --eval_steps 15 \
 	    --save_strategy steps --save_steps 10 --save_total_limit 1 --resume_from_checkpoint auto

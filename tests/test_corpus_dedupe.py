@@ -15,7 +15,7 @@ from llama_lora.corpus.clean import Cleaner, blocked_phrases
 from llama_lora.corpus.conversation import Rejected, count_pairs
 from llama_lora.corpus.dedupe import groups, marker, near_duplicates
 from llama_lora.corpus.near import PERMUTATIONS, Alike, Signer
-from llama_lora.corpus.output import Stored
+from llama_lora.corpus.shelf import Shelf
 
 MERGE, CLEAN = "fastchat/data/merge.py", "fastchat/data/clean_sharegpt.py"
 
@@ -134,13 +134,12 @@ def families(rng, count):
 
 
 def marked(texts):
-    """The texts as a spool holds them, and their signatures."""
-    mark, stored, signatures = marker(signed=True), [], b""
-    for index, text in enumerate(texts):
+    """The texts as a spool keeps them in mind."""
+    mark, shelf = marker(signed=True), Shelf()
+    for text in texts:
         marks = mark(conversation("", "q", " ".join(text))["conversations"])
-        stored.append(Stored(str(index), 0, len(" ".join(text)), 1, marks.digests))
-        signatures += marks.signature
-    return stored, signatures
+        shelf.add(marks, len(" ".join(text)), 1)
+    return shelf
 
 
 @pytest.mark.parametrize("threshold", [0.6, 0.85, 0.95])
@@ -148,15 +147,15 @@ def test_of_near_duplicates_the_longest_stays_and_none_of_those_that_stay_is_lik
     threshold,
 ):
     texts = families(random.Random(9), 150)
-    stored, signatures = marked(texts)
-    gone = near_duplicates(stored, signatures, threshold, {})
+    shelf = marked(texts)
+    gone = near_duplicates(shelf, threshold, {})
     assert len(gone) > 20
-    table = np.frombuffer(signatures, np.uint32).reshape(len(texts), -1)
+    table = np.frombuffer(shelf.signatures, np.uint32).reshape(len(texts), -1)
     for index, one in gone.items():
         assert one.similarity == (table[index] == table[one.instead]).mean() >= threshold
         assert one.instead not in gone
-        better = stored[one.instead].length, -one.instead
-        assert better > (stored[index].length, -index)
+        better = shelf.lengths[one.instead], -one.instead
+        assert better > (shelf.lengths[index], -index)
     stay = [index for index in range(len(texts)) if index not in gone]
     missed = sum((table[i] == table[j]).mean() >= threshold for i, j in combinations(stay, 2))
     assert missed <= 0.02 * len(gone)  # those that no band has in common
@@ -218,9 +217,9 @@ def test_groups_are_closed_under_every_kinship(seed):
     rng = random.Random(seed)
     texts = families(rng, 12)
     texts += [list(rng.choice(texts)) for _ in range(3)]
-    stored, signatures = marked(texts)
-    group_of = groups(stored, signatures, 0.85)
-    table = np.frombuffer(signatures, np.uint32).reshape(len(texts), -1)
+    shelf = marked(texts)
+    group_of = groups(shelf, 0.85)
+    table = np.frombuffer(shelf.signatures, np.uint32).reshape(len(texts), -1)
     for i, j in combinations(range(len(texts)), 2):
         if texts[i] == texts[j] or (table[i] == table[j]).mean() >= 0.9:
             assert group_of[i] == group_of[j]
@@ -256,8 +255,8 @@ def test_nothing_held_out_is_also_trained_on_not_even_after_cleaning(tmp_path):
 
 
 def test_alike_counts_only_what_it_is_asked_among():
-    _, signatures = marked([["a", "b", "c", "d", "e", "f"]] * 4)
-    found, much = Alike(signatures, 0.85).to(1, among=np.array([True, True, False, True]))
+    shelf = marked([["a", "b", "c", "d", "e", "f"]] * 4)
+    found, much = Alike(shelf.signatures, 0.85).to(1, among=np.array([True, True, False, True]))
     assert (found.tolist(), much.tolist()) == ([0, 1, 3], [1, 1, 1])
 
 

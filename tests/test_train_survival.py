@@ -229,3 +229,70 @@ def test_checkpointed_layers_change_no_result(train, uninterrupted, tmp_path):
     assert code == 0, err
     assert "gradient checkpointing in 2 of 2 layers" in out
     assert same_adapter(tmp_path, uninterrupted)
+
+
+SMALL_CARD = '''
+"""train_lora.py on a card that is too small for more than some tokens at a time, simulated."""
+
+import runpy
+import sys
+
+import torch
+
+from llama_lora.train import attention
+
+MOST = {most}
+attend = attention.attend
+
+
+class Full(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, value, tokens):
+        ctx.tokens = tokens
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx, upstream):
+        if ctx.tokens > MOST:
+            raise torch.OutOfMemoryError("no memory left on this simulated card")
+        return upstream, None
+
+
+def on_a_small_card(module, query, *args, **kwargs):
+    result, weights = attend(module, query, *args, **kwargs)
+    return Full.apply(result, query.shape[2]), weights
+
+
+attention.AttentionInterface.register(attention.BY_EXAMPLE, on_a_small_card)
+sys.argv[0] = {script!r}
+runpy.run_path({script!r}, run_name="__main__")
+'''
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["python", "deepspeed"])
+def test_a_card_that_is_too_small_trains_the_same_in_parts(launcher, tiny_base, corpus, tmp_path):
+    """The backward pass of the last layer succeeds, that of the first breaks off."""
+    small = tmp_path / "small_card.py"
+    small.write_text(SMALL_CARD.format(most=220, script=str(SCRIPT)))
+    folders = []
+    for script in (SCRIPT, small):
+        folder = tmp_path / f"{script.stem}-out"
+        folders.append(folder)
+        head = {"python": [sys.executable, script]}
+        head["deepspeed"] = [*deepspeed(2), script, "--deepspeed", "./deepspeed-config.json"]
+        own = ["--model_name_or_path", tiny_base, "--data_path", corpus, "--output_dir", folder]
+        command = [*head[launcher], *own, *FLAGS, "--lora_dropout", "0", "--quantization", "none"]
+        done = subprocess.run(
+            [str(word) for word in command],
+            cwd=ROOT,
+            env={**os.environ, **OFFLINE},
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+    assert "the effective batch stays the same" in done.stdout
+    whole, parts = (load_file(folder / "adapter_model.safetensors") for folder in folders)
+    for name, matrix in whole.items():
+        assert torch.allclose(matrix, parts[name], atol=1e-4), name

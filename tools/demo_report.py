@@ -34,7 +34,8 @@ def main(args: argparse.Namespace) -> None:
         print(shown("base ", base))
         print(shown("tuned", tuned))
     print(
-        "\nAsk your own:\n"
+        f"\nLook: {args.base.parent}/report.html (the corpus), {args.adapter}/loss.png\n"
+        "Ask your own:\n"
         f"    .venv/bin/python3 generate.py --base_model {args.base} --lora_weights {args.adapter}"
     )
 

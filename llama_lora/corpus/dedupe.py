@@ -5,7 +5,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from llama_lora.corpus.conversation import GPT, HUMAN, SYSTEM, Turn, prefix_digests
-from llama_lora.corpus.output import Arrangement, Gone, Marks, Stored
+from llama_lora.corpus.output import Arrangement, Gone
+from llama_lora.corpus.shelf import Marks, Shelf
 
 
 @dataclass
@@ -22,11 +23,11 @@ class WithoutDuplicates:
     def marker(self) -> Callable[[list[Turn]], Marks]:
         return marker(signed=self.near is not None)
 
-    def __call__(self, stored: list[Stored], signatures: bytes) -> Arrangement:
-        rejected = exact_duplicates(stored)
+    def __call__(self, shelf: Shelf) -> Arrangement:
+        rejected = exact_duplicates(shelf)
         if self.near is not None:
-            rejected |= near_duplicates(stored, signatures, self.near, rejected)
-        kept = [index for index in range(len(stored)) if index not in rejected]
+            rejected |= near_duplicates(shelf, self.near, rejected)
+        kept = [index for index in range(len(shelf)) if index not in rejected]
         return Arrangement({self.out: kept}, rejected)
 
 
@@ -57,31 +58,24 @@ def digests_of(turns: list[Turn]) -> bytes:
     return b"".join(answers + digests[-1:])
 
 
-def exact_duplicates(stored: list[Stored]) -> dict[int, Gone]:
+def exact_duplicates(shelf: Shelf) -> dict[int, Gone]:
     """Which go because they equal an earlier one, or are how a longer one begins."""
-    first = first_of(stored)
-    longer: dict[bytes, int] = {}
-    for index, one in enumerate(stored):
-        for digest in filter(first.__contains__, one.beginnings()):
-            longer.setdefault(digest, index)
+    if not len(shelf):
+        return {}
+    numbered = shelf.numbered()
+    longer: dict[int, int] = {}  # by the first of equal ones, the first that goes on from it
+    for owner, beginning in numbered.continued():
+        longer.setdefault(beginning, owner)
     gone: dict[int, Gone] = {}
-    for index, one in enumerate(stored):
-        if one.digest in longer:
-            gone[index] = Gone("beginning of a longer one", longer[one.digest])
-        elif first[one.digest] != index:
-            gone[index] = Gone("duplicate", first[one.digest])
+    for index, first in enumerate(numbered.first().tolist()):
+        if first in longer:
+            gone[index] = Gone("beginning of a longer one", longer[first])
+        elif first != index:
+            gone[index] = Gone("duplicate", first)
     return gone
 
 
-def first_of(stored: list[Stored]) -> dict[bytes, int]:
-    """By digest, the first that has it."""
-    first: dict[bytes, int] = {}
-    for index, one in enumerate(stored):
-        first.setdefault(one.digest, index)
-    return first
-
-
-def near_duplicates(stored, signatures: bytes, threshold: float, gone) -> dict[int, Gone]:
+def near_duplicates(shelf: Shelf, threshold: float, gone) -> dict[int, Gone]:
     """Which others go because one that stays is alike to them, and not shorter.
 
     None of those that stay is alike to another.
@@ -90,11 +84,11 @@ def near_duplicates(stored, signatures: bytes, threshold: float, gone) -> dict[i
 
     from llama_lora.corpus.near import Alike
 
-    alike = Alike(signatures, threshold)
+    alike = Alike(shelf.signatures, threshold)
     free = np.ones(len(alike), bool)
     free[list(gone)] = False
     found: dict[int, Gone] = {}
-    for index in sorted(np.flatnonzero(free).tolist(), key=lambda i: (-stored[i].length, i)):
+    for index in sorted(np.flatnonzero(free).tolist(), key=lambda i: (-shelf.lengths[i], i)):
         if free[index]:
             free[index] = False
             others, similarity = alike.to(index, among=free)
@@ -104,7 +98,7 @@ def near_duplicates(stored, signatures: bytes, threshold: float, gone) -> dict[i
     return found
 
 
-def groups(stored: list[Stored], signatures: bytes, threshold: float) -> list[int]:
+def groups(shelf: Shelf, threshold: float) -> list[int]:
     """For each conversation the number of its group, that of the first in it.
 
     Equal ones, beginnings of longer ones and those at least `threshold` alike are in one group, and
@@ -114,7 +108,7 @@ def groups(stored: list[Stored], signatures: bytes, threshold: float) -> list[in
 
     from llama_lora.corpus.near import Alike
 
-    parents = list(range(len(stored)))
+    parents = list(range(len(shelf)))
 
     def group_of(index: int) -> int:
         while parents[index] != index:
@@ -126,11 +120,14 @@ def groups(stored: list[Stored], signatures: bytes, threshold: float) -> list[in
         one, other = sorted((group_of(one), group_of(other)))
         parents[other] = one
 
-    first = first_of(stored)
-    for index, one in enumerate(stored):
-        for digest in filter(first.__contains__, [one.digest, *one.beginnings()]):
-            join(index, first[digest])
-    alike = Alike(signatures, threshold)
+    if not len(shelf):
+        return []
+    numbered = shelf.numbered()
+    for index, first in enumerate(numbered.first().tolist()):
+        join(index, first)
+    for owner, beginning in numbered.continued():
+        join(owner, beginning)
+    alike = Alike(shelf.signatures, threshold)
     unseen = np.ones(len(alike), bool)
     for start in range(len(alike)):
         reached = [start] if unseen[start] else []
@@ -142,4 +139,4 @@ def groups(stored: list[Stored], signatures: bytes, threshold: float) -> list[in
             reached += others.tolist()
             for other in others.tolist():
                 join(index, other)
-    return [group_of(index) for index in range(len(stored))]
+    return [group_of(index) for index in range(len(shelf))]

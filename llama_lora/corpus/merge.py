@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 from llama_lora.corpus import dedupe
 from llama_lora.corpus.conversation import Conversation, Kept, Turn
-from llama_lora.corpus.output import Arrangement, Gone, Marks, Stored
+from llama_lora.corpus.output import Arrangement, Gone
+from llama_lora.corpus.shelf import Marks, Shelf
 
 ALIKE = 0.85  # from this similarity on, two conversations are not torn apart by holding a share out
 
@@ -37,15 +38,15 @@ class Arrange:
     def marker(self) -> Callable[[list[Turn]], Marks]:
         return unmarked if self.held_out is None else dedupe.marker(signed=True)
 
-    def __call__(self, stored: list[Stored], signatures: bytes) -> Arrangement:
-        order = list(range(len(stored)))
+    def __call__(self, shelf: Shelf) -> Arrangement:
+        order = list(range(len(shelf)))
         if self.seed is not None:
             random.Random(self.seed).shuffle(order)
         limit = len(order) if self.limit is None else self.limit
         order, over = order[:limit], order[limit:]
         outputs = {self.out: order}
         if self.held_out is not None:
-            group_of = dedupe.groups(stored, signatures, ALIKE)
+            group_of = dedupe.groups(shelf, ALIKE)
             chosen = choose(group_of, order, self.held_out, random.Random(self.seed or 0))
             outputs = {
                 self.out: [index for index in order if index not in chosen],

@@ -1,6 +1,7 @@
 """Where a stage puts its conversations: straight into the output, or aside until all are known."""
 
 import os
+from array import array
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from hashlib import blake2b
@@ -10,20 +11,7 @@ from llama_lora.corpus import files
 from llama_lora.corpus.account import Account
 from llama_lora.corpus.atomic import Outputs, Writer
 from llama_lora.corpus.conversation import Turn
-
-DIGEST = 16  # bytes
-
-
-@dataclass
-class Marks:
-    """What tells equal conversations, and alike ones, without their text.
-
-    `digests` are `DIGEST` bytes up to each answer and for the whole, one after the other;
-    `signature` is as `near.Signer` makes it, or nothing.
-    """
-
-    digests: bytes
-    signature: bytes = b""
+from llama_lora.corpus.shelf import Marks, Shelf
 
 
 @dataclass
@@ -34,27 +22,6 @@ class Line:
     body: bytes
     pairs: int
     marks: Marks | None  # only where they are asked for
-
-
-@dataclass(slots=True)
-class Stored:
-    """A `Line` that waits in the spool to be put in its place."""
-
-    id: str
-    offset: int
-    length: int
-    pairs: int
-    digests: bytes  # in one piece: there is one of these for every conversation of a corpus
-
-    @property
-    def digest(self) -> bytes:
-        """Equal for equal conversations."""
-        return self.digests[-DIGEST:]
-
-    def beginnings(self) -> list[bytes]:
-        """The digests of what it goes on from."""
-        ends = range(DIGEST, len(self.digests), DIGEST)
-        return [part for end in ends if (part := self.digests[end - DIGEST : end]) != self.digest]
 
 
 @dataclass
@@ -83,13 +50,13 @@ class Arrangement:
 class Arrange(Protocol):
     """Decides where stored conversations go.
 
-    `marker` makes, in each worker, the function that marks turns. The call is given all that is
-    stored and the signatures of all, one after the other.
+    `marker` makes, in each worker, the function that marks turns. The call is given the marks of
+    all that is stored.
     """
 
     def marker(self) -> Callable[[list[Turn]], Marks]: ...
 
-    def __call__(self, stored: list[Stored], signatures: bytes) -> Arrangement: ...
+    def __call__(self, shelf: Shelf) -> Arrangement: ...
 
 
 class Ids:
@@ -114,10 +81,14 @@ class Ids:
 
     def is_new(self, name: str) -> bool:
         """Whether `name` was not used before; it is from now on."""
-        short = int.from_bytes(blake2b(name.encode(), digest_size=8).digest())
         before = len(self.used)
-        self.used.add(short)
+        self.used.add(short(name))
         return len(self.used) > before
+
+
+def short(name: str) -> int:
+    """8 bytes that stand for an id."""
+    return int.from_bytes(blake2b(name.encode(), digest_size=8).digest())
 
 
 class Direct:
@@ -143,39 +114,43 @@ class Spool:
 
     def __init__(self, file: BinaryIO):
         self.file = file
-        self.stored: list[Stored] = []
-        self.signatures = bytearray()
-        self.offset = 0
+        self.shelf = Shelf()
+        self.ends = array("Q", [0])  # in the file
 
     def put(self, line: Line) -> None:
-        self.file.write(line.body)
-        size = len(line.body)
-        self.stored.append(Stored(line.id, self.offset, size, line.pairs, line.marks.digests))
-        self.signatures += line.marks.signature
-        self.offset += size
+        item = files.dump(line.id) + line.body
+        self.file.write(item)
+        self.ends.append(self.ends[-1] + len(item))
+        self.shelf.add(line.marks, len(line.body), line.pairs)
 
     def arrange(self, arrange: Arrange, path, out, rejects, account, outputs: Outputs) -> None:
         """Write every stored conversation where `arrange` puts it."""
         self.file.flush()
-        arrangement = arrange(self.stored, self.signatures)
-        ids, names = Ids(), [""] * len(self.stored)
+        arrangement = arrange(self.shelf)
+        wanted = {arrangement.stays(gone) for gone in arrangement.rejected.values()}
+        ids, names = Ids(), {}
         for target, order in arrangement.outputs.items():
             writer = out if target == path else outputs.corpus(target)
             for index in order:
-                stored = self.stored[index]
-                names[index] = write_line(writer, stored.id, self.body(stored), ids, account)
+                name = write_line(writer, *self.item(index), ids, account)
+                if index in wanted:
+                    names[index] = name
             if target != path:
                 account.seen["held out"] += len(order)
         for index, gone in arrangement.rejected.items():
-            stored = self.stored[index]
-            account.turn_away(stored.pairs, gone.reason)
+            account.turn_away(self.shelf.pairs[index], gone.reason)
             if rejects:
                 about = {"reason": gone.reason, "detail": ""}
                 if gone.instead is not None:
                     kept = names[arrangement.stays(gone)]
                     about |= {"detail": f"kept: {kept}", "similarity": gone.similarity}
+                name, body = self.item(index)
                 start = files.dump(about)[:-1] + b',"conversation":{"id":'
-                rejects.write(start + files.dump(stored.id) + self.body(stored) + b"}")
+                rejects.write(start + files.dump(name) + body + b"}")
 
-    def body(self, stored: Stored) -> bytes:
-        return os.pread(self.file.fileno(), stored.length, stored.offset)
+    def item(self, index: int) -> tuple[str, bytes]:
+        """The id and the body of a line."""
+        start, end = self.ends[index], self.ends[index + 1]
+        item = os.pread(self.file.fileno(), end - start, start)
+        cut = len(item) - self.shelf.lengths[index]
+        return files.parse(item[:cut])[0], item[cut:]

@@ -29,7 +29,7 @@ from llama_lora.corpus.tokens import Measured, Ruler
 from llama_lora.model.template import Template, load_tokenizer
 
 CONTINUE, TRUNCATE, DROP = OVERLONG = ("continue", "truncate", "drop")
-LEAST_ANSWER = 16  # tokens of new answer for which every piece has room
+LEAST_ANSWER = 24  # tokens of new answer for which every piece has room
 GAP = " … "  # in the place of the middle of a question
 # Where an answer may be cut, the best places first; all lie before the white space.
 BOUNDARIES = [

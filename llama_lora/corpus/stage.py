@@ -11,7 +11,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
@@ -28,8 +28,9 @@ from llama_lora.corpus.conversation import (
     Turn,
     count_pairs,
 )
-from llama_lora.corpus.output import Arrange, Direct, Line, Marks, Spool
+from llama_lora.corpus.output import Arrange, Direct, Line, Spool
 from llama_lora.corpus.pool import Died, Pool
+from llama_lora.corpus.shelf import Marks
 from llama_lora.model.hardware import cores
 
 # Of a chunk: enough that handing it over costs little, and little enough to keep memory flat.
@@ -128,15 +129,15 @@ def run(
         rejects = outputs.corpus(args.rejected) if args.rejected else None
         sink = Spool(outputs.scratch(args.out)) if arrange else Direct(out, account)
         records = tracked(inputs, args, damages, stack)
-        for result in mapped(
-            chunked(records, CHUNK_BYTES), build, args.workers, arrange and arrange.marker, stack
-        ):
-            account.add(result.account)
-            for line in result.lines:
-                sink.put(line)
-            if rejects:
-                for line in result.rejected:
-                    rejects.write(line)
+        work = Work(build, arrange and arrange.marker)
+        with closing(mapped(chunked(records, CHUNK_BYTES), work, args.workers)) as results:
+            for result in results:
+                account.add(result.account)
+                for line in result.lines:
+                    sink.put(line)
+                if rejects:
+                    for line in result.rejected:
+                        rejects.write(line)
         if arrange:
             sink.arrange(arrange, args.out, out, rejects, account, outputs)
         seconds = time.monotonic() - began
@@ -185,13 +186,14 @@ def chunked(records: Iterable[tuple[str, files.Record]], most: int) -> Iterator[
         yield chunk
 
 
-def mapped(chunks, build, workers, marker, stack) -> Iterator[Result]:
-    """The results of all chunks, in order."""
+def mapped(chunks, build: "Work", workers: int) -> Iterator[Result]:
+    """The results of all chunks, in order; the processes are gone when they are all there."""
     if workers == 1:
-        work = Work(build, marker)()
-        return (work(chunk, lambda number: None) for chunk in chunks)
-    pool = stack.enter_context(Pool(Work(build, marker), workers))
-    return named_deaths(pool.map(chunks))
+        work = build()
+        yield from (work(chunk, lambda number: None) for chunk in chunks)
+        return
+    with Pool(build, workers) as pool:
+        yield from named_deaths(pool.map(chunks))
 
 
 def named_deaths(results: Iterator[Result]) -> Iterator[Result]:

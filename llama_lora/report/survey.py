@@ -24,8 +24,9 @@ from llama_lora.corpus.conversation import (
 )
 from llama_lora.corpus.dedupe import digests_of, exact_duplicates
 from llama_lora.corpus.language import language_of
-from llama_lora.corpus.output import Stored
+from llama_lora.corpus.output import short
 from llama_lora.corpus.pool import Pool
+from llama_lora.corpus.shelf import Marks, Shelf
 from llama_lora.model.template import IGNORE, Template, load_tokenizer
 from llama_lora.train.bins import best_fit_decreasing
 from llama_lora.train.examples import Audit
@@ -65,7 +66,8 @@ class Survey:
     tokens: array = field(default_factory=lengths)
     trained: array = field(default_factory=lengths)
     labelled: array = field(default_factory=lengths)
-    stored: list[Stored] = field(default_factory=list)
+    ids: array = field(default_factory=lambda: array("Q"))
+    shelf: Shelf = field(default_factory=Shelf)
     damages: list[str] = field(default_factory=list)
 
     @property
@@ -81,6 +83,8 @@ class Survey:
             elif isinstance(value, Audit):
                 for count, number in vars(value).items():
                     setattr(self.audit, count, getattr(self.audit, count) + number)
+            elif isinstance(value, Shelf):
+                self.shelf.extend(value)
             else:
                 setattr(self, name, getattr(self, name) + value)
 
@@ -97,7 +101,8 @@ class Survey:
         self.turns.append(len(turns))
         self.questions.extend(len(turn["value"]) for turn in turns if turn["from"] == HUMAN)
         self.answers.extend(len(turn["value"]) for turn in turns if turn["from"] == GPT)
-        self.stored.append(Stored(conversation["id"], 0, 0, pairs, digests_of(turns)))
+        self.ids.append(short(conversation["id"]))
+        self.shelf.add(Marks(digests_of(turns)))
 
     def measure(self, labels: list[int], max_length: int) -> None:
         """Put down what training reads and learns of a conversation, as its loader does."""
@@ -109,9 +114,8 @@ class Survey:
 
     def count_duplicates(self) -> None:
         """Book the conversations that cleaning would drop as duplicates, and ids given twice."""
-        self.duplicates.update(gone.reason for gone in exact_duplicates(self.stored).values())
-        self.duplicates["equal ids"] = len(self.stored) - len({one.id for one in self.stored})
-        self.stored.clear()
+        self.duplicates.update(gone.reason for gone in exact_duplicates(self.shelf).values())
+        self.duplicates["equal ids"] = len(self.ids) - len(set(self.ids))
 
     def packs(self, max_length: int) -> int:
         """Rows of `max_length` tokens in an epoch."""
