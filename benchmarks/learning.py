@@ -44,7 +44,17 @@ def prepare(args: argparse.Namespace) -> tuple[Path, list[dict]]:
     corpora = runs.real_corpus(args.cache)
     seen, unseen = (runs.pieces(corpus, args.base, args.length, args.cache) for corpus in corpora)
     path = args.cache / f"learning-{args.length}.json"
-    return runs.write(runs.draw(seen, TRAINING_PIECES), path), runs.draw(unseen, args.held_out)
+    runs.write(runs.draw(seen, TRAINING_PIECES), path)
+    fill_token_cache(path, args)
+    return path, runs.draw(unseen, args.held_out)
+
+
+def fill_token_cache(path: Path, args: argparse.Namespace) -> None:
+    """Tokenize for ours beforehand, so that its probe and its run start in the same time."""
+    from llama_lora.model.template import Template, load_tokenizer
+    from llama_lora.train.examples import load_examples
+
+    load_examples(str(path), Template(load_tokenizer(args.base)), args.length)
 
 
 # ---- The contenders: each trains for so many steps, and not longer than so many seconds ----

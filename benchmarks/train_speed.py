@@ -56,10 +56,11 @@ def main(args: argparse.Namespace) -> None:
     results = [compare(corpus, args) for corpus in corpora]
     text = [comparison(results, args)]
     if args.share:
-        longest = max(corpora, key=lambda corpus: corpus.length)
-        share = share_of_machine(longest, args)
-        results.append(share)
-        text += [share_text(share), profile_text(profile(longest, args))]
+        by_length = sorted(corpora, key=lambda corpus: corpus.length)
+        ends = by_length[:: max(1, len(by_length) - 1)]
+        shares = [share_of_machine(corpus, args) for corpus in ends]
+        results += shares
+        text += [share_text(shares), profile_text(profile(ends[-1], args))]
     runs.report(args, "Training speed", text, results, PAGE)
 
 
@@ -214,6 +215,7 @@ def share_of_machine(corpus: Corpus, args: argparse.Namespace) -> dict:
     body, head = parameters(args.base)
     rate = 4 * (body * tokens + head * pace["labelled tokens/s"])
     return {
+        "corpus": corpus.name,
         "length": corpus.length,
         "tokens/s": tokens,
         "labelled tokens/s": pace["labelled tokens/s"],
@@ -269,22 +271,34 @@ def fastest(action, seconds: float = 0.5) -> float:
     return min(later - earlier for earlier, later in pairwise(times))
 
 
-def share_text(share: dict) -> str:
-    return SHARE.format(
-        **{name.replace(" ", "_").replace("/s", ""): value for name, value in share.items()}
+def share_text(shares: list[dict]) -> str:
+    rows = [
+        {
+            "corpus": share["corpus"],
+            "length": f"{share['length']:,}",
+            "tokens/s": f"{share['tokens/s']:,.0f}",
+            "labelled tokens/s": f"{share['labelled tokens/s']:,.0f}",
+            "useful GFLOP/s": f"{share['training GFLOP/s']:.1f}",
+            "best product, GFLOP/s": f"{share['product GFLOP/s']:.1f}",
+            "share": f"{share['share']:.0%}",
+        }
+        for share in shares
+    ]
+    return (
+        f"{SHARE.format(**{name[:4]: shares[0][name] for name in WEIGHTS})}\n\n{runs.table(rows)}"
     )
 
 
+WEIGHTS = "body M", "head M"
 SHARE = """\
 ## Share of the machine's own rate
 
-An unquantized base at {length:,} trains {tokens:,.0f} tokens/s, {labelled_tokens:,.0f} of them
-labelled: {training_GFLOP:,.1f} GFLOP/s of useful matrix products, **{share:.0%}** of the
-{product_GFLOP:,.1f} GFLOP/s that the fastest of the model's own products reaches by itself in the
-same dtype (`torch.mm`, several shapes, best call). Useful are 2 FLOP a weight forward and 2
-backward (the weights are frozen, so that a backward pass has the gradient of the input alone): the
-{body_M:.1f} M weights of the linear layers for every token, the {head_M:.1f} M of the head for
-labelled tokens only. Attention, LoRA's own products and whatever is computed twice do not count."""
+How an unquantized base trains, beside what the fastest of the model's own products reaches by
+itself in the same dtype (`torch.mm`, several shapes, best call, right after the training). Useful
+are 2 FLOP a weight forward and 2 backward (the weights are frozen, so that a backward pass has the
+gradient of the input alone): the {body:.1f} M weights of the linear layers for every token, the
+{head:.1f} M of the head for labelled tokens only. Attention, LoRA's own products and whatever is
+computed twice do not count."""
 
 
 def profile(corpus: Corpus, args: argparse.Namespace) -> list[dict]:

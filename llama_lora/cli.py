@@ -14,6 +14,10 @@ class InputError(Exception):
     """
 
 
+class LocalError(InputError):
+    """An `InputError` that one of several processes has met alone, and so has to tell itself."""
+
+
 class Terminated(BaseException):
     """SIGTERM asked the run to end."""
 
@@ -32,11 +36,11 @@ def one_line_errors(main: Callable) -> Callable:
             sys.stdout.flush()
             return result
         except InputError as error:
-            sys.exit(fail(str(error)))
+            sys.exit(fail(str(error), alone=isinstance(error, LocalError)))
         except RuntimeError as error:
             if type(error).__name__ != "OutOfMemoryError":  # torch's, not imported for data scripts
                 raise
-            sys.exit(fail(f"out of memory on the card: {error}"))
+            sys.exit(fail(f"out of memory on the card: {error}", alone=True))
         except KeyboardInterrupt:
             fail("interrupted")
             sys.exit(130)
@@ -60,11 +64,12 @@ def drop_output() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def fail(message: str) -> int:
+def fail(message: str, alone: bool = False) -> int:
     """Print `message` as a single line on stderr and return the exit code 1.
 
-    Of several processes on a machine only the first prints: all of them read the same input.
+    Of several processes on a machine only the first prints, since all of them read the same input,
+    unless one has met the fault `alone`.
     """
-    if os.environ.get("LOCAL_RANK", "0") == "0":
+    if alone or os.environ.get("LOCAL_RANK", "0") == "0":
         print("error: " + " ".join(message.split()), file=sys.stderr, flush=True)
     return 1

@@ -99,7 +99,7 @@ def test_the_readmes_command(launcher, processes, tiny_base, corpus, tmp_path):
     written = {path.name for path in tmp_path.iterdir()}
     checkpoints = {name for name in written if name.startswith("checkpoint-")}
     assert checkpoints == {f"checkpoint-{step}" for step in {*range(2, steps + 1, 2), steps}}
-    assert written - checkpoints == ADAPTER_FILES
+    assert written - checkpoints == ADAPTER_FILES | {"best_adapter"}
     summary = json.loads((tmp_path / "summary.json").read_text())
     # A of rank 8 × in and B of out × 8, in each of 2 layers, for q, k, v, o, gate, up and down.
     shapes = [(32, 32), (32, 16), (32, 16), (32, 32), (32, 64), (32, 64), (64, 32)]
@@ -120,6 +120,24 @@ def test_labelled_tokens_are_counted_over_all_processes(tiny_base, corpus, tmp_p
     ]
     audited = int(re.search(r"([\d,]+) labelled", alone.stdout)[1].replace(",", ""))
     assert counts == [audited, audited]
+
+
+@pytest.mark.slow
+def test_two_processes_step_as_one_with_twice_the_accumulation(tiny_base, corpus, tmp_path):
+    """Adam would hide a gradient that is off by a factor; its norm does not."""
+    same = ["--lora_dropout", "0", "--quantization", "none", "--warmup_ratio", "0"]
+    one = [*same, "--gradient_accumulation_steps", "2"]
+    assert train("python", tiny_base, corpus, tmp_path / "one", *one).returncode == 0
+    assert train("deepspeed", tiny_base, corpus, tmp_path / "two", *same).returncode == 0
+    logs = [
+        [json.loads(line) for line in (tmp_path / name / "trainer_log.jsonl").open()]
+        for name in ("one", "two")
+    ]
+    assert len(logs[0]) == len(logs[1]) > 1
+    for alone, both in zip(*logs, strict=True):
+        assert both["labelled_tokens"] == alone["labelled_tokens"]
+        assert both["loss"] == pytest.approx(alone["loss"], abs=1e-4)
+        assert both["grad_norm"] == pytest.approx(alone["grad_norm"], rel=1e-2)
 
 
 @pytest.mark.parametrize("launcher", ["python", pytest.param("deepspeed", marks=pytest.mark.slow)])
@@ -169,7 +187,7 @@ def test_a_half_written_checkpoint_is_passed_over(tmp_path):
         folder.mkdir()
         for name in (adapter.WEIGHTS, "trainer_state.json"):
             (folder / name).touch()
-    finish(tmp_path / "checkpoint-2", limit=None)
+    finish(tmp_path / "checkpoint-2", {}, limit=None)
     assert starting_point(str(tmp_path), "True", False) == str(tmp_path / "checkpoint-2")
     assert starting_point(str(tmp_path), "auto", False) == str(tmp_path / "checkpoint-2")
     with pytest.raises(InputError, match="--overwrite_output_dir True"):
@@ -184,7 +202,7 @@ def test_a_half_written_checkpoint_is_passed_over(tmp_path):
 def test_only_complete_checkpoints_make_older_ones_go(tmp_path):
     for step in (2, 10, 12):
         (tmp_path / f"checkpoint-{step}").mkdir()
-    finish(tmp_path / "checkpoint-12", limit=2)
+    finish(tmp_path / "checkpoint-12", {}, limit=2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-10", "checkpoint-12"]
 
 

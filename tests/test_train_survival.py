@@ -164,16 +164,15 @@ def test_a_loss_that_is_no_number_says_where_and_keeps_the_state_before(train, c
     assert is_complete(tmp_path / "checkpoint-2")
 
 
-def test_a_full_disk_is_one_line_and_the_last_good_checkpoint_stands(tiny_base, corpus, tmp_path):
+def test_a_full_disk_is_one_line_and_the_last_good_checkpoint_stands(
+    train, tiny_base, corpus, tmp_path
+):
+    wide = ["--lora_r", "64"]
+    assert train(tmp_path, *wide, "--max_hours", "1e-6")[0] == 0
     own = ["--model_name_or_path", tiny_base, "--data_path", corpus, "--output_dir", tmp_path]
-    words = [sys.executable, SCRIPT, *own, *FLAGS, "--save_steps", "2", "--lora_r", "64"]
-    good = tmp_path / "checkpoint-0"
-    good.mkdir()
-    (good / "adapter_model.safetensors").touch()
-    (good / "complete").touch()
-    limited = f"ulimit -f 100; exec {shlex.join(map(str, words))} --overwrite_output_dir True"
+    words = [sys.executable, SCRIPT, *own, *FLAGS, *wide, "--resume_from_checkpoint", "True"]
     done = subprocess.run(
-        ["bash", "-c", limited],
+        ["bash", "-c", f"ulimit -f 100; exec {shlex.join(map(str, words))}"],
         cwd=ROOT,
         env={**os.environ, **OFFLINE},
         capture_output=True,
@@ -183,8 +182,54 @@ def test_a_full_disk_is_one_line_and_the_last_good_checkpoint_stands(tiny_base, 
     assert done.returncode == 1
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert f"{tmp_path}/checkpoint-2: cannot be written" in line
+    assert f"the last good checkpoint is {tmp_path}/checkpoint-1" in line
     assert "Traceback" not in done.stderr
+    assert is_complete(tmp_path / "checkpoint-1")
     assert not (tmp_path / "checkpoint-2").exists()
+
+
+def test_resuming_with_other_settings_names_them(train, tmp_path):
+    assert train(tmp_path, "--max_hours", "1e-6")[0] == 0
+    other = ["--per_device_train_batch_size", "1", "--lora_r", "4", "--seed", "7"]
+    code, _, err = train(tmp_path, *other, "--resume_from_checkpoint", "True")
+    assert code == 1
+    assert "--per_device_train_batch_size 1 (was 2)" in err
+    assert "--seed 7 (was 42)" in err
+    assert "--lora_r 4 (was 16)" in err
+
+
+def test_resuming_further_back_takes_the_abandoned_branch_away(train, uninterrupted, tmp_path):
+    assert train(tmp_path)[0] == 0
+    again = ["--resume_from_checkpoint", tmp_path / "checkpoint-4", "--save_total_limit", "2"]
+    code, out, err = train(tmp_path, *again)
+    assert code == 0, err
+    assert "checkpoint-5, checkpoint-6, " in out
+    kept = sorted(path.name for path in tmp_path.glob("checkpoint-*"))
+    assert kept == [f"checkpoint-{STEPS - 1}", f"checkpoint-{STEPS}"]
+    assert same_adapter(tmp_path, uninterrupted)
+
+
+def test_another_learning_rate_on_resuming_is_obeyed(train, tmp_path):
+    assert train(tmp_path, "--max_hours", "1e-6")[0] == 0
+    code, out, _ = train(tmp_path, "--resume_from_checkpoint", "True", "--learning_rate", "1e-3")
+    assert code == 0
+    assert "learning rate 0.001 in the place of 0.002" in out
+    rates = [entry["learning_rate"] for entry in log_of(tmp_path)]
+    assert max(rates[1:]) == pytest.approx(1e-3)
+
+
+def test_a_finished_run_that_is_started_again_stays_as_it_is(train, tmp_path):
+    evals = ["--eval_ratio", "0.2", "--eval_strategy", "steps", "--eval_steps", "1"]
+    rising = ["--learning_rate", "0.5", "--lr_scheduler_type", "constant"]
+    more = [*evals, *rising, "--resume_from_checkpoint", "auto"]
+    assert train(tmp_path, *more)[0] == 0
+    before = load_file(tmp_path / "adapter_model.safetensors")
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["best_step"] < summary["steps"]
+    code, _, err = train(tmp_path, *more)
+    assert code == 0, err
+    after = load_file(tmp_path / "adapter_model.safetensors")
+    assert all(torch.equal(after[name], matrix) for name, matrix in before.items())
 
 
 def test_early_stopping_keeps_the_best_adapter(train, tmp_path):

@@ -39,13 +39,14 @@ def main(model_args, data_args, lora_args, args):
     from llama_lora.train.trainer import LoraTrainer, quieten
 
     quieten(args)
-    checkpoint = find_checkpoint(lora_args, args)
+    checkpoint = find_checkpoint(args)
     quantization = settle_precision(model_args, args)
     template = load_template(model_args)
+    settings = check_settings(data_args, lora_args, args, template, checkpoint)
     training, held_out = load_data(data_args, args, template)
     model = load_model(model_args, lora_args, args, quantization)
     args.eval_on_start = held_out is not None and checkpoint is None
-    trainer = LoraTrainer(model, args, template, training, held_out)
+    trainer = LoraTrainer(model, args, template, training, held_out, settings)
     start_clean(args, checkpoint)
     trainer.train(resume_from_checkpoint=checkpoint)
     if trainer.stop.reason:
@@ -55,16 +56,38 @@ def main(model_args, data_args, lora_args, args):
     save(trainer, template, quantization)
 
 
-def find_checkpoint(lora_args, args):
+def find_checkpoint(args):
     """The checkpoint to resume from, None to start anew."""
     from llama_lora.train import checkpoints
 
-    checkpoint = checkpoints.starting_point(
+    return checkpoints.starting_point(
         args.output_dir, args.resume_from_checkpoint, args.overwrite_output_dir
     )
+
+
+def check_settings(data_args, lora_args, args, template, checkpoint):
+    """The flags that a resumed run has in common with the one that began; checked."""
+    from llama_lora.train import cache, checkpoints
+
+    length = data_args.model_max_length
+    settings = {
+        "data_path": cache.key_of(data_args.data_path, template, length),
+        "model_max_length": length,
+        "packing": data_args.packing,
+        "eval_ratio": data_args.eval_ratio,
+        "per_device_train_batch_size": args.per_device_train_batch_size,
+        "gradient_accumulation_steps": args.gradient_accumulation_steps,
+        "num_gpus": args.world_size,
+        "seed": args.seed,
+        "lora_r": lora_args.lora_r,
+        "lora_alpha": lora_args.lora_alpha,
+        "lora_target_modules": lora_args.lora_target_modules,
+        "use_dora": lora_args.use_dora,
+        "use_rslora": lora_args.use_rslora,
+    }
     if checkpoint:
-        checkpoints.check_settings(checkpoint, lora_args)
-    return checkpoint
+        checkpoints.check_settings(checkpoint, settings)
+    return settings
 
 
 def settle_precision(model_args, args):
@@ -115,6 +138,10 @@ def load_data(data_args, args, template):
         args.world_size,
         args.gradient_accumulation_steps,
     )
+    if args.neftune_noise_alpha:
+        # The Trainer scales the noise by the length of a row, which here is a whole micro-batch.
+        longer = training.capacity * training.fill / training.lengths.mean()
+        args.neftune_noise_alpha *= float(longer) ** 0.5
     # What follows takes micro-batches, not examples, one at a time.
     size, args.per_device_train_batch_size = args.per_device_train_batch_size, 1
     tell(
@@ -167,6 +194,8 @@ def start_clean(args, checkpoint):
 
     if checkpoint:
         tell(args, f"resuming from {checkpoint}")
+        if args.should_save and (left := checkpoints.leave_branch(checkpoint)):
+            tell(args, f"removed, since this run goes on before them: {', '.join(left)}")
     elif args.should_save:
         checkpoints.clear(args.output_dir)
     tell(args, f"to stop early and lose nothing: kill -USR1 {os.getpid()}")
@@ -187,12 +216,15 @@ def tell_how_to_resume(args, trainer):
 def save(trainer, template, quantization):
     """Save the adapter, verify it, and leave an account of the run."""
     from llama_lora.model import adapter
+    from llama_lora.train import checkpoints
 
     args, summary = trainer.args, trainer.summary(quantization)
+    folder = Path(args.output_dir)
     if args.should_save:
-        adapter.save(trainer.model, template, args.output_dir)
-        trainer.state.save_to_json(f"{args.output_dir}/trainer_state.json")
-        Path(args.output_dir, "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+        with checkpoints.writing(folder):
+            adapter.save(trainer.model, template, folder)
+            trainer.state.save_to_json(str(folder / "trainer_state.json"))
+            (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     tell(args, f"the adapter is complete and verified: {args.output_dir}")
 
 

@@ -4,11 +4,13 @@ import math
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
-FOLDER = "best_adapter"
+from llama_lora.train import checkpoints
+
 WEIGHTS = "trainable.safetensors"
 
 
@@ -25,8 +27,13 @@ class Best(TrainerCallback, ExportableState):
     def on_train_begin(self, args, state, control, **kwargs):
         if saved := state.stateful_callbacks.get("Best"):
             vars(self).update(saved["attributes"])
-        if not Path(args.output_dir, FOLDER, WEIGHTS).is_file():
+        kept = Path(args.output_dir, checkpoints.BEST, WEIGHTS)
+        if not kept.is_file():
             self.loss, self.step = math.inf, 0
+            return
+        with safe_open(kept, "pt") as file:  # it may be from after the checkpoint
+            about = file.metadata()
+        self.loss, self.step = float(about["loss"]), int(about["step"])
 
     def on_evaluate(self, args, state, control, metrics, model=None, **kwargs):
         if state.global_step == 0 or state.global_step == self.step:
@@ -41,16 +48,18 @@ class Best(TrainerCallback, ExportableState):
             control.should_training_stop = True
 
     def _write(self, args, model) -> None:
-        folder = Path(args.output_dir, FOLDER)
+        folder = Path(args.output_dir, checkpoints.BEST)
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {name: p.detach().cpu().contiguous() for name, p in trainable(model)}
-        save_file(tensors, folder / (WEIGHTS + ".new"))
+        about = {"loss": repr(self.loss), "step": str(self.step)}
+        with checkpoints.writing(folder):
+            save_file(tensors, folder / (WEIGHTS + ".new"), metadata=about)
         (folder / (WEIGHTS + ".new")).replace(folder / WEIGHTS)
 
     @torch.no_grad()
     def restore(self, args, model) -> None:
         """Put the best matrices back into `model`."""
-        saved = load_file(Path(args.output_dir, FOLDER, WEIGHTS))
+        saved = load_file(Path(args.output_dir, checkpoints.BEST, WEIGHTS))
         for name, parameter in trainable(model):
             parameter.copy_(saved[name])
 

@@ -1,16 +1,19 @@
 """Which state a run starts from: nothing is resumed or overwritten without being asked for."""
 
 import json
+import os
 import re
 import shutil
 from contextlib import contextmanager
 from pathlib import Path
 
-from llama_lora.cli import InputError
+from llama_lora.cli import InputError, LocalError
 from llama_lora.model.adapter import WEIGHTS
-from llama_lora.train import best, logs
+from llama_lora.train import logs
 
 NUMBERED = re.compile(r"checkpoint-(\d+)")
+SETTINGS = "settings.json"
+BEST = "best_adapter"  # beside the checkpoints
 COMPLETE = "complete"  # written when every process has written all of its files
 NO_ROOM = re.compile(r"No space left|Disk quota|File too large|failed writing|enforce fail", re.I)
 
@@ -58,33 +61,36 @@ def starting_point(output_dir: str, resume: str | None, overwrite: bool) -> str 
 def clear(output_dir: str) -> None:
     """Remove what an earlier run left, so that none of it is taken for this one's."""
     for _, folder in _checkpoints(output_dir):
-        shutil.rmtree(folder)
-    shutil.rmtree(Path(output_dir, best.FOLDER), ignore_errors=True)
+        _remove(folder)
+    shutil.rmtree(Path(output_dir, BEST), ignore_errors=True)
     for name in (WEIGHTS, "summary.json", "trainer_state.json", logs.LOG, logs.PICTURE):
         (Path(output_dir) / name).unlink(missing_ok=True)
 
 
-def check_settings(checkpoint: str, lora) -> None:
-    """Raise `InputError` where a checkpoint was trained with another shape of adapter."""
-    saved = json.loads((Path(checkpoint) / "adapter_config.json").read_text())
-    now = {
-        "r": ("lora_r", lora.lora_r),
-        "lora_alpha": ("lora_alpha", lora.lora_alpha),
-        "use_dora": ("use_dora", lora.use_dora),
-        "use_rslora": ("use_rslora", lora.use_rslora),
-    }
-    for name, (flag, value) in now.items():
-        if saved[name] != value:
-            raise InputError(
-                f"--{flag} {value}: {checkpoint} was trained with {saved[name]}; "
-                "resume with the flags of the run that wrote it"
-            )
-    targets = lora.lora_target_modules
-    if targets != ["all-linear"] and set(saved["target_modules"]) != set(targets):
+def check_settings(checkpoint: str, settings: dict) -> None:
+    """Raise `InputError` that names the flags which differ from those `checkpoint` was made with.
+
+    Another order of the data, or another shape of the adapter, is another run.
+    """
+    path = Path(checkpoint, SETTINGS)
+    try:
+        saved = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read: {error}") from error
+    differing = [
+        f"--{flag} {_shown(now)} (was {_shown(saved.get(flag))})"
+        for flag, now in settings.items()
+        if saved.get(flag) != now
+    ]
+    if differing:
         raise InputError(
-            f"--lora_target_modules {' '.join(targets)}: {checkpoint} was trained with "
-            f"{' '.join(sorted(saved['target_modules']))}"
+            f"{checkpoint} was made with other settings: {', '.join(differing)}; resume with those "
+            "of the run that wrote it, or start over with --overwrite_output_dir True"
         )
+
+
+def _shown(value) -> str:
+    return " ".join(value) if isinstance(value, list) else str(value)
 
 
 def is_complete(folder: Path) -> bool:
@@ -93,30 +99,73 @@ def is_complete(folder: Path) -> bool:
 
 
 @contextmanager
-def writing(folder: Path):
-    """Around the writing of the checkpoint `folder`: a disk that is full ends in one line.
+def writing(path: Path, last: str = ""):
+    """Around the writing of `path`: a disk that is full ends in one line, with `last` at its end.
 
     Raises:
-        InputError: no room; what was written of the checkpoint is removed.
+        LocalError: no room.
     """
     try:
         yield
     except Exception as error:  # torch, safetensors and tokenizers each raise their own
         if not NO_ROOM.search(str(error)):
             raise
-        shutil.rmtree(folder, ignore_errors=True)
-        complete = [path for _, path in sorted(_checkpoints(folder.parent)) if is_complete(path)]
-        last = f"the last good checkpoint is {complete[-1]}" if complete else "there is none before"
         reason = str(error).splitlines()[0]
-        raise InputError(f"{folder}: cannot be written: {reason}; {last}") from None
+        raise LocalError(f"{path}: cannot be written: {reason}{last and '; ' + last}") from None
 
 
-def finish(folder: Path, limit: int | None) -> None:
-    """Declare the checkpoint `folder` complete, and remove all but the newest `limit`."""
+@contextmanager
+def checkpoint(folder: Path, responsible: bool):
+    """Around the writing of a checkpoint, which is no complete one while it lasts.
+
+    Args:
+        responsible: whether this process is the one that removes what could not be completed.
+
+    Raises:
+        LocalError: no room.
+    """
+    (folder / COMPLETE).unlink(missing_ok=True)
+    complete = [path for _, path in sorted(_checkpoints(folder.parent)) if is_complete(path)]
+    last = f"the last good checkpoint is {complete[-1]}" if complete else "there is none before"
+    try:
+        with writing(folder, last):
+            yield
+    except LocalError:
+        if responsible:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def finish(folder: Path, settings: dict, limit: int | None) -> None:
+    """Declare the checkpoint `folder` complete, and remove all but the newest `limit`.
+
+    `settings` are what a resumed run has to have in common with the one that wrote it.
+    """
+    (folder / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n")
+    os.sync()  # a checkpoint that a power cut left half on the disk must not be called complete
     (folder / COMPLETE).touch()
     if limit:
         for _, older in sorted(_checkpoints(folder.parent))[:-limit]:
-            shutil.rmtree(older, ignore_errors=True)
+            _remove(older)
+
+
+def leave_branch(checkpoint: str) -> list[str]:
+    """Remove the checkpoints after the one resumed from, which the run will not come by; names."""
+    here = Path(checkpoint)
+    match = NUMBERED.fullmatch(here.name)
+    later = [
+        path
+        for number, path in sorted(_checkpoints(here.parent))
+        if match and number > int(match[1])
+    ]
+    for path in later:
+        _remove(path)
+    return [path.name for path in later]
+
+
+def _remove(folder: Path) -> None:
+    (folder / COMPLETE).unlink(missing_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _checkpoints(output_dir):

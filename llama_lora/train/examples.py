@@ -11,6 +11,7 @@ import numpy as np
 
 from llama_lora.cli import InputError
 from llama_lora.corpus import conversation, files
+from llama_lora.corpus.values import parse
 from llama_lora.model.template import IGNORE, VICUNA_V1_1, Template
 from llama_lora.train import cache
 
@@ -186,10 +187,10 @@ def _conversations(path: str) -> Iterator[tuple[int, dict]]:
     ) as bar:
         for record in files.read(path, advance=bar.update):
             try:
-                item, repairs = conversation.check(files.parse(record.raw)[0])
+                item, repairs = conversation.check(parse(record.raw)[0])
                 turns = conversation.put_in_order(item["conversations"], repairs)
-                marks = conversation.marks_of(item, turns)
-                yield len(record.raw), {**item, "conversations": turns, **marks}
+                keys = conversation.piece_keys_of(item, turns)
+                yield len(record.raw), {**item, "conversations": turns, **keys}
             except (conversation.Rejected, ValueError) as error:
                 reason = " ".join(str(part) for part in error.args)
                 raise InputError(

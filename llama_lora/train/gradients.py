@@ -7,16 +7,21 @@ optimizer, in as many parts as memory asks for, and handed over when all of them
 
 import torch
 
-from llama_lora.cli import InputError
+from llama_lora.cli import LocalError
 
 
 def split(batch: dict, parts: int) -> list[dict]:
-    """A micro-batch of `packing.collate` in up to `parts` of about as many tokens each."""
+    """A micro-batch of `packing.collate` in up to `parts` of about as many tokens each.
+
+    With as many parts as examples, each is one by itself.
+    """
     lengths = batch["example_lengths"]
+    parts = len(lengths) if parts >= len(lengths) else parts
     target = sum(lengths) / parts
     groups, filled = [[]], 0
     for length in lengths:
-        if groups[-1] and filled + length / 2 > target * len(groups):
+        full = parts == len(lengths) or filled + length / 2 > target * len(groups)
+        if groups[-1] and full:
             groups.append([])
         groups[-1].append(length)
         filled += length
@@ -43,7 +48,7 @@ class Gradients:
                 that small ones are not lost in fp16.
 
         Raises:
-            InputError: one example alone does not fit.
+            LocalError: one example alone does not fit.
         """
         while True:
             try:
@@ -51,7 +56,7 @@ class Gradients:
             except torch.OutOfMemoryError:
                 if self.parts >= len(batch["example_lengths"]):
                     longest = max(batch["example_lengths"])
-                    raise InputError(
+                    raise LocalError(
                         f"out of memory at one example of {longest} tokens; try "
                         "--gradient_checkpointing True, --quantization 4bit, or a shorter "
                         "--model_max_length"

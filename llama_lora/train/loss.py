@@ -10,6 +10,7 @@ import torch
 from torch.nn.functional import linear
 from transformers.modeling_outputs import CausalLMOutput
 
+from llama_lora.cli import InputError
 from llama_lora.model.template import IGNORE
 
 CHUNK_BYTES = 64 << 20  # of fp32 logits; larger ones are no faster
@@ -64,3 +65,24 @@ def compute_in_chunks(model) -> None:
         return CausalLMOutput(loss=total / count)
 
     model.forward = forward
+
+
+@torch.no_grad()
+def check(model) -> None:
+    """Check that the loss in chunks is the one that the model's own logits come to.
+
+    Raises:
+        InputError: it is not: the head does more than to multiply.
+    """
+    was_training = model.training
+    model.eval()
+    ids = torch.arange(1, 33, device=model.device)[None]
+    logits = model(input_ids=ids, use_cache=False).logits[0, :-1].float()
+    own = torch.nn.functional.cross_entropy(logits, ids[0, 1:]).item()
+    chunked = model(input_ids=ids, labels=ids, use_cache=False).loss.item()
+    model.train(was_training)
+    if not abs(own - chunked) <= 0.01 * abs(own):  # so that NaN fails, too
+        raise InputError(
+            f"{model.config.model_type}: this model's loss is {own:.4f}, and {chunked:.4f} by the "
+            "weights of its head alone; only heads without bias, scale or cap can be trained"
+        )

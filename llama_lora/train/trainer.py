@@ -1,31 +1,38 @@
 """The Hugging Face Trainer with our data, our gradients and an account of what was trained on."""
 
-import shutil
 import sys
 import warnings
 from pathlib import Path
 
 import torch
 import transformers
+from accelerate.utils import gather_object
 from transformers import PrinterCallback, TrainerCallback
 
 from llama_lora.cli import InputError
 from llama_lora.model.hardware import device_name, dtype_name
 from llama_lora.model.template import IGNORE
-from llama_lora.train import checkpoints, recompute
-from llama_lora.train.best import FOLDER, Best, trainable
+from llama_lora.train import checkpoints, loss, recompute
+from llama_lora.train.best import Best, trainable
 from llama_lora.train.gradients import Gradients
 from llama_lora.train.logs import LogFile, LogLine, Totals, peak_memory
 from llama_lora.train.packing import MicroBatches, check_isolation, collate
-from llama_lora.train.stop import Diverged, Stop, is_finite
+from llama_lora.train.stop import Diverged, Overflow, Stop, is_finite
 
 
 class LoraTrainer(transformers.Trainer):
     """Trains the LoRA matrices of a peft model on micro-batches of examples."""
 
     def __init__(
-        self, model, args, template, training: MicroBatches, held_out: MicroBatches | None
+        self,
+        model,
+        args,
+        template,
+        training: MicroBatches,
+        held_out: MicroBatches | None,
+        settings: dict,
     ):
+        """`settings` are kept in each checkpoint, see `checkpoints.check_settings`."""
         super().__init__(
             model=model,
             args=args,
@@ -38,6 +45,7 @@ class LoraTrainer(transformers.Trainer):
         self.checkpoints_kept, args.save_total_limit = args.save_total_limit, None
         parameters = [parameter for _, parameter in trainable(model)]
         self.gradients = Gradients(parameters, self.tell)
+        self.settings = settings
         self.totals, self.best = Totals(), Best(args.early_stopping_patience)
         self.stop = Stop(args.max_hours, self._any)
         self.remove_callback(PrinterCallback)
@@ -48,6 +56,7 @@ class LoraTrainer(transformers.Trainer):
             LogFile(self.totals),
             self.best,
             self.stop,
+            Overflow(lambda: self.accelerator.optimizer_step_was_skipped),
         ):
             self.add_callback(callback)
 
@@ -65,6 +74,11 @@ class LoraTrainer(transformers.Trainer):
             return super().train(*args, **kwargs)
         except Diverged as error:
             raise InputError(f"{error}; {self._save_before_divergence()}") from None
+        except Exception as error:
+            if "loss scale already at minimum" not in str(error):  # DeepSpeed's way of saying so
+                raise
+            what = f"step {self.state.global_step + 1}: the gradients overflow at any loss scale"
+            raise InputError(f"{what}; {self._save_before_divergence()}") from None
 
     def create_optimizer(self, model=None):
         if self.args.loraplus_lr_ratio is None:
@@ -72,7 +86,7 @@ class LoraTrainer(transformers.Trainer):
         from peft.optimizers import create_loraplus_optimizer
 
         kind, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
-        options |= {"weight_decay": self.args.weight_decay}
+        options["loraplus_weight_decay"] = self.args.weight_decay
         self.optimizer = create_loraplus_optimizer(
             self.model, kind, loraplus_lr_ratio=self.args.loraplus_lr_ratio, **options
         )
@@ -87,11 +101,11 @@ class LoraTrainer(transformers.Trainer):
         def loss_of(part):
             return self.compute_loss(self.model, part, num_items_in_batch=num_items_in_batch)
 
-        loss, gradients = self.gradients.compute(loss_of, batch, self._loss_scale())
-        self._check_finite(loss, gradients, names)
+        value, gradients = self.gradients.compute(loss_of, batch, self._loss_scale())
+        self._check_finite(value, gradients, names)
         options = {"scale_wrt_gas": False} if self.is_deepspeed_enabled else {}
         self.accelerator.backward(self.gradients.as_loss(gradients), **options)
-        return loss
+        return value
 
     def _loss_scale(self) -> float:
         """By what the loss is multiplied for fp16."""
@@ -100,12 +114,16 @@ class LoraTrainer(transformers.Trainer):
         scaler = getattr(self.accelerator, "scaler", None)
         return scaler.get_scale() if scaler else 1.0
 
-    def _check_finite(self, loss, gradients, names) -> None:
+    def _check_finite(self, value, gradients, names) -> None:
         # In fp16 gradients overflow now and then; the loss scaler skips the step and scales less.
-        checked = [loss] if self.args.fp16 else [loss, *gradients]
-        if self._any(not is_finite(checked)):
-            what = f"the loss is {loss.item():g}" if not is_finite([loss]) else "a gradient is nan"
-            raise Diverged(self.state.global_step + 1, what, names)
+        checked = [value] if self.args.fp16 else [value, *gradients]
+        here = not is_finite(checked)
+        if self._any(here):
+            what = (
+                f"the loss is {value.item():g}" if not is_finite([value]) else "a gradient is nan"
+            )
+            found = gather_object([(what, names)] if here else [])
+            raise Diverged(self.state.global_step + 1, *found[0])
 
     def _any(self, holds: bool) -> bool:
         """Whether it holds on any of the processes."""
@@ -117,20 +135,39 @@ class LoraTrainer(transformers.Trainer):
     def _save_checkpoint(self, model, trial):
         """The Trainer's own, declared complete when every process has written its part."""
         folder = Path(self.args.output_dir, f"checkpoint-{self.state.global_step}")
-        with checkpoints.writing(folder):
+        with checkpoints.checkpoint(folder, responsible=self.args.should_save):
             super()._save_checkpoint(model, trial)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            checkpoints.finish(folder, self.checkpoints_kept)
+            checkpoints.finish(folder, self.settings, self.checkpoints_kept)
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        """The Trainer's own, at the learning rate that is asked for now."""
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None:
+            return
+        was = max(self.lr_scheduler.base_lrs)
+        factor = self.args.learning_rate * (self.args.loraplus_lr_ratio or 1) / was
+        if abs(factor - 1) < 1e-9:
+            return
+        self.tell(f"learning rate {self.args.learning_rate:g} in the place of {was:g}")
+        for name in ("base_lrs", "_last_lr"):
+            rates = getattr(self.lr_scheduler, name)
+            setattr(self.lr_scheduler, name, [rate * factor for rate in rates])
+        for group in self.optimizer.param_groups:
+            group["initial_lr"] *= factor
+            group["lr"] *= factor
 
     def _save_before_divergence(self) -> str:
         step = self.state.global_step
         if step == 0 or not is_finite(self.gradients.parameters):
             return "the last checkpoint stands; try a lower --learning_rate"
-        self._save_checkpoint(self.model_wrapped, None)
+        folder = Path(self.args.output_dir, f"checkpoint-{step}")
+        if not checkpoints.is_complete(folder):
+            self._save_checkpoint(self.model_wrapped, None)
         return (
-            f"the state before it is saved: {self.args.output_dir}/checkpoint-{step}; lower "
-            "--learning_rate, or look at them: fastchat/data/inspect_data.py --show ID"
+            f"the state before it is saved: {folder}; lower --learning_rate, or look at them: "
+            "fastchat/data/inspect_data.py --show ID"
         )
 
     @torch.no_grad()
@@ -165,12 +202,9 @@ class LoraTrainer(transformers.Trainer):
         if not any(log["step"] == step and "eval_loss" in log for log in self.state.log_history):
             self.evaluate()
         self.accelerator.wait_for_everyone()
-        if self.best.step != step:
+        if self.best.step not in (0, step):
             self.best.restore(self.args, self.model)
             self.tell(f"the best adapter is that of step {self.best.step}; it is the one saved")
-        self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            shutil.rmtree(Path(self.args.output_dir, FOLDER))
 
     def summary(self, quantization: str) -> dict:
         """What the run came to, over all processes and resumes."""
@@ -203,6 +237,7 @@ class Preparation(TrainerCallback):
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         check_isolation(model)
+        loss.check(model.get_base_model())
         said = recompute.set_up(model.get_base_model(), args.recompute, self.tokens)
         if state.is_world_process_zero:
             print(said, flush=True)
