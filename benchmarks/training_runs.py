@@ -188,7 +188,7 @@ def our_arguments(base: Path, data: Path, out: Path) -> list:
 
 def report(args: argparse.Namespace, title: str, text: list[str], results, page: str) -> None:
     """Print a Markdown page that says where its figures come from, and write what was asked for."""
-    origin = f"`{' '.join(['python3', *sys.argv])}` on {machine()}, one run after the other."
+    origin = f"`{command()}` on {machine()}, one run after the other."
     told = "\n\n".join([f"# {title}", origin, *text]) + "\n"
     print(told)
     if args.json:
@@ -196,6 +196,12 @@ def report(args: argparse.Namespace, title: str, text: list[str], results, page:
     if args.write:
         (ROOT / "docs").mkdir(exist_ok=True)
         (ROOT / "docs" / page).write_text(told)
+
+
+def command() -> str:
+    """The command that runs, without the folders of this machine."""
+    text = " ".join(["python3", *sys.argv]).replace(f"{ROOT}/", "")
+    return re.sub(r"(?<=[ =])/(?:[^ /]*/)*", "", text)
 
 
 def table(rows: list[dict]) -> str:

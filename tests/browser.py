@@ -10,9 +10,7 @@ from contextlib import contextmanager
 import pytest
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-needs_chromium = pytest.mark.skipif(
-    not CHROMIUM, reason="Chromium is not installed: apt-get install chromium"
-)
+needs_chromium = pytest.mark.skipif(not CHROMIUM, reason="Chromium is not installed: make browser")
 FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--no-first-run"]
 FLAGS += ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
 

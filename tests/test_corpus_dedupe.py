@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from llama_lora.corpus.clean import Cleaner, blocked_phrases
 from llama_lora.corpus.conversation import Rejected, count_pairs
-from llama_lora.corpus.dedupe import groups, marker, near_duplicates
+from llama_lora.corpus.dedupe import fingerprinter, groups, near_duplicates
 from llama_lora.corpus.near import PERMUTATIONS, Alike, Signer
 from llama_lora.corpus.shelf import Shelf
 
@@ -135,10 +135,10 @@ def families(rng, count):
 
 def marked(texts):
     """The texts as a spool keeps them in mind."""
-    mark, shelf = marker(signed=True), Shelf()
+    fingerprint_of, shelf = fingerprinter(signed=True), Shelf()
     for text in texts:
-        marks = mark(conversation("", "q", " ".join(text))["conversations"])
-        shelf.add(marks, len(" ".join(text)), 1)
+        turns = conversation("", "q", " ".join(text))["conversations"]
+        shelf.add(fingerprint_of(turns), len(" ".join(text)), 1)
     return shelf
 
 

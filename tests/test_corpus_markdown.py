@@ -225,8 +225,19 @@ def test_what_stands_outside_of_the_answer_is_chrome():
 
 
 def test_only_the_wrapper_makes_html():
-    for text in ["#include <iostream>", "<div>\n  <p>Why?</p>\n</div>", "`<div>`", "a <b> c", ""]:
+    for text in [
+        *("#include <iostream>", "<div>\n  <p>Why?</p>\n</div>", "`<div>`", "a <b> c", ""),
+        '<div class="prose lg:prose-xl">\n <h1 id="x">Fix this</h1>\n <!-- todo --></div>',
+        '<div class="markdown">\n <p>Why is it bold?</p>\n</div>',
+        '<div class="markdown lg:prose"><p>Why is it wide?</p></div>',
+        '<div class="prose"><div class="markdown">Which is it?</div></div>',
+        '<div class="flex"><pre class="whitespace-pre-wrap">a &lt;b&gt;</pre>\n<p>why?</p></div>',
+        '<div class="flex"><div class="whitespace-pre-wrap">a</div>\nwhy?</div>',
+        '<div class="whitespace-pre-wrap">Why is <b>this</b> bold?</div>',
+    ]:
         assert not is_chatgpt_html(text)
+    bar = "<div><button>Edit</button></div>"
+    assert is_chatgpt_html(f'<div class="flex"><div class="whitespace-pre-wrap">a</div>{bar}</div>')
     question = (
         '<div class="flex flex-col whitespace-pre-wrap">if a &lt; b:\n    pass  # my_var</div>'
     )
@@ -257,6 +268,12 @@ CODE_BLOCK = re.compile(r"<pre>.*?<code[^>]*>(.*?)</code>", re.DOTALL)
 
 
 # ------------------------------------------------------------------ size
+
+
+def test_a_text_of_many_megabytes_is_kept_whole_and_so_is_what_follows_it():
+    code = "x" * 11_000_000
+    back = to_markdown(wrapped(f"<p>a</p><pre><code>{code}</code></pre><p>end</p>"))
+    assert back == f"a\n\n```\n{code}\n```\n\nend"
 
 
 @pytest.mark.parametrize(

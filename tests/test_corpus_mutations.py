@@ -21,6 +21,7 @@ from llama_lora.corpus.dedupe import WithoutDuplicates
 from llama_lora.corpus.language import Filter
 from llama_lora.corpus.merge import as_it_is
 from llama_lora.corpus.split import Splitter
+from llama_lora.corpus.values import parse
 
 STAGES = "merge", "clean", "filter", "split"
 OLD = "old"
@@ -28,7 +29,7 @@ numbers = count()
 
 TURNS = [
     {"from": "human", "value": 'How do I print "a\\b" in C++?\n\n#include <iostream>'},
-    {"from": "gpt", "value": '<div class="markdown"><p>So: <code>x</code> é 你好</p></div>'},
+    {"from": "gpt", "value": '<div class="markdown prose"><p>So: <code>x</code> é 你好</p></div>'},
     {"from": "human", "value": "And 1234567890?"},
     {
         "from": "gpt",
@@ -175,7 +176,7 @@ def run(name, processes, folder, data, salvage=False):
     lines = rejected.read_text(encoding="utf-8").splitlines()
     assert [len(kept), len(lines)] == [account.written, account.rejected.total()]
     assert all("reason" in json.loads(line) for line in lines)
-    again = [formats.read(files.parse(record.raw)[0]) for record in files.read(str(out))]
+    again = [formats.read(parse(record.raw)[0]) for record in files.read(str(out))]
     assert [conversation for conversation, _, _ in again] == kept
     assert not any(repairs.total() for _, repairs, _ in again)
     if name != "split":  # which may spread a pair over pieces

@@ -333,6 +333,21 @@ def test_a_long_question_loses_its_middle_and_is_counted(splitters):
     assert whole["value"].endswith(end)
 
 
+@pytest.mark.parametrize("kind", TEMPLATES)
+def test_a_question_of_which_nothing_fits_is_as_long_as_it_is_said_to_be(splitters, kind):
+    splitter = splitters(kind, 200)
+    around = lambda text: [turn(text, 0), turn("", 1)]  # noqa: E731
+    frame = splitter.length(around("a")) - splitter.ruler.length("a")
+    asked, length = splitter.shortened(splitter.ruler.measure("word " * 50), 0, frame, around)
+    assert (asked, length) == (" … ", splitter.length(around(asked)))
+
+
+def test_a_place_outside_of_the_answer_is_told_with_its_length(splitters):
+    with pytest.raises(Rejected) as rejected:
+        splitters("bytes", 128)({**conversation(1, 9, 9), "label_from": 10})
+    assert rejected.value.detail == "it is 10, and the answer has 9 characters"
+
+
 def test_a_window_that_the_template_fills_is_an_error(models_of):
     with pytest.raises(InputError, match="--max-length 40: expected at least"):
         Splitter(models_of["sentencepiece"], 40)

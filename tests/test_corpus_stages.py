@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import random
 import re
 import signal
 from collections import Counter
@@ -19,7 +20,8 @@ from llama_lora.corpus.clean import Cleaner, blocked_phrases
 from llama_lora.corpus.conversation import Kept, Rejected, check, count_pairs
 from llama_lora.corpus.dedupe import WithoutDuplicates
 from llama_lora.corpus.language import Filter, detected
-from llama_lora.corpus.merge import as_it_is
+from llama_lora.corpus.merge import as_it_is, choose
+from llama_lora.corpus.pool import Pool
 
 MERGE, CLEAN, FILTER = (
     f"fastchat/data/{name}.py" for name in ("merge", "clean_sharegpt", "optional_clean")
@@ -176,13 +178,42 @@ def build_killer():
 
 
 def test_the_conversation_that_kills_a_worker_is_named(tmp_path):
-    items = [conversation(f"c{i}", "q" * 100, "a") for i in range(1000)]
+    items = [conversation(f"c{i}", "q" * 2000, "a") for i in range(1000)]  # worth processes
     args = arguments(tmp_path, items, workers=2)
     with pytest.raises(
         InputError, match=r"conversation 777 \(byte \d+\): .* died \(signal SIGKILL\)"
     ):
         stage.run(args, build_killer)
     assert os.listdir(tmp_path) == ["in.json"]
+
+
+def build_length():
+    return lambda chunk, at: [at(number) or len(item) for number, item in enumerate(chunk)]
+
+
+def test_a_worker_killed_while_it_waits_blames_no_conversation():
+    with Pool(build_length, 1) as pool:
+
+        def chunks():
+            yield ["a", "bc"]
+            os.kill(pool.workers[0].process.pid, signal.SIGKILL)
+            pool.workers[0].process.join()
+            yield ["d"]
+
+        with pytest.raises(InputError, match=r"died between conversations \(signal SIGKILL\)"):
+            list(pool.map(chunks()))
+
+
+def build_nothing():
+    raise ZeroDivisionError("this is the fault")
+
+
+def test_what_fails_before_the_first_conversation_is_told():
+    with (
+        Pool(build_nothing, 1) as pool,
+        pytest.raises(RuntimeError, match="ZeroDivisionError: this is the fault"),
+    ):
+        list(pool.map(iter([["a"]])))
 
 
 def test_the_account_beside_the_output_says_what_was_printed(tmp_path):
@@ -231,6 +262,25 @@ def test_shuffle_limit_and_a_held_out_share(tmp_path):
     ask = lambda part: {item["conversations"][0]["value"] for item in part}  # noqa: E731
     assert not ask(kept) & ask(held)  # the two with one question are on one side
     assert run(MERGE, items, tmp_path, *flags)[0] == kept
+
+
+def test_at_least_one_conversation_is_held_out_and_never_all():
+    draw = partial(random.Random, 1)
+    assert len(choose(list(range(20)), list(range(20)), 0.02, draw())) == 1
+    for group_of in ([0] * 20, [0], []):
+        with pytest.raises(InputError, match="cannot be held out"):
+            choose(group_of, list(range(len(group_of))), 0.02, draw())
+
+
+def test_what_is_rejected_is_not_written_over_an_input(tmp_path):
+    items = [conversation("a", "q", "a")]
+    source, link = save(tmp_path / "in.json", items), tmp_path / "link"
+    link.symlink_to(source)
+    done = run_script(MERGE, "--in", source, "--out", tmp_path / "out.json", "--rejected", link)
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+    assert "--rejected would replace this input" in done.stderr
+    assert sorted(os.listdir(tmp_path)) == ["in.json", "link"]
+    assert json.loads(source.read_text()) == items
 
 
 # ------------------------------------------------------------------ clean
@@ -286,7 +336,13 @@ CLAIMS = [
     "Hello! I'm ChatGPT.",
     "As an AI language model developed by OpenAI, I cannot do that.",
     "I was trained by OpenAI.",
+    "I was trained by Open\nAI.",
+    "I am a large language model, trained by Google.",
+    "I'm an AI assistant called ChatGPT that was developed by OpenAI.",
     "My name is Claude.",
+    "Hi, I'm Claude, an AI assistant.",
+    "I am Gemini",
+    "Je suis Claude.",
     "As ChatGPT, I have no opinions.",
     "我是ChatGPT，一个语言模型。",
     "我是由OpenAI开发的人工智能助手。",
@@ -299,6 +355,17 @@ NO_CLAIMS = [
     "Large models such as GPT-4 are costly; BERT is a language model developed by Google.",
     "I am bardic, and Claude Monet was a painter.",
     "我不是 ChatGPT，我是 Kestrel。",
+    "TypeScript began as a superset of JavaScript developed by Microsoft.",
+    "BERT began as a language model developed by Google.",
+    "I use it as a cloud platform built by Google.",
+    "I'm an early adopter of Go, a language designed by Google.",
+    "I am an avid user of the AI assistant made by Microsoft.",
+    "Dear team, my name is Claude and I apply for the post.",
+    "My name is Claude Shannon.",
+    "Je suis Claude Monet.",
+    "You are an Aries, so I'm Gemini.",
+    "'I am ChatGPT'? No, I am Vicuna.",
+    "Hello from Claude, who is in Paris. Call me Bing.",
 ]
 
 
@@ -317,8 +384,14 @@ def test_blocked_words_are_the_users_own_and_none_blocks_nothing(tmp_path):
     items = [
         conversation("a", "q", "As a Large\nlanguage model"),
         conversation("b", "q", CLAIMS[0]),
+        conversation("c", "q", "I write it in C, not in C#."),
     ]
-    for text, kept in [("as a large language model # comment\n", ["b"]), ("# none\n", ["a", "b"])]:
+    for text, kept in [
+        ("# comment\nas a large language model\n", ["b", "c"]),
+        ("write it in C#\n", ["a", "b", "c"]),
+        ("not in C#\n", ["a", "b"]),
+        ("# none\n", ["a", "b", "c"]),
+    ]:
         words.write_text(text)
         found, _, _ = run(CLEAN, items, tmp_path, "--blocked-words", words)
         assert [item["id"] for item in found] == kept
@@ -373,6 +446,9 @@ def test_every_language_of_the_readme_is_known_and_an_unknown_one_is_a_usage_err
         assert done.returncode == 2
         assert "'klingonese' is no language the detector knows" in done.stderr
         assert set(every) <= set(done.stderr.split())
+    done = run_script(FILTER, "--in", source, "--out", tmp_path / "o", "--keep-lang", "zh-CN")
+    assert done.returncode == 2
+    assert "zh is simplified and traditional Chinese, zh-Hant the latter alone" in done.stderr
 
 
 def test_code_addresses_and_formulas_say_nothing_about_the_language():

@@ -1,5 +1,6 @@
 """Looking at a corpus: the figures are right, and so is the page, as a real browser shows it."""
 
+import html
 import json
 import os
 import pty
@@ -17,12 +18,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llama_lora.cli import InputError
+from llama_lora.corpus import stage
 from llama_lora.model.template import IGNORE, Template
-from llama_lora.report import charts, flow
+from llama_lora.report import charts, flow, terminal
 from llama_lora.report.view import BEYOND, FRAME, PLAIN, TRAINED, view
 from llama_lora.train.examples import load_examples
 
 INSPECT = "fastchat/data/inspect_data.py"
+CLEAN = "fastchat/data/clean_sharegpt.py"
 WINDOW = 256
 HOSTILE = '</script><img src=x onerror="window.hacked=1"><!--<script>{{ 7*7 }}\'&amp;\u2028'
 
@@ -49,7 +52,7 @@ def base(tmp_path_factory, llama_tokenizer):
 def chain(tmp_path_factory, base):
     """The folder in which the stages ran on shipped data, hostile data among it, and `report.html`.
 
-    They ran inside of it, so their accounts name files relative to a folder that is not ours.
+    They ran inside of it, which is not where we are.
     """
     folder = tmp_path_factory.mktemp("chain")
     items = [*shipped("dummy_en.json")[:60], *shipped("sharegpt_sample.json")[:60]]
@@ -66,16 +69,16 @@ def chain(tmp_path_factory, base):
         "split_long_conversation": ["--model-name", base, "--max-length", WINDOW],
     }
     source = "raw.json"
-    for stage, flags in stages.items():
-        command = [sys.executable, ROOT / "fastchat" / "data" / f"{stage}.py", "--in", source]
+    for name, flags in stages.items():
+        command = [sys.executable, ROOT / "fastchat" / "data" / f"{name}.py", "--in", source]
         subprocess.run(
-            [*command, "--out", f"{stage}.json", "--workers", "1", *map(str, flags)],
+            [*command, "--out", f"{name}.json", "--workers", "1", *map(str, flags)],
             cwd=folder,
             env={**os.environ, **OFFLINE},
             check=True,
             capture_output=True,
         )
-        source = f"{stage}.json"
+        source = f"{name}.json"
     done = run_script(
         INSPECT,
         *("--in", folder / source, "--model-name", base, "--max-length", WINDOW),
@@ -196,6 +199,19 @@ def test_several_processes_find_what_one_does(tmp_path):
     assert rows(found[0][0])["conversations"] == "2,600 with 2,600 pairs"
 
 
+def test_damage_at_the_end_of_a_large_file_is_told(tmp_path):
+    """It has many chunks, so the damage is found long after the first was added up."""
+    items = [conversation(f"{n}", f"Question {n}?", "Yes. " * 300) for n in range(1200)]
+    path, page = tmp_path / "cut.json", tmp_path / "page.html"
+    path.write_text(json.dumps(items)[:-900])
+    assert path.stat().st_size > 4 * stage.CHUNK_BYTES
+    flags = "--salvage", "--html", page, "--sample", 1
+    done = run_script(INSPECT, "--in", path, *flags)
+    assert rows(done.stdout)["conversations"] == "1,199 with 1,199 pairs"
+    assert "conversation 1199 (byte " in done.stderr
+    assert "conversation 1199 (byte " in page.read_text(encoding="utf-8")
+
+
 TEXT = st.text(st.characters(codec="ascii", exclude_categories=["C"]), min_size=1, max_size=60)
 
 
@@ -275,6 +291,30 @@ def test_show_marks_what_is_learned_with_signs(piece):
     assert by_id.stdout == done.stdout
 
 
+def test_show_tells_what_a_file_lost_before_the_conversation(tmp_path):
+    sound = [json.dumps(conversation(name, "Hello?", "Hi.")) for name in "abc"]
+    path = tmp_path / "cut.json"
+    path.write_text(f"[{sound[0]}, {sound[1][:-20]}, {sound[2]}]")
+    for wanted in ("1", "c"):
+        done = run_script(INSPECT, "--in", path, "--salvage", "--show", wanted)
+        assert done.stdout.startswith("conversation 1 · c · ")
+        assert done.stderr.startswith(f"salvaged: {path}: conversation 1 (byte ")
+
+
+def test_an_id_of_digits_is_found_where_no_conversation_has_that_number(tmp_path):
+    items = [42, conversation("1", "Hello?", "Hi."), conversation("777", "Hello?", "Ho.")]
+    path = save(tmp_path / "c.json", items)
+    for wanted, index in (("1", 1), ("2", 2), ("777", 2)):
+        done = run_script(INSPECT, "--in", path, "--show", wanted)
+        assert done.stdout.startswith(f"conversation {index} · ")
+    unsound = run_script(INSPECT, "--in", path, "--show", "0")
+    assert f"{path}: conversation 0 (byte 1): not an object" in unsound.stderr
+
+
+def test_what_turns_text_around_is_shown_as_it_is_escaped():
+    assert terminal.visible("a\33b\u202ec\x9b") == "a\\x1bb\\u202ec\\x9b"
+
+
 @pytest.mark.parametrize("no_colour", [{}, {"NO_COLOR": "1"}], ids=["colour", "no colour"])
 def test_show_colours_a_terminal_unless_told_not_to(piece, no_colour):
     master, terminal = pty.openpty()
@@ -299,8 +339,8 @@ def test_show_colours_a_terminal_unless_told_not_to(piece, no_colour):
     ("flags", "message"),
     [
         (["--in", "nowhere.json"], "nowhere.json: No such file or directory"),
-        (["--show", "nobody"], "no conversation of it is 'nobody', by number or id"),
-        (["--show", "2"], "no conversation of it is '2', by number or id"),
+        (["--show", "nobody"], "no conversation has the number or id 'nobody'"),
+        (["--show", "2"], "no conversation has the number or id '2'"),
         (["--model-name", "nowhere"], "nowhere: no such folder, expected a model's"),
         (["--html", "nowhere/page.html"], "nowhere/page.html: No such file or directory"),
     ],
@@ -342,6 +382,50 @@ def test_a_stage_that_wrote_over_its_input_is_told_once(tmp_path):
     path = save(tmp_path / "a.json", [conversation("a", "b", "c")])
     run_script("fastchat/data/merge.py", "--in", path, "--out", path)
     assert [step.name for step in flow.steps(str(path))] == ["merge"]
+
+
+def test_a_chain_over_several_folders_is_found_from_any(tmp_path, monkeypatch):
+    """In each folder there is a `merged.json`, and an account beside it."""
+    for name in ("raw", "deep/made", "other"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "made").symlink_to(tmp_path / "deep" / "made")
+    raw = save(tmp_path / "raw" / "raw.json", [conversation("a", "b", "c")])
+    first, other = tmp_path / "raw" / "merged.json", tmp_path / "other" / "merged.json"
+    run_script("fastchat/data/merge.py", "--in", raw, "--out", first)
+    run_script("fastchat/data/merge.py", "--in", raw, "--out", other, "--limit", "1")
+    made = tmp_path / "made" / "merged.json"
+    run_script(CLEAN, "--in", first, "--out", made, "--rejected", tmp_path / "raw" / "no.json")
+    monkeypatch.chdir(tmp_path / "other")
+    for path in (os.path.relpath(made), str(tmp_path / "deep" / "made" / "merged.json")):
+        steps = flow.steps(path)
+        assert [step.name for step in steps] == ["merge", "clean_sharegpt"]
+        assert steps[0].account["options"]["limit"] is None
+
+
+def test_the_held_out_share_has_its_account(tmp_path):
+    items = [conversation(f"{n}", f"Question {n}?", f"Answer {n}.") for n in range(40)]
+    path, out = save(tmp_path / "raw.json", items), tmp_path / "out.json"
+    run_script("fastchat/data/merge.py", "--in", path, "--out", out, "--split-eval", 0.5)
+    (step,) = flow.steps(str(tmp_path / "out.eval.json"))
+    assert (step.account["read"], step.account["seen"]) == (40, {"held out": 20})
+
+
+def test_no_output_replaces_an_input(piece):
+    before = piece.read_bytes()
+    for script, *flags in (
+        (INSPECT, "--html", piece),
+        (
+            CLEAN,
+            "--out",
+            piece.with_name("out.json"),
+            "--rejected",
+            piece.parent / "." / piece.name,
+        ),
+    ):
+        done = run_script(script, "--in", piece, *flags)
+        assert done.returncode == 1
+        assert f"{piece}: {flags[-2]} would replace this input" in done.stderr
+        assert piece.read_bytes() == before
 
 
 @pytest.mark.parametrize("account", ["{", "[]", '{"stage": "merge.py", "inputs": [3]}', "null"])
@@ -389,6 +473,11 @@ class Elements(HTMLParser):
         self.attributes += attributes
 
 
+def conversations_on(page):
+    """What the page holds for its script."""
+    return json.loads(page.partition('id="conversations">')[2].partition("</script>")[0])
+
+
 def test_text_of_the_corpus_stays_text(chain):
     page = (chain / "report.html").read_text(encoding="utf-8")
     seen = Elements(page)
@@ -397,7 +486,10 @@ def test_text_of_the_corpus_stays_text(chain):
     assert not [name for name, _ in seen.attributes if name.startswith("on") or name == "style"]
     sources = [value for name, value in seen.attributes if name in ("src", "href")]
     assert sources == ["data:,"]
-    assert "49" not in page.partition("This is")[2][:400]
+    (shown,) = [one for one in conversations_on(page) if one["id"] == HOSTILE]
+    assert "{{ 7*7 }}" in "".join(shown["blocks"][0][1][1::2])
+    told = html.unescape(page[page.index("blocked phrase") : page.index('id="conversations"')])
+    assert HOSTILE in told
 
 
 def test_the_sample_is_capped_and_said(tmp_path):
@@ -406,8 +498,7 @@ def test_the_sample_is_capped_and_said(tmp_path):
     for count in (7, 0):
         run_script(INSPECT, "--in", path, "--html", page, "--sample", count)
         text = page.read_text(encoding="utf-8")
-        shown = json.loads(text.partition('id="conversations">')[2].partition("</script>")[0])
-        assert len({one["id"] for one in shown}) == count
+        assert len({one["id"] for one in conversations_on(text)}) == count
         assert f"{count} of 30, chosen at random" in text
 
 

@@ -10,6 +10,7 @@ from conftest import ROOT, run_script, shipped
 
 from llama_lora.corpus import files
 from llama_lora.corpus.split import Splitter
+from llama_lora.corpus.values import parse
 from llama_lora.model.llama_tokenizer import read_tokenizer_model
 from llama_lora.model.template import IGNORE, Template, load_tokenizer
 from llama_lora.train.examples import load_examples
@@ -124,7 +125,7 @@ def real_conversations(tmp_path_factory) -> list[list[dict]]:
     ):
         done = run_script(ROOT / "fastchat/data" / command[0], *command[1:], timeout=600)
         assert done.returncode == 0, done.stderr
-    found = [files.parse(record.raw)[0]["conversations"] for record in files.read(str(clean))]
+    found = [parse(record.raw)[0]["conversations"] for record in files.read(str(clean))]
     # fschat knows no system turns: it fails with a KeyError.
     return [turns for turns in found if turns[0]["from"] != "system"]
 

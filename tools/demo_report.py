@@ -1,6 +1,6 @@
 """What `make demo` came to: the run in numbers, and three questions before and after.
 
-python3 tools/demo_report.py --base .demo/base --adapter .demo/adapter
+python3 tools/demo_report.py --base .demo/base --adapter .demo/adapter --report .demo/report.html
 """
 
 import argparse
@@ -17,6 +17,7 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--base", type=Path, required=True, help="base model folder")
     parser.add_argument("--adapter", type=Path, required=True, help="adapter folder")
+    parser.add_argument("--report", type=Path, required=True, help="page about the corpus")
     return parser.parse_args()
 
 
@@ -34,7 +35,7 @@ def main(args: argparse.Namespace) -> None:
         print(shown("base ", base))
         print(shown("tuned", tuned))
     print(
-        f"\nLook: {args.base.parent}/report.html (the corpus), {args.adapter}/loss.png\n"
+        f"\nLook: {args.report} (the corpus), {args.adapter}/loss.png\n"
         "Ask your own:\n"
         f"    .venv/bin/python3 generate.py --base_model {args.base} --lora_weights {args.adapter}"
     )

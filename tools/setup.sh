@@ -34,15 +34,6 @@ if ((${#packages[@]})); then
     fi
 fi
 
-# The report of inspect_data.py is a page, tested in a real browser. Nothing else needs it.
-if ! command -v chromium >/dev/null; then
-    install="apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium"
-    as_root=(sudo -n)
-    [[ $EUID -eq 0 ]] && as_root=()
-    echo "+ $install"
-    "${as_root[@]}" sh -c "$install" || echo "note: no Chromium, so its tests will be skipped. To have them: sudo sh -c '$install'" >&2
-fi
-
 # A venv that was interrupted while it was made has a python and no pip.
 .venv/bin/python -m pip --version >/dev/null 2>&1 || "$python" -m venv --clear .venv
 .venv/bin/python -m pip install --disable-pip-version-check -r requirements.txt

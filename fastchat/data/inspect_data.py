@@ -10,20 +10,11 @@ from contextlib import ExitStack
 
 from llama_lora.cli import one_line_errors
 from llama_lora.corpus import stage
-from llama_lora.model.hardware import cores
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=stage.Help)
+    parser = stage.parser(__doc__, writes=False)
     add = parser.add_argument
-    add(
-        "--in",
-        "--in-file",
-        dest="inputs",
-        required=True,
-        metavar="FILE",
-        help="conversations to read: a JSON array or JSON Lines, gzipped or not",
-    )
     add(
         "--model-name",
         "--model-name-or-path",
@@ -47,10 +38,6 @@ def parse_args() -> argparse.Namespace:
         metavar="N",
         help="conversations on that page, at most; chosen at random",
     )
-    add("--workers", type=stage.positive, default=cores(), help="processes")
-    add("--salvage", action="store_true", help="read what is complete in a damaged file")
-    add("--begin", type=stage.natural, default=0, metavar="N", help="skip the first N")
-    add("--end", type=stage.natural, metavar="N", help="stop before conversation N, from 0")
     return parser.parse_args()
 
 

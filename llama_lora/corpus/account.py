@@ -4,10 +4,11 @@ import os
 import sys
 from collections import Counter
 from dataclasses import dataclass, field
+from typing import Any
 
-from llama_lora.corpus import files
 from llama_lora.corpus.atomic import Outputs
 from llama_lora.corpus.conversation import Kept
+from llama_lora.corpus.values import dump
 
 
 @dataclass
@@ -26,13 +27,10 @@ class Account:
     seen: Counter = field(default_factory=Counter)
 
     def add(self, other: "Account") -> None:
-        for name, value in vars(other).items():
-            if isinstance(value, Counter):
-                getattr(self, name).update(value)
-            else:
-                setattr(self, name, getattr(self, name) + value)
+        accumulate(self, other)
 
     def keep(self, pairs_read: int, kept: Kept) -> None:
+        self.read += 1
         self.kept += 1
         self.written += len(kept.conversations)
         self.pairs_read += pairs_read
@@ -42,6 +40,7 @@ class Account:
         self.seen.update(kept.seen)
 
     def reject(self, pairs_read: int, reason: str) -> None:
+        self.read += 1
         self.rejected[reason] += 1
         self.pairs_read += pairs_read
         self.pairs_rejected[reason] += pairs_read
@@ -64,6 +63,20 @@ class Account:
         return "\n".join(lines)
 
 
+def accumulate(these: Any, others: Any) -> None:
+    """Add the counts, columns and lists that `others` holds to those of `these`, in place."""
+    for name, value in vars(others).items():
+        own = getattr(these, name)
+        if isinstance(own, Counter):
+            own.update(value)
+        elif isinstance(own, int | float):
+            setattr(these, name, own + value)
+        elif hasattr(own, "extend"):
+            own.extend(value)
+        else:
+            accumulate(own, value)
+
+
 def balance(read: int, kept: int, rejected: Counter, pieces: str = "") -> str:
     """One account on one line."""
     reasons = f": {listed(rejected)}" if +rejected else ""
@@ -77,18 +90,28 @@ def listed(counts: Counter) -> str:
 
 
 def write_account(
-    outputs: Outputs, args, inputs, account: Account, damages: list[str], seconds: float
+    outputs: Outputs, path: str, args, inputs, account: Account, damages: list[str], seconds: float
 ) -> None:
-    """Leave the accounts beside the output as `OUT.account`, for whoever looks at it later."""
+    """Leave the accounts beside the output `path` as `PATH.account`, for whoever looks at it later.
+
+    They name files relative to the folder that they lie in.
+    """
+    folder = os.path.dirname(path)
     skipped = ("inputs", "out", "rejected", "workers")
     options = {name: value for name, value in vars(args).items() if name not in skipped}
     record = {
         "stage": os.path.basename(sys.argv[0]),
-        "inputs": inputs,
-        "rejected_file": args.rejected,
+        "inputs": [seen_from(folder, source) for source in inputs],
+        "rejected_file": args.rejected and seen_from(folder, args.rejected),
         "options": options,
         "seconds": round(seconds, 1),
         "damages": damages,
         **{k: dict(+v) if isinstance(v, Counter) else v for k, v in vars(account).items()},
     }
-    outputs.open(args.out + ".account").write(files.dump(record) + b"\n")
+    outputs.open(path + ".account").write(dump(record) + b"\n")
+
+
+def seen_from(folder: str, path: str) -> str:
+    """`path` relative to `folder`, where either may be reached through links."""
+    place, name = os.path.split(path)
+    return os.path.relpath(os.path.join(os.path.realpath(place), name), os.path.realpath(folder))

@@ -19,19 +19,37 @@ from llama_lora.corpus.language import detected
 from llama_lora.corpus.markdown import is_chatgpt_html, to_markdown
 from llama_lora.corpus.prose import prose, without_code
 
-# An assistant that claims to be another one. What it says about others is nobody's business.
-ASSISTANTS = r"(?:ChatGPT|GPT-?[345](?:\.5)?(?:-?turbo)?|Bard|Bing|Claude|Gemini|Copilot)"
-MAKERS = r"(?:Open\s?AI|Anthropic|Google|Microsoft|Meta)"
+# An assistant that claims to be another one. What it says about others is nobody's business, and so
+# is who else has the name: "I am Claude" must be a sentence, or say that it is an assistant who
+# speaks. What begins a quotation is said by somebody else.
+CHATBOTS = r"(?:ChatGPT|GPT-?[345](?:\.5)?(?:-?turbo)?)"
+NAMESAKES = "(?:Bard|Bing|Claude|Gemini|Copilot)"
+ASSISTANTS = f"(?:{CHATBOTS}|{NAMESAKES})"
+MAKERS = r"(?:Open[ \n]?AI|Anthropic|Google|Microsoft|Meta)"
 MADE = r"(?:trained|created|developed|made|built|designed|programmed)"
 MADE_IN_CHINESE = "(?:开发|训练|创建|创造|研发|開發|訓練|創建|創造|研發)"
+MODEL = (
+    r"(?:(?:large|virtual|helpful|friendly|powerful|advanced|conversational|multimodal|artificial"
+    r"|intelligence|intelligent|language|chat|AI)[\s-]+){0,5}"
+    r"(?:AI|model|assistant|chatbot|bot|program|system)"
+)
+MADE_BY = (
+    rf",?\s+(?:(?:that|which|was|is|has|been|called|named|and|{MADE}|{ASSISTANTS},?)\s+){{0,6}}"
+    rf"{MADE}\s+by\s+{MAKERS}"
+)
+I_AM = r"(?:I am|I['’]m|my name is|soy|je suis|ich bin|sono|eu sou|sou|ik ben|я|أنا)"
+STARTS = r"(?:(?<![^\n])|(?<=[.!?…]\s)|(?<=\bhello,\s)|(?<=\bhi,\s))"
+ENDS = rf"(?=[ \t]*(?:[.!…\n]|\Z)|,?\s+an?\s+{MODEL}\b|,?\s+(?:made\s+)?(?:by|from)\s+{MAKERS})"
+UNQUOTED = "(?<!['\"“‘«„「『])"
 CLAIMS = [
-    rf"(?:I am|I['’]m|my name is|call me|hello from)\s+{ASSISTANTS}",
+    rf"{I_AM}\s+{CHATBOTS}",
+    rf"{STARTS}{I_AM}\s+{NAMESAKES}{ENDS}",
     rf"as\s+{ASSISTANTS},\s+(?:I|my)",
-    rf"(?:I am|I['’]m|as)\s+an?\s[^.!?\n]{{0,60}}\b{MADE}\s+by\s+{MAKERS}",
+    rf"(?:I am|I['’]m)\s+an?\s+{MODEL}{MADE_BY}",
+    rf"as\s+an?\s+{MODEL}{MADE_BY},?\s+(?:I|my)",
     rf"I\s+(?:was|am|have been)\s+{MADE}\s+by\s+{MAKERS}",
     rf"(?:我是|我叫|作[为為]){ASSISTANTS}",
     rf"我[是由][^。！？\n]{{0,30}}{MAKERS}[^。！？\n]{{0,10}}{MADE_IN_CHINESE}",
-    rf"(?:soy|je suis|ich bin|sono|eu sou|sou|ik ben|я|أنا)\s+{ASSISTANTS}",
     rf"(?:私|わたし|僕)は、?\s*{ASSISTANTS}",
     rf"(?:저는|나는|제 이름은)\s*{ASSISTANTS}",
 ]
@@ -51,7 +69,7 @@ class Blocked:
 
     def search(self, text: str) -> re.Match | None:
         """The first match in `text` outside of code."""
-        lower = text.lower()
+        lower = text.lower().replace("\n", " ")
         if not any(word in lower for word in self.words):
             return None
         return self.pattern.search(without_code(text))
@@ -152,14 +170,14 @@ def is_empty(turn: Turn) -> bool:
 def blocked_phrases(path: str | None) -> Blocked | None:
     """The phrases in the file at `path`, or the claims to be another assistant without one.
 
-    A line is a phrase as it is said, in any case and spacing, at the boundaries of words; `#`
-    starts a comment. A file with no phrase blocks nothing.
+    A line is a phrase as it is said, in any case and spacing, at the boundaries of words; one that
+    starts with `#` is a comment. A file with no phrase blocks nothing.
     """
     if path is None:
-        return Blocked(either(CLAIMS), CLAIM_WORDS)
+        return Blocked(either([UNQUOTED + claim for claim in CLAIMS]), CLAIM_WORDS)
     try:
         with open(path, encoding="utf-8-sig") as file:
-            phrases = [line.partition("#")[0].split() for line in file]
+            phrases = [line.split() for line in file if not line.lstrip().startswith("#")]
     except UnicodeDecodeError:
         raise InputError(f"{path}: not UTF-8 text, expected one phrase a line") from None
     except OSError as error:

@@ -30,7 +30,7 @@ Turn = dict[str, Any]
 Conversation = dict[str, Any]
 
 
-MARKS = "label_from", "unfinished"  # of a conversation that is a piece of an answer
+PIECE_KEYS = "label_from", "unfinished"  # of a conversation that is a piece of an answer
 
 
 class Rejected(Exception):
@@ -145,12 +145,14 @@ def put_in_order(turns: list[Turn], repairs: Counter) -> list[Turn]:
     return head + middle
 
 
-def marks_of(conversation: Conversation, turns: list[Turn]) -> dict:
+def piece_keys_of(conversation: Conversation, turns: list[Turn]) -> dict:
     """What splitting said of the last answer; raises `Rejected` where that cannot be."""
-    label_from = conversation.get("label_from", 0)
-    if not isinstance(label_from, int) or not 0 <= label_from <= len(turns[-1]["value"]):
-        raise Rejected("label_from is no place in the answer", f"it is {kind(label_from)}")
-    return {name: conversation[name] for name in MARKS if name in conversation}
+    label_from, length = conversation.get("label_from", 0), len(turns[-1]["value"])
+    if not isinstance(label_from, int) or not 0 <= label_from <= length:
+        found = label_from if kind(label_from) == "a number" else kind(label_from)
+        detail = f"it is {found}, and the answer has {length} characters"
+        raise Rejected("label_from is no place in the answer", detail)
+    return {name: conversation[name] for name in PIECE_KEYS if name in conversation}
 
 
 def digest(turns: list[Turn]) -> bytes:

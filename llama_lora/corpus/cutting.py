@@ -5,6 +5,7 @@ So one bad record stays one bad record, and the parsing can happen in other proc
 
 import re
 from collections.abc import Iterable, Iterator
+from typing import NamedTuple
 
 from llama_lora.corpus.values import dump, parse, parses
 
@@ -12,6 +13,7 @@ LONGEST = 64 << 20  # bytes of one record; what is longer was never closed
 # Of a text that was put back, at a time: where much is damaged, much is put back again and again.
 PIECE = 16 << 10
 BLANK = b" \t\r\n"
+OBJECT = b"{}"  # stands for any
 
 
 class Damage(Exception):
@@ -23,6 +25,14 @@ class Damage(Exception):
     def __init__(self, offset: int, reason: str, rest: bytes = b"", rest_offset: int = 0):
         super().__init__(reason)
         self.offset, self.reason, self.rest, self.rest_offset = offset, reason, rest, rest_offset
+
+
+class Item(NamedTuple):
+    """The text of a record and its place; `lenient` if the commas before it are not as in JSON."""
+
+    offset: int
+    raw: bytes
+    lenient: bool = False
 
 
 class Blocks:
@@ -54,17 +64,18 @@ class Blocks:
             self.back.append((text, 0))
 
 
-def array_items(blocks: Blocks, offset: int, strict: bool) -> Iterator[tuple[int, bytes]]:
+def array_items(blocks: Blocks, offset: int, strict: bool) -> Iterator[Item]:
     """The items of a JSON array whose text, after its opening bracket, is in `blocks`.
 
-    With `strict` an item that is not JSON is damage, too. A bracket counts where an even number of
-    quotes stands before it, escaped ones left out; all of it is done on whole blocks, so the text
-    is never stepped through in Python. `depth` is the number of open brackets, the array's own
-    included.
+    With `strict` an item that is not JSON is damage, too. A comma may be missing, be doubled, or
+    stand after the last item. A bracket counts where an even number of quotes stands before it,
+    escaped ones left out; all of it is done on whole blocks, so the text is never stepped through
+    in Python. `depth` is the number of open brackets, the array's own included.
     """
     import numpy as np
 
     depth, inside, quote = 1, False, offset
+    before, lenient = b"", False  # whether an object came before, and how the commas then were
     held: list[bytes] = []  # what earlier blocks hold of the text from byte `start` on
     held_size, start = 0, offset
     for block in blocks:
@@ -83,23 +94,23 @@ def array_items(blocks: Blocks, offset: int, strict: bool) -> Iterator[tuple[int
             end = here if opens else here + 1  # an end belongs to what it closes
             found = b"".join([*held, block[begin:end]])
             if opens or level < 1:
-                between = (found if opens else found[:-1]).strip(BLANK + b",")
+                between = (found if opens else found[:-1]).strip(BLANK)
                 try:
-                    items = scalars(between)
+                    items, lenient = scalars(before, between, OBJECT if opens else b"")
                 except ValueError:
-                    what = between[:20].decode(errors="replace")
+                    what = between.strip(BLANK + b",")[:20].decode(errors="replace")
                     reason = f"expected an object, found {what!r}"
                     raise Damage(start, reason, found + block[end:], start) from None
-                yield from ((start, item) for item in items)
+                yield from (Item(start, item, lenient) for item in items)
             elif strict and not parses(found):
                 raise Damage(start, "this is not JSON", found + block[end:], start)
             else:
-                yield start, found
+                yield Item(start, found, lenient)
             if level < 1:
                 blocks.put_back(block[end:])
                 expect_end(blocks, offset + end)
                 return
-            held, held_size, begin, start = [], 0, end, offset + end
+            held, held_size, begin, start, before = [], 0, end, offset + end, OBJECT
         if len(depths):
             depth = int(depths[-1])
         if len(quotes):
@@ -130,9 +141,17 @@ def unescaped_quotes(text):
     return np.flatnonzero(is_quote)
 
 
-def scalars(text: bytes) -> list[bytes]:
-    """The items in what stands between two objects of an array, without its outer commas."""
-    return [dump(item) for item in parse(b"[" + text + b"]")[0]] if text else []
+def scalars(before: bytes, text: bytes, after: bytes) -> tuple[list[bytes], bool]:
+    """The items in the text between two objects of an array, and whether its commas are not as in
+    JSON; `before` and `after` are `OBJECT`, or nothing at the ends of the array."""
+    if text == (b"," if before and after else b""):
+        return [], False
+    try:
+        items = parse(b"[" + before + text + after + b"]")[0]
+        items, lenient = items[bool(before) : len(items) - bool(after)], False
+    except ValueError:
+        items, lenient = parse(b"[" + text.strip(BLANK + b",") + b"]")[0], True
+    return list(map(dump, items)), lenient
 
 
 def expect_end(blocks: Blocks, offset: int) -> None:
@@ -143,7 +162,7 @@ def expect_end(blocks: Blocks, offset: int) -> None:
         offset += len(block)
 
 
-def lines(blocks: Blocks, offset: int, strict: bool) -> Iterator[tuple[int, bytes]]:
+def lines(blocks: Blocks, offset: int, strict: bool) -> Iterator[Item]:
     """The lines of JSON Lines that are not blank; the last must be whole, with `strict` all."""
     held: list[bytes] = []
     for block in blocks:
@@ -153,7 +172,7 @@ def lines(blocks: Blocks, offset: int, strict: bool) -> Iterator[tuple[int, byte
             if strict and line.strip() and not parses(line):
                 raise Damage(offset, "this is not JSON", line + block[end:], offset)
             if line.strip():
-                yield offset, line.strip()
+                yield Item(offset, line.strip())
             offset += len(line) + 1
             held, begin = [], end + 1
         held.append(block[begin:])
@@ -164,7 +183,7 @@ def lines(blocks: Blocks, offset: int, strict: bool) -> Iterator[tuple[int, byte
     if line.strip():
         if not parses(line):
             raise Damage(offset, "the file ends inside the line", line, offset)
-        yield offset, line.strip()
+        yield Item(offset, line.strip())
 
 
 def resume(damage: Damage, blocks: Blocks, start: re.Pattern) -> int | None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from llama_lora.corpus.conversation import GPT, HUMAN, SYSTEM, Turn, prefix_digests
 from llama_lora.corpus.output import Arrangement, Gone
-from llama_lora.corpus.shelf import Marks, Shelf
+from llama_lora.corpus.shelf import Fingerprint, Shelf
 
 
 @dataclass
@@ -20,8 +20,8 @@ class WithoutDuplicates:
     out: str
     near: float | None = None
 
-    def marker(self) -> Callable[[list[Turn]], Marks]:
-        return marker(signed=self.near is not None)
+    def fingerprinter(self) -> Callable[[list[Turn]], Fingerprint]:
+        return fingerprinter(signed=self.near is not None)
 
     def __call__(self, shelf: Shelf) -> Arrangement:
         rejected = exact_duplicates(shelf)
@@ -31,14 +31,14 @@ class WithoutDuplicates:
         return Arrangement({self.out: kept}, rejected)
 
 
-def marker(signed: bool) -> Callable[[list[Turn]], Marks]:
-    """What marks conversations so that equal ones, and alike ones if `signed`, can be told."""
+def fingerprinter(signed: bool) -> Callable[[list[Turn]], Fingerprint]:
+    """Takes fingerprints by which equal conversations, and alike ones if `signed`, can be told."""
     if not signed:
-        return lambda turns: Marks(digests_of(turns))
+        return lambda turns: Fingerprint(digests_of(turns))
     from llama_lora.corpus.near import Signer
 
     sign = Signer()
-    return lambda turns: Marks(digests_of(turns), sign(paired(turns)))
+    return lambda turns: Fingerprint(digests_of(turns), sign(paired(turns)))
 
 
 def paired(turns: list[Turn]) -> list[Turn]:
@@ -60,8 +60,6 @@ def digests_of(turns: list[Turn]) -> bytes:
 
 def exact_duplicates(shelf: Shelf) -> dict[int, Gone]:
     """Which go because they equal an earlier one, or are how a longer one begins."""
-    if not len(shelf):
-        return {}
     numbered = shelf.numbered()
     longer: dict[int, int] = {}  # by the first of equal ones, the first that goes on from it
     for owner, beginning in numbered.continued():
@@ -120,8 +118,6 @@ def groups(shelf: Shelf, threshold: float) -> list[int]:
         one, other = sorted((group_of(one), group_of(other)))
         parents[other] = one
 
-    if not len(shelf):
-        return []
     numbered = shelf.numbered()
     for index, first in enumerate(numbered.first().tolist()):
         join(index, first)

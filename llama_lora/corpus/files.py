@@ -13,10 +13,8 @@ from typing import BinaryIO, NamedTuple
 
 from llama_lora.cli import InputError
 from llama_lora.corpus import cutting
-from llama_lora.corpus.cutting import BLANK, Blocks, Damage
-from llama_lora.corpus.values import dump, parse
-
-__all__ = ["Record", "dump", "parse", "read"]
+from llama_lora.corpus.cutting import BLANK, Blocks, Damage, Item
+from llama_lora.corpus.values import parse
 
 BLOCK = 1 << 20  # bytes read at a time
 PACKED = BLOCK >> 4  # and of gzipped ones
@@ -29,17 +27,21 @@ FIRST_KEY = re.compile(rb'\{\s*"([^"]{1,40})"\s*:')
 
 
 class Record(NamedTuple):
-    """The `index`-th record of a file, from 0, which begins `offset` bytes into its text."""
+    """The `index`-th record of a file, from 0, which begins `offset` bytes into its text.
+
+    It is `lenient` if the commas before it are not as in JSON.
+    """
 
     index: int
     offset: int
     raw: bytes
+    lenient: bool = False
 
 
 class Cut(NamedTuple):
     """How a text is cut into records, and what a record starts with."""
 
-    records: Callable[[Blocks, int, bool], Iterator[tuple[int, bytes]]]
+    records: Callable[[Blocks, int, bool], Iterator[Item]]
     start: re.Pattern
 
 
@@ -64,8 +66,8 @@ def read(
                 try:
                     if damage and (offset := cutting.resume(damage, blocks, cut.start)) is None:
                         break
-                    for start, raw in cut.records(blocks, offset, salvage):
-                        yield Record(index, start, raw)
+                    for item in cut.records(blocks, offset, salvage):
+                        yield Record(index, *item)
                         index += 1
                     break
                 except Damage as error:

@@ -25,11 +25,6 @@ def read(record: Any) -> tuple[Conversation, Counter, str]:
     raise Rejected("unknown format", f"its keys are {', '.join(map(show, list(record)[:8]))}")
 
 
-def known(record: Any) -> bool:
-    """Whether `record` is in one of the formats."""
-    return isinstance(record, dict) and any(is_one(record) for is_one, _ in FORMATS.values())
-
-
 def from_turns(record: dict, key: str) -> Conversation:
     """A list of turns under `key`, each with `from` and `value` or `role` and `content`."""
     turns = record[key]

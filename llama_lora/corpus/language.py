@@ -16,9 +16,8 @@ ALIASES = {
     "jv": "jw",
     "zh-tw": "zh-Hant",
     "zh-hk": "zh-Hant",
-    "zh-cn": "zh",
-    "zh-hans": "zh",
 }
+SIMPLIFIED = "zh-cn", "zh-sg", "zh-hans"  # which have no code of their own
 REJECTED = "language "
 GLIMPSE = 170  # characters of a turn's prose in each of the three places that are looked at
 REPEATED_DIGIT = re.compile(r"(\d)\1{8}")
@@ -119,9 +118,15 @@ def known_codes() -> list[str]:
 
 def code(text: str) -> str:
     """A code as the detector names it, for argparse."""
-    wanted = ALIASES.get(text.lower().replace("_", "-"), text)
+    name = text.lower().replace("_", "-")
+    if name in SIMPLIFIED:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} has no code of its own: zh is simplified and traditional Chinese, zh-Hant "
+            "the latter alone; keep the one and skip the other"
+        )
+    wanted = ALIASES.get(name, name)
     for known in known_codes():
-        if known.lower() == wanted.lower().replace("_", "-"):
+        if known.lower() == wanted.lower():
             return known
     raise argparse.ArgumentTypeError(
         f"{text!r} is no language the detector knows: {' '.join(known_codes())}"

@@ -54,15 +54,14 @@ SPACES_AROUND_END = re.compile(r"[\t \r\n]*[\r\n][\t \r\n]*")
 
 
 def to_markdown(html: str) -> str:
-    """The Markdown of an answer, or the plain text of a question, from ChatGPT's HTML.
+    """The Markdown of the answers, or the plain text of a question, from ChatGPT's HTML.
 
     Raises `Rejected` if it cannot be parsed or is nested too deeply.
     """
     page = parsed(without_reserved(html))
-    answers = outermost(page, ANSWER)
-    if not answers and (questions := outermost(page, QUESTION)):
-        return "\n\n".join(map(text_of, questions))
-    return "\n\n".join(filter(None, map(converter().markdown, answers or [page])))
+    if answers := outermost(page, ANSWER):
+        return "\n\n".join(filter(None, map(converter().markdown, answers)))
+    return "\n\n".join(map(text_of, outermost(page, QUESTION)))
 
 
 @cache

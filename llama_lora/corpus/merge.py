@@ -6,10 +6,11 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from llama_lora.cli import InputError
 from llama_lora.corpus import dedupe
 from llama_lora.corpus.conversation import Conversation, Kept, Turn
 from llama_lora.corpus.output import Arrangement, Gone
-from llama_lora.corpus.shelf import Marks, Shelf
+from llama_lora.corpus.shelf import Fingerprint, Shelf
 
 ALIKE = 0.85  # from this similarity on, two conversations are not torn apart by holding a share out
 
@@ -35,8 +36,8 @@ class Arrange:
     limit: int | None = None
     held_out: float | None = None
 
-    def marker(self) -> Callable[[list[Turn]], Marks]:
-        return unmarked if self.held_out is None else dedupe.marker(signed=True)
+    def fingerprinter(self) -> Callable[[list[Turn]], Fingerprint]:
+        return no_fingerprint if self.held_out is None else dedupe.fingerprinter(signed=True)
 
     def __call__(self, shelf: Shelf) -> Arrangement:
         order = list(range(len(shelf)))
@@ -62,22 +63,32 @@ def arrangement(args: argparse.Namespace) -> Arrange | None:
     return Arrange(args.out, args.shuffle, args.limit, args.split_eval)
 
 
-def unmarked(turns: list[Turn]) -> Marks:
-    return Marks(b"")
+def no_fingerprint(turns: list[Turn]) -> Fingerprint:
+    """Of conversations that are not compared."""
+    return Fingerprint(b"")
 
 
 def choose(group_of: list[int], order: list[int], share: float, rng: random.Random) -> set[int]:
-    """Indices of about `share` of the conversations; of a group all or none."""
+    """Indices of about `share` of the conversations, but one at least; of a group all or none.
+
+    Raises `InputError` where one side would be left with nothing.
+    """
     groups: dict[int, list[int]] = {}
     for index in order:
         groups.setdefault(group_of[index], []).append(index)
-    wanted = round(share * len(order))
+    wanted = max(1, round(share * len(order)))
     shuffled = list(groups.values())
     rng.shuffle(shuffled)
     chosen: set[int] = set()
     for group in shuffled:
         if len(chosen) + len(group) <= wanted:
             chosen.update(group)
+    if not 0 < len(chosen) < len(order):
+        least = min(map(len, shuffled), default=0)
+        raise InputError(
+            f"--split-eval {share}: {wanted} of {len(order)} conversations cannot be held out: "
+            f"alike ones stay together, at least {least} here, and neither side may be empty"
+        )
     return chosen
 
 

@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import BinaryIO, Protocol
 
-from llama_lora.corpus import files
 from llama_lora.corpus.account import Account
 from llama_lora.corpus.atomic import Outputs, Writer
 from llama_lora.corpus.conversation import Turn
-from llama_lora.corpus.shelf import Marks, Shelf
+from llama_lora.corpus.shelf import Fingerprint, Shelf
+from llama_lora.corpus.values import dump, parse
 
 
 @dataclass
@@ -21,7 +21,7 @@ class Line:
     id: str
     body: bytes
     pairs: int
-    marks: Marks | None  # only where they are asked for
+    fingerprint: Fingerprint | None  # only where it is asked for
 
 
 @dataclass
@@ -50,11 +50,11 @@ class Arrangement:
 class Arrange(Protocol):
     """Decides where stored conversations go.
 
-    `marker` makes, in each worker, the function that marks turns. The call is given the marks of
-    all that is stored.
+    `fingerprinter` makes, in each worker, the function that takes the fingerprint of turns. The
+    call is given those of all that is stored.
     """
 
-    def marker(self) -> Callable[[list[Turn]], Marks]: ...
+    def fingerprinter(self) -> Callable[[list[Turn]], Fingerprint]: ...
 
     def __call__(self, shelf: Shelf) -> Arrangement: ...
 
@@ -82,11 +82,11 @@ class Ids:
     def is_new(self, name: str) -> bool:
         """Whether `name` was not used before; it is from now on."""
         before = len(self.used)
-        self.used.add(short(name))
+        self.used.add(id_hash(name))
         return len(self.used) > before
 
 
-def short(name: str) -> int:
+def id_hash(name: str) -> int:
     """8 bytes that stand for an id."""
     return int.from_bytes(blake2b(name.encode(), digest_size=8).digest())
 
@@ -105,7 +105,7 @@ def write_line(out: Writer, name: str, body: bytes, ids: Ids, account: Account) 
     """Write the conversation under an id that no other has; the id."""
     new = ids.distinct(name)
     account.repairs["equal ids"] += new != name
-    out.write(b'{"id":' + files.dump(new) + body)
+    out.write(b'{"id":' + dump(new) + body)
     return new
 
 
@@ -118,13 +118,13 @@ class Spool:
         self.ends = array("Q", [0])  # in the file
 
     def put(self, line: Line) -> None:
-        item = files.dump(line.id) + line.body
+        item = dump(line.id) + line.body
         self.file.write(item)
         self.ends.append(self.ends[-1] + len(item))
-        self.shelf.add(line.marks, len(line.body), line.pairs)
+        self.shelf.add(line.fingerprint, len(line.body), line.pairs)
 
-    def arrange(self, arrange: Arrange, path, out, rejects, account, outputs: Outputs) -> None:
-        """Write every stored conversation where `arrange` puts it."""
+    def arrange(self, arrange: Arrange, path, out, rejects, account, outputs: Outputs) -> list[str]:
+        """Write every stored conversation where `arrange` puts it; the paths of the outputs."""
         self.file.flush()
         arrangement = arrange(self.shelf)
         wanted = {arrangement.stays(gone) for gone in arrangement.rejected.values()}
@@ -145,12 +145,13 @@ class Spool:
                     kept = names[arrangement.stays(gone)]
                     about |= {"detail": f"kept: {kept}", "similarity": gone.similarity}
                 name, body = self.item(index)
-                start = files.dump(about)[:-1] + b',"conversation":{"id":'
-                rejects.write(start + files.dump(name) + body + b"}")
+                start = dump(about)[:-1] + b',"conversation":{"id":'
+                rejects.write(start + dump(name) + body + b"}")
+        return list(arrangement.outputs)
 
     def item(self, index: int) -> tuple[str, bytes]:
         """The id and the body of a line."""
         start, end = self.ends[index], self.ends[index + 1]
         item = os.pread(self.file.fileno(), end - start, start)
         cut = len(item) - self.shelf.lengths[index]
-        return files.parse(item[:cut])[0], item[cut:]
+        return parse(item[:cut])[0], item[cut:]

@@ -14,13 +14,17 @@ from lxml import etree
 
 from llama_lora.corpus.conversation import Rejected
 
-DEEPEST = 150  # nested elements; no chat is deeper, and libxml2 loses what is deeper than 256
+DEEPEST = 150  # nested elements; no chat is deeper, and libxml2 loses what is deeper than 2,048
 
-# The classes of what ChatGPT puts around an answer and around a question.
+# The classes of the element that ChatGPT puts around an answer, and around a question. An answer's
+# has both: either alone is also in pages that people write and ask about.
 ANSWER, QUESTION = {"markdown", "prose"}, {"whitespace-pre-wrap"}
-WRAPPED = re.compile(
-    r'\s*<div\b.{0,4000}?\bclass="[^"]*(?<![\w-])(?:markdown|prose|whitespace-pre-wrap)(?![\w-])',
-    re.DOTALL,
+# A `div` in which, or in one near its beginning, a question or an answer stands.
+DIV_WITH = r'\s*(?=<div\b).{{0,4000}}?<div\b[^>]{{0,1000}}\bclass="{}'
+CLASS = r'(?=[^"]{{0,1000}}(?<![^\s"]){}[\s"])'
+WITH_ANSWER, WITH_QUESTION = (
+    re.compile(DIV_WITH.format("".join(map(CLASS.format, parts))), re.DOTALL)
+    for parts in (ANSWER, QUESTION)
 )
 BLOCKS = ["p", "pre", "ul", "ol", "table", "blockquote", "h1", "h2", "h3", "h4", "h5", "h6"]
 FORMULA = {"katex", "katex-display", "math-inline", "math-display"}
@@ -30,16 +34,33 @@ CODE = {"code", "kbd", "samp"}
 TOLD = {"a", "img", "input", "ol", "td", "th"}
 LANGUAGE = re.compile(r"[\w+#.-]{1,30}")
 
-too_deep = etree.XPath(f"boolean(//*[count(ancestor::*) > {DEEPEST + 1}])")  # html and body count
+too_deep = etree.XPath(f"boolean({'/*' * (DEEPEST + 3)})")  # html and body count
 with_class = etree.XPath("descendant-or-self::*[contains(@class, $part)]")
+divs_with_class = etree.XPath("descendant-or-self::div[contains(@class, $part)]")
+holds_markup = etree.XPath("boolean(.//*[not(self::div)])")
 buttons_outside_code = etree.XPath(".//button[not(ancestor::pre)]")
 shown = etree.XPath(".//text()[normalize-space() and not(ancestor::button)]")
 sources = etree.XPath('.//annotation[@encoding="application/x-tex"]')
 
 
 def is_chatgpt_html(text: str) -> bool:
-    """Whether `text` is an element of ChatGPT's page, told by its wrapper."""
-    return text.rstrip().endswith("</div>") and WRAPPED.match(text) is not None
+    """Whether `text` is an element of ChatGPT's page: an answer, or one question and no more.
+
+    Raises `Rejected` if it is nested too deeply to tell.
+    """
+    if not text.rstrip().endswith("</div>"):
+        return False
+    if WITH_ANSWER.match(text):
+        return True
+    return WITH_QUESTION.match(text) is not None and is_question(parsed(text))
+
+
+def is_question(page: etree._Element) -> bool:
+    """Whether nothing can be read on the page but the plain text of questions."""
+    questions = outermost(page, QUESTION)
+    if any(map(holds_markup, questions)):
+        return False
+    return len(shown(page)) == sum(len(shown(question)) for question in questions)
 
 
 def parsed(html: str) -> etree._Element:
@@ -55,21 +76,18 @@ def parsed(html: str) -> etree._Element:
 
 @cache
 def parser() -> etree.HTMLParser:
-    return etree.HTMLParser(remove_comments=True, remove_pis=True)
+    # Without `huge_tree` a text of more than 10 MB would end the page, and nothing would say so.
+    return etree.HTMLParser(remove_comments=True, remove_pis=True, huge_tree=True)
 
 
-def outermost(root: etree._Element, classes: set[str]) -> list[etree._Element]:
-    """The elements with one of `classes` that are in no other such element."""
-    found = [
+def outermost(root: etree._Element, wanted: set[str]) -> list[etree._Element]:
+    """The `div` elements with all `wanted` classes that are in no other such element."""
+    found = dict.fromkeys(
         element
-        for part in classes
-        for element in with_class(root, part=part)
-        if not classes.isdisjoint(element.get("class").split())
-    ]
-    every = set(found)
-    return [
-        element for element in dict.fromkeys(found) if every.isdisjoint(element.iterancestors())
-    ]
+        for element in divs_with_class(root, part=min(wanted))
+        if wanted.issubset(classes(element))
+    )
+    return [element for element in found if found.keys().isdisjoint(element.iterancestors())]
 
 
 def text_of(element: etree._Element) -> str:

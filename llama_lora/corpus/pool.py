@@ -15,6 +15,8 @@ from llama_lora.cli import InputError
 
 AHEAD = 4  # chunks in flight for each worker: one slow chunk must not pile up the results of others
 
+BETWEEN = -1  # what a worker is at while it is at no item
+
 # What a worker can say: that it waits for work, what a chunk became, or why it gave up.
 READY, DONE, BAD_INPUT, FAULT = "ready", "done", "bad input", "fault"
 
@@ -99,14 +101,14 @@ class Worker:
 
     def __init__(self, context, build: Callable[[], Callable]):
         self.connection, theirs = context.Pipe()
-        self.at = context.RawValue("q", 0)
+        self.at = context.RawValue("q", BETWEEN)
         self.number, self.chunk = 0, []
         self.process = context.Process(target=serve, args=(theirs, build, self.at), daemon=True)
         self.process.start()
         theirs.close()  # so that its death ends the connection
 
     def send(self, number: int, chunk: list) -> None:
-        self.number, self.chunk, self.at.value = number, chunk, 0
+        self.number, self.chunk = number, chunk
         try:
             self.connection.send(chunk)
         except (BrokenPipeError, ConnectionResetError):
@@ -121,14 +123,21 @@ class Worker:
         if kind == BAD_INPUT:
             raise InputError(value)
         if kind == FAULT:
-            raise RuntimeError(f"at {self.chunk[self.at.value][:1]!r}\n{value}")
+            where = "" if self.at.value == BETWEEN else f"at {self.item[:1]!r}\n"
+            raise RuntimeError(where + value)
         return {self.number: value} if kind == DONE else {}
+
+    @property
+    def item(self) -> Any:
+        return self.chunk[self.at.value]
 
     def bury(self) -> None:
         self.process.join()
-        if not self.chunk:
-            raise InputError(f"a process died as it started ({ending(self.process.exitcode)})")
-        raise Died(self.chunk[self.at.value], self.process.exitcode)
+        code = self.process.exitcode
+        if self.at.value != BETWEEN:
+            raise Died(self.item, code)
+        when = "between conversations" if self.chunk else "as it started"
+        raise InputError(f"a process died {when} ({ending(code)}); nothing was written")
 
 
 def serve(connection, build: Callable[[], Callable], at) -> None:
@@ -142,7 +151,9 @@ def serve(connection, build: Callable[[], Callable], at) -> None:
         function = build()
         connection.send((READY, None))
         while True:
-            connection.send((DONE, function(connection.recv(), note)))
+            result = function(connection.recv(), note)
+            note(BETWEEN)
+            connection.send((DONE, result))
     except InputError as error:
         connection.send((BAD_INPUT, str(error)))
     except (EOFError, BrokenPipeError, ConnectionResetError):

@@ -7,7 +7,7 @@ DIGEST = 16  # bytes
 
 
 @dataclass
-class Marks:
+class Fingerprint:
     """What tells equal conversations, and alike ones, without their text.
 
     `digests` are `DIGEST` bytes up to each answer and for the whole, one after the other;
@@ -19,7 +19,7 @@ class Marks:
 
 
 class Shelf:
-    """The marks, and the place and length in bytes, of conversations by their index."""
+    """The fingerprints, and the place and length in bytes, of conversations by their index."""
 
     def __init__(self):
         self.lengths, self.pairs, self.counts = array("I"), array("I"), array("I")
@@ -28,16 +28,12 @@ class Shelf:
     def __len__(self) -> int:
         return len(self.lengths)
 
-    def add(self, marks: Marks, length: int = 0, pairs: int = 0) -> None:
+    def add(self, fingerprint: Fingerprint, length: int = 0, pairs: int = 0) -> None:
         self.lengths.append(length)
         self.pairs.append(pairs)
-        self.counts.append(len(marks.digests) // DIGEST)
-        self.digests += marks.digests
-        self.signatures += marks.signature
-
-    def extend(self, other: "Shelf") -> None:
-        for name, column in vars(other).items():
-            getattr(self, name).extend(column)
+        self.counts.append(len(fingerprint.digests) // DIGEST)
+        self.digests += fingerprint.digests
+        self.signatures += fingerprint.signature
 
     def numbered(self) -> "Numbered":
         """The digests as numbers, equal where the text is."""

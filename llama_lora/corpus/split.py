@@ -16,20 +16,22 @@ from llama_lora.cli import InputError
 from llama_lora.corpus.conversation import (
     GPT,
     HUMAN,
-    MARKS,
+    PIECE_KEYS,
     SYSTEM,
     Conversation,
     Kept,
     Rejected,
     Turn,
-    marks_of,
+    piece_keys_of,
     put_in_order,
 )
 from llama_lora.corpus.tokens import Measured, Ruler
 from llama_lora.model.template import Template, load_tokenizer
 
 CONTINUE, TRUNCATE, DROP = OVERLONG = ("continue", "truncate", "drop")
-LEAST_ANSWER = 24  # tokens of new answer for which every piece has room
+# Tokens of new answer for which every piece has room. With much fewer, an answer would go on in
+# pieces of a few characters, and new text that begins inside a token has nothing left to learn.
+LEAST_ANSWER = 24
 GAP = " … "  # in the place of the middle of a question
 # Where an answer may be cut, the best places first; all lie before the white space.
 BOUNDARIES = [
@@ -59,6 +61,7 @@ class Splitter:
     def __post_init__(self):
         self.renderer = Template(load_tokenizer(self.model), self.template)
         self.ruler = Ruler(self.renderer.tokenizer.backend_tokenizer)
+        self.gap = self.ruler.length(GAP)
         self.least = self.length(PROBE)
         texts = 2 * self.ruler.length("a")
         self.frame = self.length(PROBE * 2) - self.least - texts  # what is put around each pair
@@ -83,7 +86,7 @@ class Splitter:
     def __call__(self, conversation: Conversation) -> Kept:
         repairs, dropped = Counter(), Counter()
         turns = put_in_order(conversation["conversations"], repairs)
-        marks = marks_of(conversation, turns)
+        keys = piece_keys_of(conversation, turns)
         head = [turn for turn in turns if turn["from"] == SYSTEM]
         if head and not self.takes_system:
             raise Rejected("the template takes no system turn")
@@ -92,14 +95,14 @@ class Splitter:
         pairs = [self.pair(*body[at : at + 2]) for at in range(0, len(body), 2)]
         pieces: list[tuple[int, dict]] = []
         for first, last, fits in self.runs(head, pairs, shared):
-            its_marks = marks if last == len(pairs) else {}
+            its_keys = keys if last == len(pairs) else {}
             if fits:
                 turns = head + [turn for one in pairs[first:last] for turn in one.turns]
-                pieces.append((first, {"conversations": turns, **its_marks}))
+                pieces.append((first, {"conversations": turns, **its_keys}))
             elif self.overlong == DROP:
                 dropped["longer than the window"] += 1
             else:
-                parts = self.parts(head, pairs[first], shared, its_marks, repairs)
+                parts = self.parts(head, pairs[first], shared, its_keys, repairs)
                 pieces += [(first, part) for part in parts]
         if not pieces:
             raise Rejected("longer than the window")
@@ -152,7 +155,7 @@ class Splitter:
     # ------------------------------------------------------------------ one pair that is too long
 
     def parts(
-        self, head: list[Turn], one: "Pair", shared: int, marks: dict, repairs: Counter
+        self, head: list[Turn], one: "Pair", shared: int, keys: dict, repairs: Counter
     ) -> list[dict]:
         """Pieces that together hold the whole answer, each after as much context as fits."""
 
@@ -161,7 +164,7 @@ class Splitter:
 
         whole, text = one.question["value"], one.answer["value"]
         question, answer = self.ruler.measure(whole), self.ruler.measure(text)
-        at = marks.get("label_from", 0)
+        at = keys.get("label_from", 0)
         frame = shared + self.frame
         shorten = partial(self.shortened, question, frame=frame, around=asked)
         first = again = whole, frame + len(question)
@@ -179,7 +182,7 @@ class Splitter:
             piece = {"conversations": [*before, {**one.answer, "value": text[context:end]}]}
             if at > context:
                 piece["label_from"] = at - context
-            if end < len(text) or marks.get("unfinished"):
+            if end < len(text) or keys.get("unfinished"):
                 piece["unfinished"] = True
             pieces.append(piece)
             at = end
@@ -227,7 +230,7 @@ class Splitter:
         """A text without its middle, so that what `around` makes of it has at most `limit` tokens,
         and how many it has; `frame` is how many it makes of nothing."""
         text, count = measured.text, len(measured)
-        kept = min(limit - frame - len(GAP), count - 1)
+        kept = min(limit - frame - self.gap, count - 1)
         while kept > 1:
             left = text[: measured.place(kept // 2)]
             right = text[measured.place(count - kept // 2) :]
@@ -236,7 +239,7 @@ class Splitter:
             if length <= limit:
                 return shorter, length
             kept -= max(length - limit, 1)
-        return GAP, frame + len(GAP)
+        return GAP, self.length(around(GAP))
 
 
 @dataclass
@@ -266,7 +269,7 @@ def boundary(text: str, at: int, end: int) -> int:
 
 def named(conversation: Conversation, pieces: list[tuple[int, dict]]) -> Iterator[Conversation]:
     """Conversations of the pieces: `ID_4` starts with turn 4, `ID_4_1` goes on with its answer."""
-    rest = {name: value for name, value in conversation.items() if name not in MARKS}
+    rest = {name: value for name, value in conversation.items() if name not in PIECE_KEYS}
     parts: Counter = Counter()
     for first, piece in pieces:
         name = f"{conversation['id']}_{2 * first}" + (f"_{parts[first]}" if parts[first] else "")

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 from llama_lora.cli import InputError, Terminated
@@ -30,14 +30,16 @@ from llama_lora.corpus.conversation import (
 )
 from llama_lora.corpus.output import Arrange, Direct, Line, Spool
 from llama_lora.corpus.pool import Died, Pool
-from llama_lora.corpus.shelf import Marks
+from llama_lora.corpus.shelf import Fingerprint
+from llama_lora.corpus.values import dump, parse
 from llama_lora.model.hardware import cores
 
 # Of a chunk: enough that handing it over costs little, and little enough to keep memory flat.
 CHUNK_BYTES = 256 << 10
+WORTH_PROCESSES = 4  # chunks; of a smaller file, their start costs more than they save
 
 Process = Callable[[Conversation], Kept]
-Mark = Callable[[list[Turn]], Marks]
+Fingerprinter = Callable[[list[Turn]], Fingerprint]
 
 
 @dataclass
@@ -48,6 +50,17 @@ class Result:
     lines: list[Line] = field(default_factory=list)
     rejected: list[bytes] = field(default_factory=list)
 
+    def keep(self, one: "Reading", kept: Kept, lines: list[Line]) -> None:
+        self.account.repairs.update(one.repairs)
+        self.account.keep(one.pairs, kept)
+        self.lines.extend(lines)
+
+    def reject(self, one: "Reading", why: Rejected, path: str, record: files.Record) -> None:
+        self.account.reject(one.pairs, why.reason)
+        about = {"reason": why.reason, "detail": why.detail, "file": path}
+        about |= {"index": record.index, "byte": record.offset}
+        self.rejected.append(rejected_line(about, record.raw, one.found))
+
 
 class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """Shows defaults where there are any, and the command as it can be pasted."""
@@ -57,8 +70,11 @@ class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFo
         return action.help if silent else super()._get_help_string(action)
 
 
-def parser(doc: str, several: bool = False) -> argparse.ArgumentParser:
-    """A parser described by a script's docstring, with the flags that every stage takes."""
+def parser(doc: str, several: bool = False, writes: bool = True) -> argparse.ArgumentParser:
+    """A parser described by a script's docstring, with the flags that every stage takes.
+
+    One that `writes` takes those for its output as well.
+    """
     parser = argparse.ArgumentParser(description=doc, formatter_class=Help)
     add = parser.add_argument
     many = {"nargs": "+"} if several else {}
@@ -71,15 +87,18 @@ def parser(doc: str, several: bool = False) -> argparse.ArgumentParser:
         help="conversations to read: a JSON array or JSON Lines, gzipped or not",
         **many,
     )
-    add(
-        "--out",
-        "--out-file",
-        dest="out",
-        required=True,
-        metavar="FILE",
-        help="file to write: a JSON array with one conversation a line, or JSON Lines for .jsonl",
-    )
-    add("--rejected", metavar="FILE", help="also write what was rejected, with the reason, here")
+    if writes:
+        add(
+            "--out",
+            "--out-file",
+            dest="out",
+            required=True,
+            metavar="FILE",
+            help="file to write: a JSON array with one conversation a line; .jsonl for JSON Lines",
+        )
+        add(
+            "--rejected", metavar="FILE", help="file for what was rejected, with the reason of each"
+        )
     add("--workers", type=positive, default=cores(), help="processes")
     add("--salvage", action="store_true", help="keep what is complete in a damaged file")
     add("--begin", type=natural, default=0, metavar="N", help="skip the first N conversations")
@@ -117,11 +136,13 @@ def run(
 
     `build` is called once in each worker process, so it and what it holds must be picklable. The
     function returns `Kept` or raises `Rejected`. With `arrange`, the conversations are kept on
-    disk until all were read; it then decides from their marks where each goes.
+    disk until all were read; it then decides from their fingerprints where each goes.
     """
     began = time.monotonic()
     inputs = args.inputs if isinstance(args.inputs, list) else [args.inputs]
     stop_on_sigterm()
+    if args.rejected:
+        spare(inputs, "--rejected", args.rejected)
     account, damages = Account(), []
     with ExitStack() as stack:
         outputs = stack.enter_context(Outputs())
@@ -129,8 +150,8 @@ def run(
         rejects = outputs.corpus(args.rejected) if args.rejected else None
         sink = Spool(outputs.scratch(args.out)) if arrange else Direct(out, account)
         records = tracked(inputs, args, damages, stack)
-        work = Work(build, arrange and arrange.marker)
-        with closing(mapped(chunked(records, CHUNK_BYTES), work, args.workers)) as results:
+        make = Work(build, arrange and arrange.fingerprinter)
+        with closing(mapped(chunked(records, CHUNK_BYTES), make, args.workers)) as results:
             for result in results:
                 account.add(result.account)
                 for line in result.lines:
@@ -138,13 +159,26 @@ def run(
                 if rejects:
                     for line in result.rejected:
                         rejects.write(line)
+        written = [args.out]
         if arrange:
-            sink.arrange(arrange, args.out, out, rejects, account, outputs)
+            written = sink.arrange(arrange, args.out, out, rejects, account, outputs)
         seconds = time.monotonic() - began
-        write_account(outputs, args, inputs, account, damages, seconds)
+        for path in written:
+            write_account(outputs, path, args, inputs, account, damages, seconds)
+    tell(damages)
+    return account
+
+
+def spare(inputs: list[str], flag: str, path: str) -> None:
+    """Raise `InputError` where the output that `flag` names would replace an input."""
+    if os.path.realpath(path) in map(os.path.realpath, inputs):
+        raise InputError(f"{path}: {flag} would replace this input")
+
+
+def tell(damages: list[str]) -> None:
+    """Say what was cut from damaged files."""
     for damage in damages:
         print(f"salvaged: {damage}", file=sys.stderr)
-    return account
 
 
 def stop_on_sigterm() -> None:
@@ -186,17 +220,22 @@ def chunked(records: Iterable[tuple[str, files.Record]], most: int) -> Iterator[
         yield chunk
 
 
-def mapped(chunks, build: "Work", workers: int) -> Iterator[Result]:
-    """The results of all chunks, in order; the processes are gone when they are all there."""
-    if workers == 1:
-        work = build()
-        yield from (work(chunk, lambda number: None) for chunk in chunks)
+def mapped(chunks: Iterator[list], build: Callable, workers: int) -> Iterator:
+    """What the function that `build` makes gives for each chunk, in order.
+
+    The processes that share the work are gone when all results are there.
+    """
+    first = list(islice(chunks, WORTH_PROCESSES))
+    chunks = chain(first, chunks)
+    if workers == 1 or len(first) < WORTH_PROCESSES:
+        function = build()
+        yield from (function(chunk, lambda number: None) for chunk in chunks)
         return
     with Pool(build, workers) as pool:
         yield from named_deaths(pool.map(chunks))
 
 
-def named_deaths(results: Iterator[Result]) -> Iterator[Result]:
+def named_deaths(results: Iterator) -> Iterator:
     """`results`; the death of a worker names the conversation that it was at."""
     try:
         yield from results
@@ -213,28 +252,32 @@ class Work:
     """Makes the function that a worker applies to chunks."""
 
     build: Callable[[], Process]
-    marker: Callable[[], Mark] | None
+    fingerprinter: Callable[[], Fingerprinter] | None
 
     def __call__(self) -> Callable[[list, Callable[[int], None]], Result]:
-        return partial(work, self.build(), self.marker and self.marker())
+        return partial(work, self.build(), self.fingerprinter and self.fingerprinter())
 
 
-def work(process: Process, mark: Mark | None, chunk: list, at: Callable[[int], None]) -> Result:
+def work(
+    process: Process,
+    fingerprint_of: Fingerprinter | None,
+    chunk: list,
+    at: Callable[[int], None],
+) -> Result:
     """What `process` makes of a chunk of records; `at` is told which is under way."""
     result = Result()
     for number, (path, record) in enumerate(chunk):
         at(number)
         one = reading(record)
-        book(result, one, one.rejected or outcome_of(process, one.conversation), mark, path, record)
+        result.account.formats[one.format] += one.format != ""
+        try:
+            kept = processed(process, one)
+            lines = [as_line(made, fingerprint_of) for made in kept.conversations]
+        except Rejected as rejected:
+            result.reject(one, rejected, path, record)
+        else:
+            result.keep(one, kept, lines)
     return result
-
-
-def outcome_of(process: Process, conversation: Conversation) -> Kept | Rejected:
-    """What `process` makes of a sound conversation."""
-    try:
-        return process(conversation)
-    except Rejected as rejected:
-        return rejected
 
 
 @dataclass
@@ -247,6 +290,10 @@ class Reading:
     format: str = ""
     rejected: Rejected | None = None
 
+    @property
+    def pairs(self) -> int:
+        return count_pairs(self.conversation["conversations"]) if self.conversation else 0
+
 
 def reading(record: files.Record) -> Reading:
     """Parse and check one record."""
@@ -254,55 +301,42 @@ def reading(record: files.Record) -> Reading:
     try:
         one.found, lenient = parsed(record.raw)
         one.conversation, one.repairs, one.format = formats.read(one.found)
-        one.repairs["lenient JSON"] += lenient
+        one.repairs["lenient JSON"] += lenient or record.lenient
     except Rejected as rejected:
         one.rejected = rejected
     return one
 
 
-def book(result: Result, one: Reading, outcome: Kept | Rejected, mark, path, record) -> None:
-    """Put down on `result` what became of a record."""
-    account = result.account
-    account.read += 1
-    account.formats[one.format] += one.format != ""
-    pairs = count_pairs(one.conversation["conversations"]) if one.conversation else 0
-    try:
-        if isinstance(outcome, Rejected):
-            raise outcome
-        lines = [as_line(made, mark) for made in outcome.conversations]
-    except Rejected as rejected:
-        account.reject(pairs, rejected.reason)
-        about = {"reason": rejected.reason, "detail": rejected.detail, "file": path}
-        about |= {"index": record.index, "byte": record.offset}
-        result.rejected.append(rejected_line(about, record.raw, one.found))
-        return
-    account.repairs.update(one.repairs)
-    account.keep(pairs, outcome)
-    result.lines.extend(lines)
+def processed(process: Process, one: Reading) -> Kept:
+    """What `process` makes of what was read. Raises `Rejected`, also where that is unsound."""
+    if one.rejected:
+        raise one.rejected
+    return process(one.conversation)
 
 
 def parsed(raw: bytes) -> tuple[Any, bool]:
-    """`files.parse` whose failure is a rejection."""
+    """`parse` whose failure is a rejection."""
     try:
-        return files.parse(raw)
+        return parse(raw)
     except ValueError as error:
         raise Rejected("not JSON", str(error)) from None
 
 
-def as_line(conversation: Conversation, mark: Mark | None) -> Line:
+def as_line(conversation: Conversation, fingerprint_of: Fingerprinter | None) -> Line:
     """`conversation` as JSON, with the id apart since it may have to be made distinct."""
     turns = conversation["conversations"]
     body = {key: value for key, value in conversation.items() if key != "id"}
     try:
-        text = files.dump(body)
+        text = dump(body)
     except ValueError as error:
         raise Rejected("not JSON", str(error)) from None
-    return Line(conversation["id"], b"," + text[1:], count_pairs(turns), mark and mark(turns))
+    fingerprint = fingerprint_of and fingerprint_of(turns)
+    return Line(conversation["id"], b"," + text[1:], count_pairs(turns), fingerprint)
 
 
 def rejected_line(about: dict, raw: bytes, found: Any) -> bytes:
     """A line of the `--rejected` file: what was read, as JSON where it is any."""
     try:
-        return files.dump({**about, "conversation": found})
+        return dump({**about, "conversation": found})
     except ValueError:
-        return files.dump({**about, "text": raw.decode(errors="replace")})
+        return dump({**about, "text": raw.decode(errors="replace")})

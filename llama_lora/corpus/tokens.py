@@ -53,10 +53,10 @@ class Ruler:
         self.lengths = Lengths(lambda word: len(self.encode("a" + word)) - alone)
         self.by_words = not any(
             token.lstrip or token.rstrip or token.single_word for token in added
-        ) and any(self.can_cut(over, word) for over, word in CUTS)
+        ) and any(self.choose_word(over, word) for over, word in CUTS)
 
-    def can_cut(self, over: re.Pattern, word: str) -> bool:
-        """Whether texts can be measured by such words; if so they will be."""
+    def choose_word(self, over: re.Pattern, word: str) -> bool:
+        """Measure texts by words that match `word` from now on; whether that is exact."""
         self.first_word = re.compile(f"(?:{self.added.pattern})?{word}")
         self.word = re.compile(word)
         if any(map(over.search, vocabulary(self.tokenizer))):

@@ -57,19 +57,11 @@ def visit(path: str, found: list[Step], seen: set[str]) -> None:
         return
     seen.add(os.path.realpath(path))
     account = read_account(account_path)
+    folder = os.path.dirname(path)
     for source in account["inputs"]:
-        visit(beside(path, source), found, seen)
-    found.append(Step(path, account, examples(beside(path, account.get("rejected_file")))))
-
-
-def beside(path: str, name: str | None) -> str:
-    """Where the file that an account beside `path` calls `name` lies: there, or next to `path`.
-
-    Names in accounts are relative to the folder that the stage ran in, which may be another.
-    """
-    if not name or os.path.exists(name):
-        return name or ""
-    return os.path.join(os.path.dirname(path), os.path.basename(name))
+        visit(os.path.join(folder, source), found, seen)
+    rejected = account.get("rejected_file")
+    found.append(Step(path, account, examples(os.path.join(folder, rejected)) if rejected else {}))
 
 
 NUMBERS = "read", "kept", "written", "pairs_read", "pairs_kept", "seconds"

@@ -19,6 +19,7 @@ from typing import BinaryIO
 import jinja2
 import numpy as np
 
+from llama_lora.corpus import stage
 from llama_lora.corpus.atomic import replacing
 from llama_lora.corpus.values import dump
 from llama_lora.report import charts, flow
@@ -53,6 +54,7 @@ def opened(args: argparse.Namespace, stack: ExitStack) -> Callable[[Survey], Non
     What could be wrong with that file, and with the accounts of the stages before, is found now
     and not after the survey.
     """
+    stage.spare([args.inputs], "--html", args.html)
     file = stack.enter_context(replacing(args.html))
     return partial(write, file, args, flow.steps(args.inputs))
 

@@ -1,42 +1,43 @@
 """The survey of a corpus file: what is in it, how long it is, and what training makes of it."""
 
 import argparse
-import sys
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from collections.abc import Callable
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import chain, islice
 
 import numpy as np
 
 from llama_lora.corpus import stage
+from llama_lora.corpus.account import accumulate
 from llama_lora.corpus.conversation import (
     GPT,
     HUMAN,
     Conversation,
     Rejected,
     count_pairs,
-    marks_of,
+    piece_keys_of,
     put_in_order,
 )
 from llama_lora.corpus.dedupe import digests_of, exact_duplicates
 from llama_lora.corpus.language import language_of
-from llama_lora.corpus.output import short
-from llama_lora.corpus.pool import Pool
-from llama_lora.corpus.shelf import Marks, Shelf
+from llama_lora.corpus.output import id_hash
+from llama_lora.corpus.shelf import Fingerprint, Shelf
 from llama_lora.model.template import IGNORE, Template, load_tokenizer
 from llama_lora.train.bins import best_fit_decreasing
 from llama_lora.train.examples import Audit
-
-WORTH_PROCESSES = 16  # chunks, which are some megabytes
 
 
 def lengths() -> array:
     """An empty array of lengths: 4 bytes each, so that a million weigh nothing."""
     return array("I")
+
+
+def id_hashes() -> array:
+    """An empty array of what `id_hash` gives."""
+    return array("Q")
 
 
 @dataclass
@@ -66,7 +67,7 @@ class Survey:
     tokens: array = field(default_factory=lengths)
     trained: array = field(default_factory=lengths)
     labelled: array = field(default_factory=lengths)
-    ids: array = field(default_factory=lambda: array("Q"))
+    ids: array = field(default_factory=id_hashes)
     shelf: Shelf = field(default_factory=Shelf)
     damages: list[str] = field(default_factory=list)
 
@@ -77,16 +78,7 @@ class Survey:
 
     def add(self, other: "Survey") -> None:
         """Take in what was found in the records that follow."""
-        for name, value in vars(other).items():
-            if isinstance(value, Counter):
-                getattr(self, name).update(value)
-            elif isinstance(value, Audit):
-                for count, number in vars(value).items():
-                    setattr(self.audit, count, getattr(self.audit, count) + number)
-            elif isinstance(value, Shelf):
-                self.shelf.extend(value)
-            else:
-                setattr(self, name, getattr(self, name) + value)
+        accumulate(self, other)
 
     def describe(self, one: stage.Reading) -> None:
         """Put down what can be seen in a conversation without a tokenizer."""
@@ -101,8 +93,8 @@ class Survey:
         self.turns.append(len(turns))
         self.questions.extend(len(turn["value"]) for turn in turns if turn["from"] == HUMAN)
         self.answers.extend(len(turn["value"]) for turn in turns if turn["from"] == GPT)
-        self.ids.append(short(conversation["id"]))
-        self.shelf.add(Marks(digests_of(turns)))
+        self.ids.append(id_hash(conversation["id"]))
+        self.shelf.add(Fingerprint(digests_of(turns)))
 
     def measure(self, labels: list[int], max_length: int) -> None:
         """Put down what training reads and learns of a conversation, as its loader does."""
@@ -113,9 +105,13 @@ class Survey:
             self.labelled.append(int(np.count_nonzero(labels[:max_length] != IGNORE)))
 
     def count_duplicates(self) -> None:
-        """Book the conversations that cleaning would drop as duplicates, and ids given twice."""
+        """Book the conversations that cleaning would drop as duplicates, and ids given twice.
+
+        What tells them is let go: it is most of what a survey holds.
+        """
         self.duplicates.update(gone.reason for gone in exact_duplicates(self.shelf).values())
         self.duplicates["equal ids"] = len(self.ids) - len(set(self.ids))
+        self.shelf, self.ids = Shelf(), id_hashes()
 
     def packs(self, max_length: int) -> int:
         """Rows of `max_length` tokens in an epoch."""
@@ -160,33 +156,19 @@ def renderer(model: str | None, template: str) -> Template | None:
 def as_trained(conversation: Conversation) -> Conversation:
     """The turns that training reads. Raises `Rejected` where it would refuse the file."""
     turns = put_in_order(conversation["conversations"], Counter())
-    return {**conversation, "conversations": turns, **marks_of(conversation, turns)}
+    return {**conversation, "conversations": turns, **piece_keys_of(conversation, turns)}
 
 
 def take(args: argparse.Namespace) -> Survey:
     """Survey the file `args.inputs`."""
-    survey = Survey()
+    survey, damages = Survey(), []
     build = partial(Surveyor, args.model, args.template, args.max_length)
     with ExitStack() as stack:
-        records = stage.tracked([args.inputs], args, survey.damages, stack)
-        for found in mapped(records, build, args, stack):
+        records = stage.tracked([args.inputs], args, damages, stack)
+        chunks = stage.chunked(records, stage.CHUNK_BYTES)
+        for found in stack.enter_context(closing(stage.mapped(chunks, build, args.workers))):
             survey.add(found)
-    for damage in survey.damages:
-        print(f"salvaged: {damage}", file=sys.stderr)
+    survey.damages = damages
+    stage.tell(damages)
     survey.count_duplicates()
     return survey
-
-
-def mapped(records: Iterator, build: Callable, args: argparse.Namespace, stack: ExitStack):
-    """What the function that `build` makes gives for each chunk of the records, in order.
-
-    `args.workers` processes share the work; of a small file their start would cost more than they
-    save.
-    """
-    chunks = stage.chunked(records, stage.CHUNK_BYTES)
-    first = list(islice(chunks, WORTH_PROCESSES))
-    chunks = chain(first, chunks)
-    if args.workers == 1 or len(first) < WORTH_PROCESSES:
-        function = build()
-        return (function(chunk, lambda number: None) for chunk in chunks)
-    return stage.named_deaths(stack.enter_context(Pool(build, args.workers)).map(chunks))

@@ -117,4 +117,9 @@ def mark(kind: str, text: str, colour: bool) -> str:
 
 def visible(text: str) -> str:
     """`text` in which what would steer the terminal is shown instead, escapes above all."""
-    return CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
+    return CONTROL.sub(lambda found: escape(ord(found[0])), text)
+
+
+def escape(code: int) -> str:
+    """How a character is written in a string literal."""
+    return f"\\u{code:04x}" if code > 0xFF else f"\\x{code:02x}"

@@ -5,17 +5,17 @@ import random
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import groupby
 
 from llama_lora.cli import InputError
-from llama_lora.corpus import stage
+from llama_lora.corpus import files, stage
 from llama_lora.corpus.conversation import GPT, Conversation, Rejected, Turn, put_in_order
 from llama_lora.corpus.language import language_of
 from llama_lora.model.template import IGNORE, Template
-from llama_lora.report.survey import as_trained, mapped, renderer
+from llama_lora.report.survey import as_trained, renderer
 
 # Of a segment: read as context, learned, put there by the template, cut off by the window.
 PLAIN, TRAINED, FRAME, BEYOND = "plain", "trained", "frame", "beyond"
@@ -178,36 +178,48 @@ def segments(text: str, kinds: bytearray, start: int, end: int) -> list[Segment]
 
 
 def find(args: argparse.Namespace, wanted: str) -> View:
-    """The conversation numbered `wanted` in the file, from 0, or the first with that id."""
-    number = int(wanted) if wanted.isdecimal() else None
-    found = None
-    with ExitStack() as stack:
-        for _, record in stage.tracked([args.inputs], args, [], stack):
-            numbered = record.index == number
-            if found and not numbered:
-                continue
-            one = stage.reading(record)
-            if numbered and one.rejected:
-                reason = ": ".join(filter(None, one.rejected.args))
-                where = f"conversation {number} (byte {record.offset})"
-                raise InputError(f"{args.inputs}: {where}: {reason}")
-            if numbered or (not one.rejected and one.conversation["id"] == wanted):
-                found = record.index, one.conversation
-            if numbered or (found and number is None):
-                break
+    """The conversation numbered `wanted` in the file, from 0, or else the first with that id."""
+    found, damages = None, []
+    if wanted.isdecimal():
+        found, damages = first(args, lambda record: record.index == int(wanted))
     if not found:
-        raise InputError(f"{args.inputs}: no conversation of it is {wanted!r}, by number or id")
-    index, conversation = found
-    return view(conversation, index, renderer(args.model, args.template), args.max_length)
+        found, damages = first(args, lambda record: id_of(record) == wanted)
+    stage.tell(damages)
+    if not found:
+        raise InputError(f"{args.inputs}: no conversation has the number or id {wanted!r}")
+    one = stage.reading(found)
+    if one.rejected:
+        reason = ": ".join(filter(None, one.rejected.args))
+        where = f"conversation {found.index} (byte {found.offset})"
+        raise InputError(f"{args.inputs}: {where}: {reason}")
+    template = renderer(args.model, args.template)
+    return view(one.conversation, found.index, template, args.max_length)
+
+
+def first(
+    args: argparse.Namespace, is_wanted: Callable[[files.Record], bool]
+) -> tuple[files.Record | None, list[str]]:
+    """The first record that is wanted, and what was found damaged on the way."""
+    damages: list[str] = []
+    with ExitStack() as stack:
+        records = stage.tracked([args.inputs], args, damages, stack)
+        return next((record for _, record in records if is_wanted(record)), None), damages
+
+
+def id_of(record: files.Record) -> str | None:
+    """The id of a conversation; None where the record is none."""
+    one = stage.reading(record)
+    return None if one.rejected else one.conversation["id"]
 
 
 def sample(args: argparse.Namespace, chosen: set[int]) -> Iterator[View]:
     """Views of the conversations whose index is `chosen`, in the order of the file."""
+    build = partial(Viewer, args.model, args.template, args.max_length)
     with ExitStack() as stack:
         records = stage.tracked([args.inputs], args, [], stack)
         those = (one for one in records if one[1].index in chosen)
-        build = partial(Viewer, args.model, args.template, args.max_length)
-        for views in mapped(those, build, args, stack):
+        chunks = stage.chunked(those, stage.CHUNK_BYTES)
+        for views in stack.enter_context(closing(stage.mapped(chunks, build, args.workers))):
             yield from views
 
 
