@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from llama_lora.corpus.clean import Cleaner, blocked_phrases
 from llama_lora.corpus.conversation import Rejected, count_pairs
 from llama_lora.corpus.dedupe import fingerprinter, groups, near_duplicates
+from llama_lora.corpus.ids import Numbers
 from llama_lora.corpus.near import PERMUTATIONS, Alike, Signer
 from llama_lora.corpus.shelf import Shelf
 
@@ -116,6 +117,14 @@ def test_a_system_turn_in_common_makes_nothing_alike():
     one = conversation("a", "How high is Mont Blanc?", "4,806 metres.", system=system)
     other = conversation("b", "Who wrote Emma?", "Jane Austen did.", system=system)
     assert similarity(one["conversations"], other["conversations"]) < 0.2
+
+
+@given(st.lists(st.integers(0, 2**64 - 1) | st.integers(0, 40), max_size=60))
+def test_a_set_of_numbers_is_a_set(numbers):
+    found, expected = Numbers(), set()
+    for number in [*numbers, *range(1500)]:  # more than it begins with room for
+        assert found.add(number) == ((number or 1) not in expected)
+        expected.add(number or 1)
 
 
 # ------------------------------------------------------------------ cleaning

@@ -4,12 +4,12 @@ import os
 from array import array
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from hashlib import blake2b
 from typing import BinaryIO, Protocol
 
 from llama_lora.corpus.account import Account
 from llama_lora.corpus.atomic import Outputs, Writer
 from llama_lora.corpus.conversation import Turn
+from llama_lora.corpus.ids import Ids
 from llama_lora.corpus.shelf import Fingerprint, Shelf
 from llama_lora.corpus.values import dump, parse
 
@@ -57,38 +57,6 @@ class Arrange(Protocol):
     def fingerprinter(self) -> Callable[[list[Turn]], Fingerprint]: ...
 
     def __call__(self, shelf: Shelf) -> Arrangement: ...
-
-
-class Ids:
-    """Makes ids distinct: the second `a` becomes `a-2`.
-
-    Of each only 8 bytes are held, for there is one in memory for every conversation of a corpus.
-    That two ids share those would do no more than to make one of them `a-2` as well.
-    """
-
-    def __init__(self):
-        self.used: set[int] = set()
-        self.numbers: dict[str, int] = {}  # the last one given to an id that came again
-
-    def distinct(self, name: str) -> str:
-        if self.is_new(name):
-            return name
-        number = self.numbers.get(name, 1) + 1
-        while not self.is_new(new := f"{name}-{number}"):
-            number += 1
-        self.numbers[name] = number
-        return new
-
-    def is_new(self, name: str) -> bool:
-        """Whether `name` was not used before; it is from now on."""
-        before = len(self.used)
-        self.used.add(id_hash(name))
-        return len(self.used) > before
-
-
-def id_hash(name: str) -> int:
-    """8 bytes that stand for an id."""
-    return int.from_bytes(blake2b(name.encode(), digest_size=8).digest())
 
 
 class Direct:

@@ -22,8 +22,8 @@ from llama_lora.corpus.conversation import (
     put_in_order,
 )
 from llama_lora.corpus.dedupe import digests_of, exact_duplicates
+from llama_lora.corpus.ids import id_hash
 from llama_lora.corpus.language import language_of
-from llama_lora.corpus.output import id_hash
 from llama_lora.corpus.shelf import Fingerprint, Shelf
 from llama_lora.model.template import IGNORE, Template, load_tokenizer
 from llama_lora.train.bins import best_fit_decreasing
