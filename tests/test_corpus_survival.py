@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -57,6 +58,8 @@ def start(stage, source, target, *flags, **options) -> subprocess.Popen:
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        # What runs in the background of a script ignores Ctrl-C, and its children with it.
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
         **options,
     )
 
@@ -98,9 +101,10 @@ def under_way(tmp_path, stage="merge"):
 
 
 def feed(pipe: int) -> None:
-    """Give a run more to read until it ends."""
+    """Give a run more to read until it ends, within a minute."""
+    deadline = time.monotonic() + 60
     with suppress(BrokenPipeError):
-        while True:
+        while time.monotonic() < deadline:
             os.write(pipe, b"," + MANY)
     os.close(pipe)
 
