@@ -1,5 +1,6 @@
 """What the recipes that this project is compared with log: the lines of its trainer_log.jsonl."""
 
+import argparse
 import json
 import resource
 import time
@@ -9,6 +10,22 @@ import torch
 from transformers import TrainerCallback
 
 IGNORE = -100
+PRECISIONS = ("8bit", "4bit", "none")
+
+
+def parser(doc: str) -> argparse.ArgumentParser:
+    """The flags that every recipe takes."""
+    parser = argparse.ArgumentParser(
+        description=doc.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    add = parser.add_argument
+    add("--base", type=Path, required=True, help="base model folder")
+    add("--data", type=Path, required=True, help="corpus file, split")
+    add("--out", type=Path, required=True, help="folder for the adapter and the log")
+    add("--steps", type=int, required=True, help="steps, which the learning rate's schedule fits")
+    add("--max-minutes", type=float, help="end before this many minutes of training")
+    add("--quantization", choices=PRECISIONS, default="8bit", help="precision of the base")
+    return parser
 
 
 class RecipeLog(TrainerCallback):

@@ -19,25 +19,16 @@ import json
 from pathlib import Path
 from types import SimpleNamespace
 
+import recipe_log
 import torch
 from recipe_log import IGNORE, RecipeLog
 
-PRECISIONS = ("8bit", "4bit", "none")
-
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = recipe_log.parser(__doc__)
     add = parser.add_argument
-    add("--base", type=Path, required=True, help="base model folder")
-    add("--data", type=Path, required=True, help="corpus file, split")
-    add("--out", type=Path, required=True, help="folder for the adapter and the log")
     add("--max-length", type=int, default=512, help="tokens that every conversation is padded to")
     add("--batch", type=int, default=14, help="conversations of a step")
-    add("--steps", type=int, required=True, help="steps, which the learning rate's schedule fits")
-    add("--max-minutes", type=float, help="end before this many minutes of training")
-    add("--quantization", choices=PRECISIONS, default="8bit", help="precision of the base")
     add("--gradient-checkpointing", action="store_true", help="recompute in the backward pass")
     return parser.parse_args()
 

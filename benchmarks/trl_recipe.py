@@ -13,8 +13,9 @@ import argparse
 import json
 from pathlib import Path
 
+import recipe_log
 from recipe_log import RecipeLog
-from reference_recipe import PRECISIONS, load_base, precision
+from reference_recipe import load_base, precision
 
 AS_IN_DOCS = {
     "learning_rate": 2e-4,
@@ -25,16 +26,8 @@ AS_IN_DOCS = {
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = recipe_log.parser(__doc__)
     add = parser.add_argument
-    add("--base", type=Path, required=True, help="base model folder")
-    add("--data", type=Path, required=True, help="corpus file, split")
-    add("--out", type=Path, required=True, help="folder for the adapter and the log")
-    add("--steps", type=int, required=True, help="steps, which the learning rate's schedule fits")
-    add("--max-minutes", type=float, help="end before this many minutes of training")
-    add("--quantization", choices=PRECISIONS, default="8bit", help="precision of the base")
     add("--as-in-docs", action="store_true", help="the settings of the LoRA command in its docs")
     return parser.parse_args()
 
