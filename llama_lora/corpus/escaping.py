@@ -114,10 +114,9 @@ def resolve_block(block: str, ticks: Collection[int] = (), starts: bool = True) 
     kept = STAND_IN.sub(lambda match: BEHIND[match[0]], block)
     plain = kept.replace(MARK, "$").replace(MARK_END, "$")  # code and formulas are punctuation
     hidden = {match.start() for match in STAND_IN.finditer(block)}
-    escaped = {*markup_characters(block, plain), *code_ticks(block, plain, ticks)}
-    if starts:
-        escaped.update(line_starts(block, plain))
+    escaped = {*markup_characters(block, plain), *(line_starts(block, plain) if starts else ())}
     escaped &= hidden
+    escaped.update(hidden.intersection(code_ticks(block, plain, ticks, escaped)))
     escaped |= delimiters(plain, hidden, escaped)
     pieces, last = [], 0
     for at in sorted(escaped):
@@ -169,15 +168,20 @@ def link_ends(plain: str) -> Iterator[int]:
                 yield match.start()
 
 
-def code_ticks(block: str, plain: str, ticks: Collection[int]) -> Iterator[int]:
-    """Where backticks would begin code: as many of them come later, or they touch code."""
+def code_ticks(
+    block: str, plain: str, ticks: Collection[int], escaped: Collection[int]
+) -> Iterator[int]:
+    """Where backticks would begin code: as many of them come later, or they touch code.
+
+    Of a run whose first one is in `escaped`, to begin no fence, the rest is looked at.
+    """
     if "`" not in plain:
         return
     last_mark = block.rfind(MARK) if ticks else -1
     later: set[int] = set()  # lengths of the runs after the one looked at; \\ does not end code
     for run in reversed(list(re.finditer("`+", plain))):
         start, end = run.span()
-        at = start
+        at = start + (start in escaped)
         if ticks and block[start - 1 : start] == MARK_END:
             at += 1
         touches = last_mark == end
