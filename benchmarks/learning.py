@@ -6,9 +6,12 @@ python3 benchmarks/learning.py --minutes 20 --write
 Each contender trains with its own defaults, from the same base in the same precision, on the same
 conversations. A probe of a few steps first measures its pace, so that its learning rate's schedule
 ends with the time. Then each adapter is measured in the same way on conversations that no one saw.
+What was trained with the same flags before is not trained again, so that a run that was cut off
+goes on; `--again` starts over.
 """
 
 import argparse
+import json
 import sys
 from pathlib import Path
 
@@ -25,13 +28,14 @@ def parse_args() -> argparse.Namespace:
     add("--contenders", nargs="+", choices=CONTENDERS, default=DEFAULTS, help="who trains")
     add("--length", type=int, default=512, help="tokens of a piece, at most")
     add("--held-out", type=int, default=100, help="pieces to measure on, no more than there are")
+    add("--again", action="store_true", help="train also who has been trained with these flags")
     add("--probe-steps", type=int, default=3, help="steps whose pace sets the number of steps")
     return parser.parse_args()
 
 
 def main(args: argparse.Namespace) -> None:
     data, held_out = prepare(args)
-    trainings = {name: train(name, data, args) for name in args.contenders}
+    trainings = {name: trained(name, data, args) for name in args.contenders}
     before, after = measure(held_out, trainings, args)
     results = [row(name, trainings[name], before, after[name]) for name in trainings]
     text = [EXPLANATION.format(args=args, held_out=len(held_out)), runs.table(results)]
@@ -102,6 +106,20 @@ NAMES = {
     "trl": "TRL's SFTTrainer, its and peft's defaults",
     "trl-docs": "TRL's SFTTrainer, the LoRA command in its docs",
 }
+
+
+def trained(name: str, data: Path, args: argparse.Namespace) -> runs.Run:
+    """A contender's training, of an earlier run of this benchmark with the same flags or anew."""
+    record = args.cache / f"learning-{name}" / "benchmark.json"
+    flags = {key: str(getattr(args, key)) for key in ("minutes", "length", "precision", "base")}
+    if record.exists() and not args.again:
+        kept = json.loads(record.read_text())
+        if kept["flags"] == flags:
+            print(f"{name}: trained before", file=sys.stderr)
+            return runs.Run(kept["entries"], kept["output"], kept["seconds"])
+    training = train(name, data, args)
+    record.write_text(json.dumps({"flags": flags, **vars(training)}))  # last: all is there
+    return training
 
 
 def train(name: str, data: Path, args: argparse.Namespace) -> runs.Run:

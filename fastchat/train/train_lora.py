@@ -39,21 +39,26 @@ def main(model_args, data_args, lora_args, args):
     from llama_lora.train.trainer import LoraTrainer, quieten
 
     quieten(args)
-    checkpoint = find_checkpoint(args)
+    checkpoint = None if args.dry_run else find_checkpoint(args)
     quantization = settle_precision(model_args, args)
     template = load_template(model_args)
     settings = check_settings(data_args, lora_args, args, template, checkpoint)
     training, held_out = load_data(data_args, args, template)
+    forecast = look_ahead(model_args, lora_args, args, quantization, training)
+    if args.dry_run:
+        return
     model = load_model(model_args, lora_args, args, quantization)
     args.eval_on_start = held_out is not None and checkpoint is None
-    trainer = LoraTrainer(model, args, template, training, held_out, settings)
+    trainer = LoraTrainer(
+        model, args, template, training, held_out, settings, forecast.parts, forecast.part_tokens
+    )
     start_clean(args, checkpoint)
     trainer.train(resume_from_checkpoint=checkpoint)
     if trainer.stop.reason:
         tell_how_to_resume(args, trainer)
         return
     trainer.finish()
-    save(trainer, template, quantization)
+    save(trainer, template, quantization, forecast, data_args)
 
 
 def find_checkpoint(args):
@@ -93,9 +98,11 @@ def check_settings(data_args, lora_args, args, template, checkpoint):
 def settle_precision(model_args, args):
     """The precision of the base on this device, told with its reason."""
     from llama_lora.model.hardware import resolve_quantization
+    from llama_lora.train.forecast import cards_named
 
-    quantization, reason = resolve_quantization(model_args.quantization)
-    tell(args, *args.notes, reason)
+    card, _ = cards_named(args.plan_for) if args.plan_for else (None, 1)
+    quantization, reason = resolve_quantization(model_args.quantization, card)
+    tell(args, *([] if card else args.notes), reason)
     return quantization
 
 
@@ -153,6 +160,19 @@ def load_data(data_args, args, template):
         return training, None
     tell(args, f"{len(held_out):,} examples held out")
     return training, MicroBatches(held_out, length, args.per_device_eval_batch_size, packing, seed)
+
+
+def look_ahead(model_args, lora_args, args, quantization, training):
+    """Tell what the training takes before anything is loaded; raises where it cannot fit."""
+    from llama_lora.model.shape import shape_of
+    from llama_lora.train import forecast
+
+    shape = shape_of(model_args.model_name_or_path)
+    found = forecast.of(shape, quantization, lora_args, args, training)
+    tell(args, found.table() if args.dry_run else found.line())
+    if not args.dry_run and not args.ignore_memory_plan:
+        found.check()
+    return found
 
 
 def load_model(model_args, lora_args, args, quantization):
@@ -213,12 +233,17 @@ def tell_how_to_resume(args, trainer):
     )
 
 
-def save(trainer, template, quantization):
+def save(trainer, template, quantization, forecast, data_args):
     """Save the adapter, verify it, and leave an account of the run."""
     from llama_lora.model import adapter
     from llama_lora.train import checkpoints
 
-    args, summary = trainer.args, trainer.summary(quantization)
+    args = trainer.args
+    summary = {
+        **trainer.summary(quantization),
+        "planned": forecast.summary(),
+        "settings": settings_told(data_args, args),
+    }
     folder = Path(args.output_dir)
     if args.should_save:
         with checkpoints.writing(folder):
@@ -226,6 +251,15 @@ def save(trainer, template, quantization):
             trainer.state.save_to_json(str(folder / "trainer_state.json"))
             (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     tell(args, f"the adapter is complete and verified: {args.output_dir}")
+
+
+def settings_told(data_args, args):
+    """Flags by name, of which the adapter's evaluation needs those of the data."""
+    told = (
+        (data_args, ["data_path", "eval_data_path", "eval_ratio", "model_max_length"]),
+        (args, ["learning_rate", "num_train_epochs", "gradient_accumulation_steps", "seed"]),
+    )
+    return {name: getattr(part, name) for part, names in told for name in names}
 
 
 def tell(args, *lines):

@@ -1,30 +1,31 @@
-"""What a card can do: capability → base precision and compute dtype, with the reason in words."""
+"""What the present device, or a card of the table, can do: base precision and compute dtype."""
 
 import os
 
 from llama_lora.cli import InputError
-
-INT8_CAPABILITY = (7, 5)  # bitsandbytes' int8 kernels since 0.45; NF4 runs from 6.0 on
-BF16_CAPABILITY = (8, 0)  # torch.cuda.is_bf16_supported() also says True for slow emulation
+from llama_lora.model.cards import CARDS, CPU, Card, like
 
 QUANTIZATIONS = ("auto", "8bit", "4bit", "none")
 
 
-def capability() -> tuple[int, int] | None:
-    """Compute capability of the current CUDA device, or None on CPU."""
+def present() -> Card:
+    """The current device: its CUDA card, with the memory that CUDA reports, or the CPU."""
     import torch
 
-    return torch.cuda.get_device_capability() if torch.cuda.is_available() else None
+    if not torch.cuda.is_available():
+        return CARDS[CPU]
+    found = torch.cuda.get_device_properties()
+    return like(found.name, (found.major, found.minor), found.total_memory)
+
+
+def capability() -> tuple[int, int] | None:
+    """Compute capability of the current CUDA device, or None on CPU."""
+    return present().capability
 
 
 def device_name() -> str:
     """The name by which people know the device, with its capability."""
-    import torch
-
-    if not torch.cuda.is_available():
-        return "CPU"
-    major, minor = torch.cuda.get_device_capability()
-    return f"{torch.cuda.get_device_name()} (compute capability {major}.{minor})"
+    return present().shown
 
 
 def cores() -> int:
@@ -32,17 +33,17 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
-def compute_dtype():
-    """The fastest dtype this device trains and answers in: bf16, fp16, or fp32 on plain CPUs.
+def compute_dtype(card: Card | None = None):
+    """The fastest dtype that `card` (default: the device here) trains and answers in.
 
-    bf16 products on a CPU without AVX512-BF16 or AMX run on one scalar loop, hundreds of times
-    slower than fp32.
+    bf16, fp16, or fp32 on plain CPUs: bf16 products on a CPU without AVX512-BF16 or AMX run on one
+    scalar loop, hundreds of times slower than fp32.
     """
     import torch
 
-    found = capability()
-    if found is not None:
-        return torch.bfloat16 if found >= BF16_CAPABILITY else torch.float16
+    card = card or present()
+    if card.capability is not None:
+        return getattr(torch, card.dtype)
     fast_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return torch.bfloat16 if fast_bf16 else torch.float32
 
@@ -52,21 +53,20 @@ def dtype_name(dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def resolve_quantization(wanted: str) -> tuple[str, str]:
-    """The base precision to load and the reason.
+def resolve_quantization(wanted: str, card: Card | None = None) -> tuple[str, str]:
+    """The base precision to load on `card` (default: the device here), and the reason.
 
     Raises:
         InputError: 8 bits asked for on a card whose int8 kernels do not exist.
     """
-    found = capability()
-    int8_runs = found is None or found >= INT8_CAPABILITY
+    card = card or present()
     if wanted == "auto":
-        if int8_runs:
-            return "8bit", f"8-bit base: int8 runs on {device_name()}"
-        return "4bit", f"4-bit base: int8 kernels need compute capability 7.5, {device_name()}"
-    if wanted == "8bit" and not int8_runs:
+        if card.runs_int8:
+            return "8bit", f"8-bit base: int8 runs on {card.shown}"
+        return "4bit", f"4-bit base: int8 kernels need compute capability 7.5, {card.shown}"
+    if wanted == "8bit" and not card.runs_int8:
         raise InputError(
             f"--quantization 8bit: bitsandbytes' int8 kernels need compute capability 7.5 or "
-            f"higher, found {device_name()}; use --quantization 4bit"
+            f"higher, found {card.shown}; use --quantization 4bit"
         )
     return wanted, f"{wanted} base, as asked for" if wanted != "none" else "unquantized base"

@@ -98,8 +98,12 @@ class TrainingArguments(transformers.TrainingArguments):
     warmup_ratio: float = field(
         default=0.03, metadata={"help": "Share of all steps in which the learning rate rises."}
     )
-    per_device_train_batch_size: int = field(
-        default=4, metadata={"help": "A micro-batch on a card, in units of --model_max_length."}
+    per_device_train_batch_size: str = field(
+        default="4",
+        metadata={
+            "help": "A micro-batch on a card, in units of --model_max_length; auto: 4, computed in "
+            "as many parts as the card's memory asks for."
+        },
     )
     per_device_eval_batch_size: int = field(
         default=4, metadata={"help": "The same, when the held-out loss is measured."}
@@ -129,7 +133,41 @@ class TrainingArguments(transformers.TrainingArguments):
         metadata={"help": "Save and end before this many hours since the start are over."},
     )
 
+    dry_run: bool = field(
+        default=False,
+        metadata={"help": "Only say how much memory and time it will take; load no weights."},
+    )
+    plan_for: str | None = field(
+        default=None,
+        metadata={
+            "help": "With --dry_run: a card that is not here: T4, 2xT4, P100, … or a size, 16GiB."
+        },
+    )
+    ignore_memory_plan: bool = field(
+        default=False, metadata={"help": "Start although the memory plan says it cannot fit."}
+    )
+    offload_activations: str = field(
+        default="auto",
+        metadata={
+            "choices": ["True", "False", "auto"],
+            "help": "Keep what layers recompute from in the host's memory; auto: if the card's is "
+            "too small for it.",
+        },
+    )
+    mlp_tiles: str = field(
+        default="auto",
+        metadata={
+            "help": "Pieces of a micro-batch that the MLPs of recomputed layers take one by one; "
+            "auto: of 4096 tokens."
+        },
+    )
+
     def __post_init__(self):
+        self.in_parts = self.per_device_train_batch_size == "auto"
+        self.per_device_train_batch_size = rows(self.per_device_train_batch_size)
+        if self.in_parts:  # one micro-batch a step, in parts that are added up
+            self.per_device_train_batch_size *= self.gradient_accumulation_steps
+            self.gradient_accumulation_steps = 1
         if self.evaluation_strategy is not None:
             self.eval_strategy = IntervalStrategy(self.evaluation_strategy)
         if self.warmup_ratio and not self.warmup_steps:
@@ -170,6 +208,15 @@ class TrainingArguments(transformers.TrainingArguments):
         return [f"{names[asked]} True: not on {device_name()}; training in {used} instead"]
 
 
+def rows(text: str) -> int:
+    """`--per_device_train_batch_size` as a number."""
+    default = TrainingArguments.__dataclass_fields__["per_device_train_batch_size"].default
+    number = default if text == "auto" else str(text)
+    if not number.isdecimal() or int(number) < 1:
+        raise ValueError(f"--per_device_train_batch_size {text}: expected auto or a number from 1")
+    return int(number)
+
+
 def fitting_learning_rate(hidden_size: int) -> float:
     """A learning rate for LoRA on a Llama base (Schulman et al., LoRA Without Regret, 2025).
 
@@ -194,6 +241,14 @@ def check(model, data, lora, training) -> None:
         "--early_stopping_patience: needs --eval_strategy steps or epoch": (
             training.early_stopping_patience is None
             or training.eval_strategy != IntervalStrategy.NO
+        ),
+        "--plan_for: needs --dry_run True": training.dry_run or training.plan_for is None,
+        f"--mlp_tiles {training.mlp_tiles}: expected auto or a number from 1": (
+            training.mlp_tiles == "auto"
+            or (training.mlp_tiles.isdecimal() and int(training.mlp_tiles) >= 1)
+        ),
+        "--offload_activations True: needs --gradient_checkpointing True or auto": (
+            training.offload_activations != "True" or training.recompute != "False"
         ),
         "several processes: need --deepspeed ./deepspeed-config.json": (
             training.world_size == 1 or training.deepspeed is not None

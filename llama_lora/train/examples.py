@@ -16,6 +16,7 @@ from llama_lora.model.template import IGNORE, VICUNA_V1_1, Template
 from llama_lora.train import cache
 
 BATCH_BYTES = 1 << 20  # of conversations tokenized in one call: enough to keep all cores busy
+READ_AT_ONCE = 4096  # examples
 MOST_CUT = 0.05  # of the answer tokens, beyond which truncation has to be asked for
 
 
@@ -58,6 +59,13 @@ class Examples:
         ids, labelled = (part.values.to_numpy(zero_copy_only=False) for part in (ids, labelled))
         labels = np.where(labelled, ids, np.int32(IGNORE))
         return Example(id.as_py(), source.as_py(), ids, labels)
+
+    def labelled(self) -> int:
+        """Tokens to learn, over all examples; they are read."""
+        import pyarrow.compute as compute
+
+        tables = self.rows.select_columns("labelled").iter(READ_AT_ONCE)
+        return sum(compute.sum(compute.list_flatten(t["labelled"])).as_py() for t in tables)
 
     def select(self, indices: list[int]) -> "Examples":
         """Those at `indices`; no token is copied."""

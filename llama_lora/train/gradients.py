@@ -36,8 +36,8 @@ def split(batch: dict, parts: int) -> list[dict]:
 class Gradients:
     """Computes the gradients of all trainable parameters, in the parts that fit into memory."""
 
-    def __init__(self, parameters: list[torch.nn.Parameter], tell):
-        self.parameters, self.tell, self.parts = parameters, tell, 1
+    def __init__(self, parameters: list[torch.nn.Parameter], tell, parts: int = 1):
+        self.parameters, self.tell, self.parts = parameters, tell, parts
 
     def compute(self, loss_of, batch: dict, scale: float) -> tuple[torch.Tensor, list]:
         """The loss of `batch` and the fp32 gradients of all parameters.

@@ -74,6 +74,11 @@ class MicroBatches(torch.utils.data.Dataset):
         return [self.examples[i] for i in self.members[index]]
 
     @property
+    def fullest(self) -> int:
+        """Tokens of the largest micro-batch of this epoch."""
+        return max(int(self.lengths[members].sum()) for members in self.members if members)
+
+    @property
     def fill(self) -> float:
         """Share of the micro-batches' room that holds tokens; the rest costs nothing."""
         used = sum(members != [] for members in self.members)

@@ -8,41 +8,118 @@ import weakref
 
 import psutil
 import torch
+from bitsandbytes.nn import Linear8bitLt
 from torch import is_tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from llama_lora.cli import InputError
+from llama_lora.train import tiles
+from llama_lora.train.offload import Offload
+
 PROBE_TOKENS = 256
 SHARE = 0.85  # of the free memory; the rest is for the kernels' workspaces and fragmentation
+TILE = 4096  # tokens that keep any card busy
 
 
-def set_up(model, wanted: str, tokens: int) -> str:
+def set_up(model, wanted: str, tokens: int, offload: str = "auto", mlp_tiles: str = "auto") -> str:
     """Turn checkpointing on for the layers that need it, and say for how many.
 
     Args:
         wanted: "True" for all layers, "False" for none, "auto" for as few as memory allows.
         tokens: the most that a micro-batch holds.
+        offload: whether what checkpointed layers keep waits in the host's memory; "auto": if they
+            all are and it does not fit otherwise.
+        mlp_tiles: in how many pieces the MLPs of checkpointed layers take that many tokens; "auto":
+            pieces of `TILE`.
+
+    Raises:
+        InputError: offloading is asked for, and the host has too little memory.
     """
     layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
-    count = {"True": len(layers), "False": 0}.get(wanted)
-    if count is None:
-        count = _needed(model, layers, tokens)
-    if count:
+    forget_inputs(model)
+    needed = _needed(model, layers, tokens) if "auto" in (wanted, offload) else 0
+    few = len(layers) if offload == "True" else min(needed, len(layers))
+    count = {"True": len(layers), "False": 0}.get(wanted, few)
+    crowded = count == len(layers) and needed > count
+    offloaded = None
+    if model.device.type == "cuda" and count and {"auto": crowded}.get(offload, offload == "True"):
+        offloaded = _offload(model, count * tokens, required=offload == "True")
+    tile = TILE if mlp_tiles == "auto" else -(-tokens // int(mlp_tiles))
+    checkpoint(model, layers[:count], offloaded)
+    tiled = tiles.set_up(model, layers[:count], tile) and tile < tokens
+    said = f"gradient checkpointing in {count} of {len(layers)} layers"
+    if offloaded:
+        said += ", their inputs in the host's memory meanwhile"
+    if tiled:
+        said += f", their MLPs in tiles of {tile:,} tokens"
+    return said
+
+
+def _offload(model, vectors: int, required: bool) -> Offload | None:
+    """With room for so many hidden states in the host's memory; None if it has none."""
+    size, room = vectors * model.config.hidden_size * model.dtype.itemsize, host_memory()
+    if size <= SHARE * room:
+        return Offload(model.device)
+    if required:
+        raise InputError(
+            f"--offload_activations True: needs {size / 2**30:.1f} GiB of the host's memory, "
+            f"{room / 2**30:.1f} GiB are free; use a shorter --model_max_length"
+        )
+    return None
+
+
+def checkpoint(model, chosen: list, offload: Offload | None = None) -> None:
+    """Let the `chosen` layers of `model` recompute, from inputs kept on the host if so wanted."""
+    if chosen:
         # Reentrant checkpointing needs inputs that require gradients, which a frozen base lacks.
         model.activation_checkpointing_enable({"use_reentrant": False})
-    for number, layer in enumerate(layers):
-        layer.gradient_checkpointing = number < count
-    return f"gradient checkpointing in {count} of {len(layers)} layers"
+    for layer in model.modules():
+        if isinstance(layer, GradientCheckpointingLayer):
+            layer.gradient_checkpointing = layer in chosen
+    if offload:
+        for layer in chosen:
+            layer._gradient_checkpointing_func = _within(
+                offload, layer._gradient_checkpointing_func
+            )
+
+
+def _within(offload: Offload, checkpoint):
+    def checkpoint_and_offload(function, *args):
+        with offload:
+            return checkpoint(function, *args)
+
+    return checkpoint_and_offload
+
+
+def forget_inputs(model) -> None:
+    """Let int8 layers go of their inputs, which only the gradient of a trained weight would need.
+
+    bitsandbytes holds them by other means than autograd's, so that checkpointing a layer would not
+    free them; at 7B they are almost six times what it keeps.
+    """
+    for module in model.modules():
+        if isinstance(module, Linear8bitLt):
+            module.register_forward_hook(_forget_input)
+
+
+def _forget_input(module, args, output) -> None:
+    if output.grad_fn is not None:
+        output.grad_fn.A = None  # of MatMul8bitFp, on a CPU
+        output.grad_fn.tensors = None, None, None  # of MatMul8bitLt, on a card
 
 
 def _needed(model, layers: list, tokens: int) -> int:
-    """How many layers have to recompute for a micro-batch of `tokens` to fit."""
+    """How many layers have to recompute for a micro-batch of `tokens` to fit.
+
+    More than there are if it does not fit even then.
+    """
     kept = activation_bytes(model) * tokens  # by all layers, if none recomputes
     per_layer = kept / len(layers)
     inputs = tokens * model.config.hidden_size * model.dtype.itemsize
     free = free_memory() * SHARE - inputs * len(layers) - 2 * per_layer
-    return len(layers) - max(0, min(len(layers), int(free // per_layer)))
+    return len(layers) - max(-1, min(len(layers), int(free // per_layer)))
 
 
 def activation_bytes(model) -> float:
@@ -58,14 +135,14 @@ def activation_bytes(model) -> float:
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of what is computed under it and still held, on any device.
+    """Counts the bytes of what is computed under it and still held, on any device; and their peak.
 
     Hooks on saved tensors would miss what quantized layers keep by their own means.
     """
 
     def __init__(self):
         super().__init__()
-        self.bytes, self.known = 0, set()
+        self.bytes, self.peak, self.known = 0, 0, set()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         given = {
@@ -83,6 +160,7 @@ class LiveBytes(TorchDispatchMode):
         size = storage.nbytes()
         self.known.add(where)
         self.bytes += size
+        self.peak = max(self.peak, self.bytes)
         weakref.finalize(storage, self._release, where, size)
 
     def _release(self, where: int, size: int) -> None:
@@ -95,4 +173,9 @@ def free_memory() -> int:
     if torch.cuda.is_available():
         idle = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
         return torch.cuda.mem_get_info()[0] + idle
+    return host_memory()
+
+
+def host_memory() -> int:
+    """Bytes that can still be allocated on the host."""
     return psutil.virtual_memory().available

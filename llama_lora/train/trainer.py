@@ -31,8 +31,14 @@ class LoraTrainer(transformers.Trainer):
         training: MicroBatches,
         held_out: MicroBatches | None,
         settings: dict,
+        parts: int,
+        part_tokens: int,
     ):
-        """`settings` are kept in each checkpoint, see `checkpoints.check_settings`."""
+        """
+        Args:
+            settings: kept in each checkpoint, see `checkpoints.check_settings`.
+            parts: in which a micro-batch is computed from the start, of at most `part_tokens`.
+        """
         super().__init__(
             model=model,
             args=args,
@@ -44,14 +50,14 @@ class LoraTrainer(transformers.Trainer):
         # Older ones go when the new one is complete, not before.
         self.checkpoints_kept, args.save_total_limit = args.save_total_limit, None
         parameters = [parameter for _, parameter in trainable(model)]
-        self.gradients = Gradients(parameters, self.tell)
+        self.gradients = Gradients(parameters, self.tell, parts)
         self.settings = settings
         self.totals, self.best = Totals(), Best(args.early_stopping_patience)
         self.stop = Stop(args.max_hours, self._any)
         self.remove_callback(PrinterCallback)
         for callback in (
             self.totals,
-            Preparation(training.capacity),
+            Preparation(part_tokens),
             LogLine(self.totals),
             LogFile(self.totals),
             self.best,
@@ -204,7 +210,8 @@ class LoraTrainer(transformers.Trainer):
         self.accelerator.wait_for_everyone()
         if self.best.step not in (0, step):
             self.best.restore(self.args, self.model)
-            self.tell(f"the best adapter is that of step {self.best.step}; it is the one saved")
+            if self.is_world_process_zero():
+                self.tell(f"the best adapter is that of step {self.best.step}; it is the one saved")
 
     def summary(self, quantization: str) -> dict:
         """What the run came to, over all processes and resumes."""
@@ -238,7 +245,13 @@ class Preparation(TrainerCallback):
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         check_isolation(model)
         loss.check(model.get_base_model())
-        said = recompute.set_up(model.get_base_model(), args.recompute, self.tokens)
+        said = recompute.set_up(
+            model.get_base_model(),
+            args.recompute,
+            self.tokens,
+            args.offload_activations,
+            args.mlp_tiles,
+        )
         if state.is_world_process_zero:
             print(said, flush=True)
 

@@ -1,0 +1,73 @@
+"""Try out what training needs on this machine, and tell how to get what is missing.
+
+python3 fastchat/train/check_machine.py
+python3 fastchat/train/check_machine.py --cards     # the table of docs/cards.md
+"""
+
+import argparse
+import logging
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0],
+        epilog="Exits 0 where training can run, 1 where it cannot.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument(
+        "--folder", type=Path, default=Path("."), help="where runs are to be kept: its disk counts"
+    )
+    parser.add_argument(
+        "--cards", action="store_true", help="print the table of known cards as Markdown, and end"
+    )
+    args = parser.parse_args()
+    if not args.folder.is_dir():
+        parser.error(f"argument --folder: no such folder: {args.folder}")
+    return args
+
+
+def main(args: argparse.Namespace) -> int:
+    sys.path.insert(0, str(ROOT))  # it also runs where this project is not installed yet
+    from llama_lora.model.cards import markdown_table
+    from llama_lora.train.machine import examine
+
+    if args.cards:
+        print(markdown_table())
+        return 0
+    logging.disable(logging.WARNING)  # the findings tell what the libraries would warn of
+    findings = []
+    for finding in examine(ROOT / "requirements.txt", args.folder):
+        findings.append(finding)
+        mark = "ok" if finding.ok else "FAIL" if finding.stops else "--"
+        print(f"{mark:4} {finding.what:11} {finding.found}", flush=True)
+    tell_remedies(findings)
+    return tell_verdict(findings)
+
+
+def tell_remedies(findings) -> None:
+    """One line for each thing that a command can mend."""
+    remedies = [finding for finding in findings if finding.remedy]
+    if remedies:
+        print("\nTo get what is missing:")
+    for finding in remedies:
+        print(f"  {finding.what}: {finding.remedy}")
+
+
+def tell_verdict(findings) -> int:
+    """The last line, and the exit code."""
+    if stopped := [finding.what for finding in findings if finding.stops]:
+        print(f"\nTraining cannot run here yet: {', '.join(stopped)}")
+        return 1
+    from llama_lora.model.hardware import compute_dtype, dtype_name, resolve_quantization
+
+    quantization, _ = resolve_quantization("auto")
+    print(f"\nTraining can run here: {quantization} base, {dtype_name(compute_dtype())}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(parse_args()))

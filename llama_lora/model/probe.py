@@ -1,0 +1,144 @@
+"""Small computations that show whether training's kernels run on a device, and run right."""
+
+import warnings
+from collections import OrderedDict
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
+
+# The largest error, relative to fp32, by precision of the base and by dtype.
+TOLERANCES = {"8bit": 0.02, "4bit": 0.1, "none": 0.02}
+ATTENTION_ERROR = 0.02
+STEP_ERROR = 0.05
+
+ATTENTION_KERNELS = {
+    "FlashAttention": SDPBackend.FLASH_ATTENTION,
+    "cuDNN": SDPBackend.CUDNN_ATTENTION,
+    "memory-efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "plain": SDPBackend.MATH,
+}
+
+WIDTH, TOKENS, RANK = 256, 128, 8
+
+
+class Wrong(Exception):
+    """A computation ran, and its result is not what fp32 gives."""
+
+
+def base_error(quantization: str, dtype: torch.dtype, device: str) -> float:
+    """Train one linear layer with LoRA for one step; how far it is from fp32 on the CPU.
+
+    Args:
+        quantization: of the frozen weights: "8bit", "4bit" or "none" (`dtype`), as `load_base` has.
+        dtype: that the layer computes in.
+
+    Returns:
+        The largest relative error of the output and of the gradients of input, A and B.
+
+    Raises:
+        Wrong: that is beyond `TOLERANCES`, or a gradient is zero or not finite.
+        RuntimeError: no kernel for this on the device.
+    """
+    expected = _step(_adapted("none", torch.float32, "cpu"), torch.float32, "cpu")
+    found = _step(_adapted(quantization, dtype, device), dtype, device)
+    return _largest_error(found, expected, TOLERANCES[quantization])
+
+
+def attention_error(kernel: str, dtype: torch.dtype, device: str) -> float:
+    """Causal attention forward and backward by one of `ATTENTION_KERNELS`, as `base_error`."""
+    expected = _attend(SDPBackend.MATH, torch.float32, "cpu")
+    found = _attend(ATTENTION_KERNELS[kernel], dtype, device)
+    return _largest_error(found, expected, ATTENTION_ERROR)
+
+
+def optimizer_error(device: str) -> float:
+    """Take a few steps of AdamW with states of 8 bits; how far they lead from fp32's on the CPU."""
+    from bitsandbytes.optim import AdamW8bit, PagedAdamW8bit
+
+    kind = AdamW8bit if device == "cpu" else PagedAdamW8bit  # pages are CUDA's
+    expected = _moved(torch.optim.AdamW, "cpu")
+    return _largest_error([_moved(kind, device)], [expected], STEP_ERROR)
+
+
+def _adapted(quantization: str, dtype: torch.dtype, device: str) -> torch.nn.Module:
+    """A linear layer with LoRA matrices, the same ones each time but for the base's precision."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator) / shape[-1] ** 0.5
+
+    linear = _linear(quantization, dtype)
+    linear.load_state_dict({"weight": normal(WIDTH, WIDTH).to(dtype)})
+    model = torch.nn.Sequential(OrderedDict(linear=linear)).to(device)
+    model.is_loaded_in_8bit = quantization == "8bit"  # by which peft knows
+    model.is_loaded_in_4bit = quantization == "4bit"
+    config = LoraConfig(r=RANK, lora_alpha=RANK, lora_dropout=0.0, target_modules=["linear"])
+    inject_adapter_in_model(config, model)
+    for matrix in _matrices(model):
+        matrix.data = normal(*matrix.shape).to(device)
+    return model
+
+
+def _linear(quantization: str, dtype: torch.dtype) -> torch.nn.Linear:
+    import bitsandbytes as bnb
+
+    if quantization == "8bit":
+        return bnb.nn.Linear8bitLt(WIDTH, WIDTH, bias=False, has_fp16_weights=False, threshold=6.0)
+    if quantization == "4bit":
+        kind = {"quant_type": "nf4", "compress_statistics": True}
+        return bnb.nn.Linear4bit(WIDTH, WIDTH, bias=False, compute_dtype=dtype, **kind)
+    return torch.nn.Linear(WIDTH, WIDTH, bias=False, dtype=dtype)
+
+
+def _step(model: torch.nn.Module, dtype: torch.dtype, device: str) -> list[torch.Tensor]:
+    """The output, and the gradients of the input and of A and B."""
+    inputs = _input(1, TOKENS, WIDTH).to(device).requires_grad_()
+    mixed = dtype != torch.float32
+    with torch.autocast(device.partition(":")[0], dtype if mixed else None, enabled=mixed):
+        output = model(inputs)
+    output.float().square().mean().backward()
+    return [output.detach(), inputs.grad, *(matrix.grad for matrix in _matrices(model))]
+
+
+def _matrices(model: torch.nn.Module) -> list[torch.nn.Parameter]:
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def _moved(optimizer, device: str) -> torch.Tensor:
+    """By what four steps move a matrix, each with another gradient."""
+    matrix = torch.nn.Parameter(torch.zeros(RANK, 16 * WIDTH, device=device))
+    stepping = optimizer([matrix], lr=0.01)
+    for gradient in _input(4, *matrix.shape):
+        matrix.grad = gradient.to(device)
+        stepping.step()
+    return matrix.detach()
+
+
+def _attend(backend: SDPBackend, dtype: torch.dtype, device: str) -> list[torch.Tensor]:
+    """The output, and the gradients of queries, keys and values."""
+    parts = _input(3, 1, 4, TOKENS, 64).to(device, dtype).unbind()
+    parts = [part.requires_grad_() for part in parts]
+    with sdpa_kernel(backend), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # one for each reason why a kernel is not for this device
+        output = scaled_dot_product_attention(*parts, is_causal=True)
+    output.float().square().mean().backward()
+    return [output.detach(), *(part.grad for part in parts)]
+
+
+def _input(*shape: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(1))
+
+
+def _largest_error(found, expected, tolerance: float) -> float:
+    errors = []
+    for value, reference in zip(found, expected, strict=True):
+        value = value.float().cpu()
+        if not value.isfinite().all() or not value.any():
+            raise Wrong("a result is zero or not finite")
+        errors.append(((value - reference).norm() / reference.norm()).item())
+    if max(errors) > tolerance:
+        raise Wrong(f"{max(errors):.1%} from fp32, expected at most {tolerance:.0%}")
+    return max(errors)

@@ -1,0 +1,95 @@
+"""What a base model consists of, from its config alone: no weights are read, none are allocated."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from llama_lora.cli import InputError
+from llama_lora.model.base import check_folder
+
+NF4_BYTES = 1 / 2 + (1 + 4 / 256) / 64  # blocks of 64 share a scale, 256 scales share another
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A Llama-architecture base: its linear layers and the number of all its other weights.
+
+    `linears` are those of one decoder layer, each name with its outputs and inputs.
+    """
+
+    config: object  # of transformers
+    linears: dict[str, tuple[int, int]]
+    layers: int
+    other: int  # weights that stay in the compute dtype: embeddings, head, norms, biases
+    head: int  # weights of the output layer, shared with the embeddings or not
+
+    @property
+    def linear(self) -> int:
+        """Weights of all decoder layers' linear layers: those that are quantized."""
+        return self.layers * sum(math.prod(size) for size in self.linears.values())
+
+    @property
+    def parameters(self) -> int:
+        return self.linear + self.other
+
+    def weight_bytes(self, quantization: str, itemsize: int) -> float:
+        """Bytes of the loaded weights; `itemsize` of an unquantized one."""
+        outputs = self.layers * sum(size[0] for size in self.linears.values())
+        linear = {
+            "8bit": self.linear + 4 * outputs,  # each row has a scale in fp32
+            "4bit": self.linear * NF4_BYTES,
+            "none": self.linear * itemsize,
+        }
+        return linear[quantization] + self.other * itemsize
+
+    def targets(self, names: list[str]) -> dict[str, tuple[int, int]]:
+        """The linear layers of a decoder layer that `--lora_target_modules` names.
+
+        Raises:
+            InputError: a name that is none of them.
+        """
+        if names == ["all-linear"]:
+            return self.linears
+        if unknown := [name for name in names if name not in self.linears]:
+            raise InputError(
+                f"--lora_target_modules {unknown[0]}: no such linear layer; expected all-linear or "
+                f"some of {', '.join(self.linears)}"
+            )
+        return {name: self.linears[name] for name in names}
+
+    def lora_parameters(self, targets: dict[str, tuple[int, int]], r: int, dora: bool) -> int:
+        """Trainable parameters: A and B of each target, and DoRA's norm of each output."""
+        one_layer = sum(r * (out + into) + dora * out for out, into in targets.values())
+        return self.layers * one_layer
+
+
+def shape_of(folder) -> Shape:
+    """The shape of the base model in `folder`, read from its config.json.
+
+    Raises:
+        InputError: no base model there, or not one of Llama's architecture.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    check_folder(Path(folder))
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        layers, config.num_hidden_layers = config.num_hidden_layers, 1
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+        config.num_hidden_layers = layers
+        layer = model.base_model.layers[0]
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        reason = str(error).split("\n")[0]
+        raise InputError(f"{folder}: not a base of Llama's architecture: {reason}") from error
+    linears = {
+        name.rpartition(".")[2]: tuple(module.weight.shape)
+        for name, module in layer.named_modules()
+        if isinstance(module, torch.nn.Linear)
+    }
+    in_layer = sum(parameter.numel() for parameter in layer.parameters())
+    outside = sum(parameter.numel() for parameter in model.parameters()) - in_layer
+    rest = in_layer - sum(math.prod(size) for size in linears.values())
+    head = model.get_output_embeddings().weight.numel()
+    return Shape(config, linears, layers, outside + layers * rest, head)

@@ -1,0 +1,220 @@
+"""Bytes of activations that LoRA training of a Llama takes, from its config alone.
+
+What transformers, peft and bitsandbytes keep for the backward pass and hold besides was read in
+their sources; tests hold it against what torch really holds. All figures are per token of a
+micro-batch; what does not grow with its tokens has functions of its own.
+"""
+
+from dataclasses import dataclass
+
+FP32 = 4
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+MLP = ("gate_proj", "up_proj", "down_proj")
+IDS = 3 * 8  # ids, labels and positions
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One decoder layer in training.
+
+    Attributes:
+        query, key: numbers of all its heads' queries, and of its keys or values.
+        targets: names of the linear layers with LoRA matrices.
+        quantization: of the frozen weights: "8bit", "4bit" or "none".
+        size: bytes of a number of the activations: 2 in fp16 and bf16, 4 in fp32.
+        on_card: where a dropout mask takes a byte a number; on a CPU it is a tensor like others.
+    """
+
+    hidden: int
+    intermediate: int
+    heads: int
+    query: int
+    key: int
+    targets: tuple[str, ...]
+    r: int
+    quantization: str
+    size: int
+    dropout: float
+    on_card: bool
+
+    @classmethod
+    def of(cls, config, targets, *others) -> "Layer":
+        """Of a transformers config, or of the dict in a config.json."""
+        values = config if isinstance(config, dict) else config.to_dict()
+        hidden, heads = values["hidden_size"], values["num_attention_heads"]
+        head = values.get("head_dim") or hidden // heads
+        kv_heads = values.get("num_key_value_heads") or heads
+        targets = ATTENTION + MLP if "all-linear" in targets else tuple(targets)
+        sizes = hidden, values["intermediate_size"], heads, heads * head, kv_heads * head
+        return cls(*sizes, targets, *others)
+
+    def width(self, name: str) -> int:
+        """Numbers that a linear layer takes in."""
+        return {"o_proj": self.query, "down_proj": self.intermediate}.get(name, self.hidden)
+
+    # What the backward pass needs.
+
+    def of_lora(self, *names: str) -> int:
+        """Their dropped inputs with their masks, and what A makes of them."""
+        adapted = [name for name in names if name in self.targets]
+        dropped = self.size if self.dropout else 0
+        return sum(
+            dropped * self.width(name) + self.mask(self.width(name)) + self.size * self.r
+            for name in adapted
+        )
+
+    def of_input(self, *names: str) -> int:
+        """The input that linear layers share: without dropout it is what A multiplies."""
+        adapted = any(name in self.targets for name in names)
+        return self.size * self.width(names[0]) if adapted and not self.dropout else 0
+
+    def of_norm(self) -> int:
+        """Its input in fp32, and the reciprocal of the root mean square."""
+        return FP32 * self.hidden + FP32
+
+    def of_attention(self) -> int:
+        """With each head's own queries, keys and values, the result and the softmax's log-sums."""
+        return (
+            self.of_norm()
+            + self.of_input("q_proj", "k_proj", "v_proj")
+            + 4 * self.size * self.query
+            + FP32 * self.heads
+            + self.of_input("o_proj")
+            + self.of_lora(*ATTENTION)
+        )
+
+    def of_mlp(self) -> int:
+        """With what gate and up give and the gate's SiLU."""
+        return (
+            self.of_norm()
+            + self.of_input("gate_proj", "up_proj")
+            + 3 * self.size * self.intermediate
+            + self.of_input("down_proj")
+            + self.of_lora(*MLP)
+        )
+
+    # What there is at most while the layer recomputes and goes backward, beside its input.
+
+    def peak(self, tiles: int) -> float:
+        stream, wide = self.size * self.hidden, self.size * self.intermediate
+        attention = self.of_attention() - self.shared() + stream
+        if tiles > 1:
+            inside = max(self._mlp_moments(self.of_norm() - self.shared(), tiled=True))
+            mlp = 2 * stream + inside / tiles  # its input, and the gradient of that
+            return attention + max(mlp, *self._attention_moments())
+        # What of the last product goes backward before it calls for recomputing the layer.
+        ahead = stream if "down_proj" in self.targets else wide
+        mlp = max(self._mlp_moments(self.of_norm(), tiled=False, ahead=ahead))
+        return attention + max(mlp, *self._attention_moments(ahead))
+
+    def shared(self) -> int:
+        """In fp32 a norm keeps no copy of its input, but that itself."""
+        return self.size * self.hidden if self.size == FP32 else 0
+
+    def _mlp_moments(self, norm: int, tiled: bool, ahead: int = 0) -> list[int]:
+        stream, wide = self.size * self.hidden, self.size * self.intermediate
+        loras = self.of_lora("gate_proj", "up_proj")
+        mask = self.mask(self.intermediate) if "down_proj" in self.targets else 0
+        copies = 2 if self.quantization == "4bit" and "down_proj" in self.targets else 1
+        forward = norm + stream + ahead  # with the norm's output
+        backward = norm + self.of_input("gate_proj", "up_proj")
+        down = stream  # recomputing ends when A's output is there
+        if tiled:
+            backward += stream  # the tile's result
+            down *= 3 if "down_proj" in self.targets else 1
+        else:
+            forward += stream - self.shared()  # the residuals
+        return [
+            forward + self.of_lora("gate_proj") + self._results("gate_proj"),
+            forward + loras + 2 * wide + self._results("up_proj"),
+            forward + loras + 4 * wide + copies * stream,
+            forward + self.of_lora(*MLP) + 4 * wide + down,
+            # Gradients: of what A multiplies, before and after dropout, and of gate and up.
+            backward + self.of_lora(*MLP) + self.of_input("down_proj") + 4 * wide,
+            backward + loras + mask + 5 * wide,
+            backward + loras + 6 * wide,
+            norm - FP32 + stream * tiled + 5 * FP32 * self.hidden,
+        ]
+
+    def _attention_moments(self, ahead: int = 0) -> list[int]:
+        stream, query, key = (self.size * n for n in (self.hidden, self.query, self.key))
+        # Keys and values before they are repeated; inputs that are not kept.
+        shown = ahead + (2 * key if self.key < self.query else 0)
+        shown += 0 if self.of_input("q_proj", "k_proj", "v_proj") else stream
+        shown += 0 if self.of_input("o_proj") else query
+        of_o = self.of_lora("o_proj") + self.of_input("o_proj")
+        return [
+            shown + stream * (3 if "o_proj" in self.targets else 1),
+            # Gradients: of what A multiplies, before and after dropout, of queries, keys, values.
+            query,
+            2 * query - of_o,
+            4 * query - of_o,
+        ]
+
+    def _results(self, name: str) -> int:
+        """Of a product in the MLP: its result, B's, and that scaled."""
+        wide = self.size * self.intermediate
+        if self.quantization == "8bit" and self.on_card:
+            sums = self.hidden + (FP32 + 2) * self.intermediate  # in int32, and in fp16
+        else:
+            sums = 0
+        return max(sums, wide * (3 if name in self.targets else 1))
+
+    def mask(self, width: int) -> int:
+        """Of a dropout."""
+        return width * (1 if self.on_card else self.size) if self.dropout else 0
+
+
+def kept_per_token(
+    config, targets, lora_r, quantization, itemsize, dropout, on_card=True
+) -> int:
+    """Bytes per token that one layer without checkpointing keeps for its backward pass.
+
+    The precision of the frozen weights changes nothing: `recompute.forget_inputs` sees to it that
+    products with int8 weights keep no more than others.
+
+    Args:
+        config: a Llama's, of transformers, or the dict in its config.json.
+        targets: names of the linear layers with LoRA matrices, or ["all-linear"].
+        itemsize: bytes of a number of the activations.
+    """
+    layer = Layer.of(config, targets, lora_r, quantization, itemsize, dropout, on_card)
+    return layer.of_attention() + layer.of_mlp()
+
+
+def layer_peak_per_token(
+    config, targets, lora_r, quantization, itemsize, dropout, on_card=True, mlp_tiles=1
+) -> int:
+    """Bytes per token that one layer takes at most while it recomputes and goes backward.
+
+    With what it then keeps and the gradient of its output, beside `checkpoint_per_token`.
+    """
+    layer = Layer.of(config, targets, lora_r, quantization, itemsize, dropout, on_card)
+    return int(layer.peak(mlp_tiles))
+
+
+def checkpoint_per_token(config, itemsize: int) -> int:
+    """Bytes per token that one layer with checkpointing keeps: its input."""
+    return itemsize * _value(config, "hidden_size")
+
+
+def ends_per_token(config, itemsize: int) -> int:
+    """Bytes per token that are kept outside the layers.
+
+    Rotary angles, the last norm's input in fp32, the gradient of the hidden states that the loss in
+    chunks computes, the ids and labels.
+    """
+    hidden, heads = _value(config, "hidden_size"), _value(config, "num_attention_heads")
+    head = _value(config, "head_dim") or hidden // heads
+    return 2 * itemsize * head + FP32 * hidden + FP32 + itemsize * hidden + IDS
+
+
+def dequantized_bytes(config, quantization: str, itemsize: int) -> int:
+    """Bytes of the largest weight in the compute dtype, made for a product with it; any tokens."""
+    if quantization == "none":
+        return 0
+    return itemsize * _value(config, "hidden_size") * _value(config, "intermediate_size")
+
+
+def _value(config, name: str):
+    return config.get(name) if isinstance(config, dict) else getattr(config, name, None)

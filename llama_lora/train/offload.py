@@ -1,0 +1,134 @@
+"""What checkpointing keeps, each layer's input, in the host's memory until its backward pass.
+
+It leaves the card on a stream of its own while the next layers compute, and comes back one layer
+before it is needed. transformers' `activation_checkpointing_enable(offload=True)`, which is torch's
+`save_on_cpu`, copies on the stream that computes, which waits meanwhile.
+"""
+
+import weakref
+from collections import deque
+
+import torch
+from torch.autograd.graph import saved_tensors_hooks
+
+LEAST = 1 << 20  # bytes; what is smaller stays
+BLOCK = 16 << 20  # bytes of pinned memory
+ON_THE_WAY = 2  # tensors that leave or come back at the same time
+
+
+class Offload(saved_tensors_hooks):
+    """Context in which large contiguous tensors that autograd saves are kept on the host.
+
+    Enter it around the call of a checkpointed layer: of what happens inside, checkpointing's own
+    hooks see to it that only the layer's inputs are saved. On a CPU all is done as on a card, but
+    to no avail.
+    """
+
+    def __init__(self, device: torch.device):
+        super().__init__(self._pack, self._unpack)
+        self.torch_device = torch.get_device_module(device)  # torch.cuda, or torch.cpu
+        self.copying = self.torch_device.Stream()
+        self.host = HostMemory(pinned=device.type == "cuda")
+        self.waiting = weakref.WeakValueDictionary()  # OnHost by number
+        self.on_the_way = deque()  # OnHost whose copy the computing stream did not wait for yet
+        self.count = 0
+
+    @torch.no_grad()
+    def _pack(self, tensor: torch.Tensor):
+        small = tensor.nbytes < LEAST
+        if small or isinstance(tensor, torch.nn.Parameter) or not tensor.is_contiguous():
+            return tensor
+        self._wait_for_all_but(ON_THE_WAY - 1)
+        self.count += 1
+        packed = OnHost(self.count, tensor, self.host)
+        self._copy(packed, packed.copy_out)
+        self.waiting[packed.number] = packed
+        return packed
+
+    @torch.no_grad()
+    def _unpack(self, packed) -> torch.Tensor:
+        if isinstance(packed, torch.Tensor):
+            return packed
+        self._fetch(packed)
+        self._computing().wait_event(packed.copied)
+        self.on_the_way.remove(packed)
+        tensor, packed.on_card = packed.on_card, None
+        if before := self.waiting.get(packed.number - 1):
+            self._fetch(before)
+        return tensor
+
+    def _fetch(self, packed) -> None:
+        """Let it come, unless it has not left yet or is on the way."""
+        if packed.on_card is None:
+            self._wait_for_all_but(ON_THE_WAY - 1)
+            # Allocated for the computing stream, which frees it when it has used it.
+            packed.on_card = torch.empty(packed.shape, dtype=packed.dtype, device=packed.device)
+            self._copy(packed, packed.copy_back)
+
+    def _copy(self, packed, copy) -> None:
+        """Start it once all is computed that is under way now."""
+        self.copying.wait_stream(self._computing())
+        with self.torch_device.stream(self.copying):
+            copy()
+        packed.copied = self.copying.record_event()
+        self.on_the_way.append(packed)
+
+    def _wait_for_all_but(self, most: int) -> None:
+        """Take the oldest off the card; memory that a copy still reads or writes is not freed.
+
+        So does what an aborted backward pass had ordered, when the next pass begins.
+        """
+        while len(self.on_the_way) > most:
+            packed = self.on_the_way.popleft()
+            self._computing().wait_event(packed.copied)
+            packed.on_card = None
+
+    def _computing(self):
+        return self.torch_device.current_stream()
+
+
+class OnHost:
+    """A tensor in the host's memory; `on_card` as long as it is there, too, or comes back."""
+
+    def __init__(self, number: int, tensor: torch.Tensor, host: "HostMemory"):
+        self.number, self.on_card, self.copied = number, tensor, None
+        self.shape, self.dtype, self.device = tensor.shape, tensor.dtype, tensor.device
+        self.blocks = host.take(tensor.nbytes)
+        weakref.finalize(self, host.free.extend, self.blocks)
+
+    def copy_out(self) -> None:
+        for block, piece in self._pieces():
+            block.copy_(piece, non_blocking=True)
+
+    def copy_back(self) -> None:
+        for block, piece in self._pieces():
+            piece.copy_(block, non_blocking=True)
+
+    def _pieces(self):
+        pieces = self.on_card.view(-1).view(torch.uint8).split(BLOCK)
+        return [
+            (block[: len(piece)], piece) for block, piece in zip(self.blocks, pieces, strict=True)
+        ]
+
+
+class HostMemory:
+    """Blocks of one size, used again and again: what one tensor leaves fits any other.
+
+    Pinned memory is slow to get, and torch rounds each piece of it up to a power of two.
+    """
+
+    def __init__(self, pinned: bool):
+        self.pinned, self.free = pinned, []
+
+    def take(self, size: int) -> list[torch.Tensor]:
+        """Blocks with room for `size` bytes; whoever takes them puts them back into `free`.
+
+        All copies are made on one stream, so a block can be written to before what it held before
+        has arrived elsewhere.
+        """
+        count = -(-size // BLOCK)
+        while len(self.free) < count:
+            self.free.append(torch.empty(BLOCK, dtype=torch.uint8, pin_memory=self.pinned))
+        taken = self.free[-count:]
+        del self.free[-count:]
+        return taken
