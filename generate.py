@@ -1,44 +1,57 @@
-"""Chat with a base model and its LoRA adapter, or with the base alone.
+"""Chat with a base model and its LoRA adapters, or with the base alone; answer a file of prompts.
 
-python3 generate.py --base_model ./pyllama_data/output/7B --lora_weights ./output
-python3 generate.py --base_model ./pyllama_data/output/7B --lora_weights ./output \\
-    --prompt "Who are you?" --temperature 0
+python3 generate.py --base_model ./base --lora_weights ./output
+python3 generate.py --base_model ./base --lora_weights ./output --prompt "Who are you?"
+python3 generate.py --base_model ./base --lora_weights ./output \\
+    --prompts_file questions.jsonl --output_file answers.jsonl
+python3 generate.py --base_model ./base --lora_weights ./output --web
 """
 
 import argparse
-import math
 import sys
 import warnings
+from functools import partial
 from pathlib import Path
 
 from llama_lora.cli import one_line_errors
-from llama_lora.model.console import COMMANDS, answer, converse
+from llama_lora.model.console import COMMANDS, Console, show
 from llama_lora.model.hardware import QUANTIZATIONS
+from llama_lora.options import Help, batch_size, between, flag
 
-TEMPLATE_HELP = "auto: the adapter's, else the base's own, else vicuna_v1.1"
+PROMPTS_HELP = (
+    "answer these: conversations that end with a question, FastChat's question files, or objects "
+    'with "prompt", "question" or "text"'
+)
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0],
-        epilog=COMMANDS,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    parser = argparse.ArgumentParser(description=__doc__, epilog=COMMANDS, formatter_class=Help)
     add = parser.add_argument
     add("--base_model", type=Path, required=True, help="Hugging Face model folder")
-    add("--lora_weights", type=Path, help="adapter folder; without it the base answers alone")
-    add("--prompt", help="print the answer to this question, nothing else, and end")
-    add("--system", help="system message; default: the template's own")
-    add("--template", choices=["auto", "vicuna_v1.1", "model"], default="auto", help=TEMPLATE_HELP)
-    precision = parser.add_mutually_exclusive_group()
-    precision.add_argument(
-        "--quantization", choices=QUANTIZATIONS, default="none", help="of the base's weights"
+    help = "adapter folders, FOLDER or NAME=FOLDER; the first is in use; default: the base alone"
+    add("--lora_weights", nargs="+", default=[], metavar="FOLDER", help=help)
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--prompt", help="print the answer to this question, nothing else, and end")
+    what.add_argument("--prompts_file", metavar="FILE", help=PROMPTS_HELP)
+    what.add_argument("--web", action="store_true", help="chat in the browser")
+    add("--output_file", metavar="FILE", help="corpus file for the answers to --prompts_file")
+    help = "prompts answered at a time; default: what memory holds"
+    add("--batch_size", type=batch_size, metavar="auto|N", help=help)
+    add(
+        "--host",
+        default="127.0.0.1",
+        help="for --web to listen on; who reaches it can use the model",
     )
+    add("--port", type=between(1, 65535, int), default=7860, help="port for --web to listen on")
+    add("--system", help="system message; default: the template's own")
+    help = "auto: the adapter's, else the base's own, else vicuna_v1.1"
+    add("--template", choices=["auto", "vicuna_v1.1", "model"], default="auto", help=help)
+    precision = parser.add_mutually_exclusive_group()
+    help = "of the base's weights"
+    precision.add_argument("--quantization", choices=QUANTIZATIONS, default="none", help=help)
     for bits in ("8bit", "4bit"):
-        help = f"same as --quantization {bits}"
-        precision.add_argument(
-            f"--load_{bits}", type=flag, nargs="?", const=True, default=False, help=help
-        )
+        more = {"type": flag, "nargs": "?", "const": True, "default": False}
+        precision.add_argument(f"--load_{bits}", **more, help=f"--quantization {bits}")
     number = between(0, 100)
     add("--temperature", type=number, default=0.7, help="0: always the likeliest token")
     number = between(0, 1, above=True)
@@ -54,53 +67,57 @@ def parse_args() -> argparse.Namespace:
     args = parser.parse_args()
     if args.prompt is not None and not args.prompt.strip():
         parser.error("argument --prompt: expected a question, found nothing")
+    if bool(args.prompts_file) != bool(args.output_file):
+        parser.error("--prompts_file and --output_file: expected both or neither")
+    if args.prompts_file and len(args.lora_weights) > 1:
+        parser.error("argument --lora_weights: expected one adapter with --prompts_file")
     if args.load_8bit or args.load_4bit:
         args.quantization = "8bit" if args.load_8bit else "4bit"
     return args
 
 
-def between(low, high=math.inf, kind=float, above=False):
-    """An argparse type: numbers from `low` (or only above it) to `high`."""
-
-    def parse(text: str):
-        value = kind(text)
-        if not low <= value <= high or above and value == low:
-            limits = f"{'above' if above else 'at least'} {low}"
-            limits += f", at most {high}" if high < math.inf else ""
-            raise argparse.ArgumentTypeError(f"expected a number {limits}, found {text}")
-        return value
-
-    parse.__name__ = kind.__name__  # argparse: "invalid float value"
-    return parse
-
-
-def flag(text: str) -> bool:
-    if text.lower() not in ("true", "false"):
-        raise argparse.ArgumentTypeError(f"expected True or False, found {text!r}")
-    return text.lower() == "true"
-
-
 @one_line_errors
 def main(args: argparse.Namespace) -> None:
+    sys.stdout.reconfigure(errors="replace")
+    if args.prompts_file:
+        from llama_lora.corpus.answers import answer_questions
+
+        print(answer_questions(args, loaded))
+    elif args.web:
+        from llama_lora.model.web import serve
+
+        serve(args, loaded)
+    else:
+        chat(args)
+
+
+def chat(args: argparse.Namespace) -> None:
+    from llama_lora.corpus.answers import save_conversation
+    from llama_lora.model.chat import Chat
+    from llama_lora.model.sampling import Sampling
+
+    adapters = loaded(args)
+    chat = Chat(adapters.model, adapters.first, Sampling.of(args), args.system)
+    if args.prompt is not None:
+        show(chat, chat.stream(args.prompt))
+    else:
+        Console(chat, adapters, partial(save_conversation, mine=set())).run()
+
+
+def loaded(args: argparse.Namespace):
+    """The base and its adapters; what they are goes to stderr."""
     from transformers.utils import logging
 
-    from llama_lora.model.chat import Chat, Sampling, load
+    from llama_lora.model.adapters import load_adapters, named_folders
 
-    sys.stdout.reconfigure(errors="replace")
     warnings.simplefilter("ignore")  # the libraries' are for developers
     logging.set_verbosity_error()
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
-    model, template, summary = load(
-        args.base_model, args.lora_weights, args.quantization, args.template
-    )
+    folders = named_folders(args.lora_weights)
+    adapters, summary = load_adapters(args.base_model, folders, args.quantization, args.template)
     print(summary, file=sys.stderr)
-    sampling = {field: getattr(args, field) for field in Sampling.__dataclass_fields__}
-    chat = Chat(model, template, Sampling(**sampling), args.system)
-    if args.prompt is not None:
-        answer(chat, args.prompt)
-    else:
-        converse(chat)
+    return adapters
 
 
 if __name__ == "__main__":

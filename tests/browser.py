@@ -97,7 +97,10 @@ class Page:
 
 @contextmanager
 def opened(path, profile):
-    """The HTML file at `path` in a browser of its own, whose files lie in the folder `profile`."""
+    """The HTML file at `path`, or what an address gives, in a browser of its own.
+
+    The browser's files lie in the folder `profile`.
+    """
     in_read, in_write = os.pipe()
     out_read, out_write = os.pipe()
     command = f'exec "$@" 3<&{in_read} 4>&{out_write}'
@@ -111,7 +114,7 @@ def opened(path, profile):
     try:
         with os.fdopen(in_write, "wb") as to_browser, os.fdopen(out_read, "rb") as from_browser:
             page = Page(to_browser, from_browser)
-            page.open(path.as_uri())
+            page.open(path if isinstance(path, str) else path.as_uri())
             yield page
     finally:
         browser.kill()

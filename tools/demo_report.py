@@ -1,6 +1,7 @@
 """What `make demo` came to: the run in numbers, and three questions before and after.
 
-python3 tools/demo_report.py --base .demo/base --adapter .demo/adapter --report .demo/report.html
+python3 tools/demo_report.py --base .demo/base --adapter .demo/adapter --report .demo/report.html \\
+    --evaluation .demo/evaluation.html
 """
 
 import argparse
@@ -18,6 +19,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--base", type=Path, required=True, help="base model folder")
     parser.add_argument("--adapter", type=Path, required=True, help="adapter folder")
     parser.add_argument("--report", type=Path, required=True, help="page about the corpus")
+    parser.add_argument("--evaluation", type=Path, required=True, help="page about the adapter")
     return parser.parse_args()
 
 
@@ -35,7 +37,8 @@ def main(args: argparse.Namespace) -> None:
         print(shown("base ", base))
         print(shown("tuned", tuned))
     print(
-        f"\nLook: {args.report} (the corpus), {args.adapter}/loss.png\n"
+        f"\nLook: {args.evaluation} (base and adapter), {args.report} (the corpus), "
+        f"{args.adapter}/loss.png\n"
         "Ask your own:\n"
         f"    .venv/bin/python3 generate.py --base_model {args.base} --lora_weights {args.adapter}"
     )

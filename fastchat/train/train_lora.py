@@ -234,8 +234,9 @@ def tell_how_to_resume(args, trainer):
 
 
 def save(trainer, template, quantization, forecast, data_args):
-    """Save the adapter, verify it, and leave an account of the run."""
-    from llama_lora.model import adapter
+    """Save the adapter, verify it, and leave an account of the run and a model card."""
+    from llama_lora.model import adapter, model_card
+    from llama_lora.report import flow
     from llama_lora.train import checkpoints
 
     args = trainer.args
@@ -243,6 +244,7 @@ def save(trainer, template, quantization, forecast, data_args):
         **trainer.summary(quantization),
         "planned": forecast.summary(),
         "settings": settings_told(data_args, args),
+        "data": [{"file": step.out, **step.account} for step in flow.steps(data_args.data_path)],
     }
     folder = Path(args.output_dir)
     if args.should_save:
@@ -250,6 +252,7 @@ def save(trainer, template, quantization, forecast, data_args):
             adapter.save(trainer.model, template, folder)
             trainer.state.save_to_json(str(folder / "trainer_state.json"))
             (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+            model_card.write(folder)
     tell(args, f"the adapter is complete and verified: {args.output_dir}")
 
 

@@ -23,6 +23,7 @@ UTF8_MARK = b"\xef\xbb\xbf"
 UTF16_MARKS = b"\xff\xfe", b"\xfe\xff"
 GZIP_MARK, GZIP = b"\x1f\x8b", 31  # 31 is zlib's word for it
 RECORD_KEYS = "conversations", "items", "messages", "instruction"  # one of them is in a record
+PROMPT_KEYS = "turns", "prompt", "question", "text"  # or one of these, in a file of prompts
 FIRST_KEY = re.compile(rb'\{\s*"([^"]{1,40})"\s*:')
 
 
@@ -185,7 +186,7 @@ def record_start(first: bytes, other: bytes = b"") -> re.Pattern:
 def may_be_record(line: bytes) -> bool:
     """Whether the only line of a file is a record, or was one before it was damaged."""
     try:
-        return any(key in RECORD_KEYS for key in parse(line)[0])
+        return any(key in RECORD_KEYS + PROMPT_KEYS for key in parse(line)[0])
     except ValueError:
         return True
 

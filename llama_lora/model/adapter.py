@@ -1,10 +1,19 @@
 """Attach, save, verify and load a LoRA adapter (Hu et al. 2021) through peft."""
 
+import functools
+import logging
+import pickle
+import re
 from pathlib import Path
 
 from llama_lora.cli import InputError
 
+CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
+PICKLED = "adapter_model.bin"  # of older tools
+LORA_A = re.compile(r"base_model\.model\.(.+)\.lora_A\.weight")
+
+logger = logging.getLogger(__name__)
 
 
 def attach(model, r: int, alpha: int, dropout: float, target_modules: list[str], **kinds):
@@ -47,16 +56,16 @@ def save(model, template, folder) -> None:
 def verify(folder, model) -> None:
     """Check that the adapter in `folder` is the trained one of `model`, whole and loadable.
 
-    The weights file exists, loads through peft, holds exactly the target modules' matrices, every
-    value finite and equal to the model's, and at least one B matrix has left its initial zero.
+    What `read_weights` checks, and: the file holds exactly the target modules' matrices, every
+    value equal to the model's.
 
     Raises:
         InputError: the first of these that does not hold.
     """
     import torch
-    from peft import PeftConfig, get_peft_model_state_dict
+    from peft import get_peft_model_state_dict
 
-    PeftConfig.from_pretrained(folder)
+    read_config(folder)
     saved, expected = read_weights(folder), get_peft_model_state_dict(model)
     where = Path(folder) / WEIGHTS
     if set(saved) != set(expected):
@@ -66,32 +75,72 @@ def verify(folder, model) -> None:
             f"found {len(saved)}; first difference: {differing[0]}"
         )
     for name, tensor in saved.items():
-        if not torch.isfinite(tensor).all():
-            raise InputError(f"{where}: {name} holds values that are not finite")
         if not torch.equal(tensor, expected[name].detach().to("cpu", tensor.dtype)):
             raise InputError(f"{where}: {name} differs from the trained matrix")
-    if not any(tensor.any() for name, tensor in saved.items() if "lora_B" in name):
-        raise InputError(f"{where}: every B matrix is still zero: the adapter has learned nothing")
+
+
+def read_config(folder):
+    """The peft `LoraConfig` of an adapter folder.
+
+    Raises:
+        InputError: none there, or one of another kind.
+    """
+    from peft import PeftConfig
+
+    path = Path(folder) / CONFIG
+    if not path.is_file():
+        raise InputError(f"{folder}: not an adapter folder: expected {CONFIG} in it")
+    try:
+        config = PeftConfig.from_pretrained(str(folder))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{path}: not an adapter's config: {_first_line(error)}") from error
+    if config.peft_type != "LORA":
+        kind = str(getattr(config.peft_type, "value", config.peft_type))
+        raise InputError(f"{path}: expected a LoRA adapter, found {kind}")
+    return config
 
 
 def read_weights(folder) -> dict:
-    """The tensors of an adapter folder by name, on the CPU.
+    """The tensors of an adapter folder by name, on the CPU; nothing in it is unpickled as code.
 
     Raises:
-        InputError: no adapter there, or an unreadable or empty one.
+        InputError: no adapter there; or one that is unreadable, empty, not finite, or that changes
+            nothing because every B matrix is zero.
     """
-    from peft import load_peft_weights
+    import torch
 
     folder = Path(folder)
-    for name in ("adapter_config.json", WEIGHTS):
-        if not (folder / name).is_file():
-            raise InputError(f"{folder}: not an adapter folder: expected {name} in it")
-    try:
-        weights = load_peft_weights(str(folder), device="cpu")
-    except Exception as error:  # safetensors raises its own kinds for a damaged header or body
-        raise InputError(f"{folder / WEIGHTS}: cannot be read: {error}") from error
+    if not (folder / CONFIG).is_file():
+        raise InputError(f"{folder}: not an adapter folder: expected {CONFIG} in it")
+    path = next((folder / name for name in (WEIGHTS, PICKLED) if (folder / name).is_file()), None)
+    if path is None:
+        raise InputError(f"{folder}: not an adapter folder: expected {WEIGHTS} in it")
+    weights = _read_tensors(path)
     if not weights:
-        raise InputError(f"{folder / WEIGHTS}: holds no tensors")
+        raise InputError(f"{path}: holds no tensors")
+    for name, tensor in weights.items():
+        if not torch.isfinite(tensor).all():
+            raise InputError(f"{path}: {name} holds values that are not finite")
+    if not any(tensor.any() for name, tensor in weights.items() if "lora_B" in name):
+        raise InputError(f"{path}: every B matrix is still zero: the adapter has learned nothing")
+    return weights
+
+
+def _read_tensors(path: Path) -> dict:
+    import torch
+    from peft import load_peft_weights
+
+    try:
+        weights = load_peft_weights(str(path.parent), device="cpu")
+    except pickle.UnpicklingError as error:
+        forbidden = re.search(r"GLOBAL (\S+)", str(error))
+        found = f"the code {forbidden[1]}" if forbidden else "another pickle"
+        raise InputError(f"{path}: not loaded: expected tensors alone, found {found}") from error
+    except Exception as error:  # safetensors raises its own kinds for a damaged header or body
+        raise InputError(f"{path}: cannot be read: {_first_line(error)}") from error
+    tensors = isinstance(weights, dict) and all(map(torch.is_tensor, weights.values()))
+    if not tensors:
+        raise InputError(f"{path}: expected a dictionary of tensors, found something else")
     return weights
 
 
@@ -101,29 +150,123 @@ def load_adapter(model, folder):
     Raises:
         InputError: the folder holds no adapter, or one made for another base.
     """
-    from peft import PeftModel
+    from peft import PeftModel, get_peft_model_state_dict
 
     weights = read_weights(folder)
+    check_fits(folder, weights, model)
     try:
         adapted = PeftModel.from_pretrained(model, folder, is_trainable=False)
     except (RuntimeError, ValueError, KeyError) as error:
-        raise InputError(
-            f"{folder}: this adapter was not made for the base {model.name_or_path}: "
-            f"{_first_line(error)}"
-        ) from error
-    _check_fits(adapted, weights, folder)
+        raise _misfit(folder, model, _first_line(error)) from error
+    if differing := set(weights) ^ set(get_peft_model_state_dict(adapted)):
+        problem = f"{len(differing)} matrices fit no layer of it, first {min(differing)}"
+        raise _misfit(folder, model, problem)
     return adapted.eval()
 
 
-def _check_fits(adapted, weights: dict, folder) -> None:
-    from peft import get_peft_model_state_dict
+def check_fits(folder, weights: dict, model) -> None:
+    """Check that the adapter `weights` of `folder` were made for a base such as `model`.
 
-    missing = set(weights) ^ set(get_peft_model_state_dict(adapted))
-    if missing:
-        raise InputError(
-            f"{folder}: this adapter was not made for this base: "
-            f"{len(missing)} matrices fit no layer of it, first {min(missing)}"
-        )
+    Layers, shapes and vocabulary have to be the same. A base that only has another name is used,
+    after a warning: people move folders.
+
+    Args:
+        model: the base in any precision, or on the meta device, where it takes no memory.
+
+    Raises:
+        InputError: what differs first, as the adapter expects it and as the base has it.
+    """
+    config = read_config(folder)
+    _check_layers(folder, config, weights, model)
+    _check_vocabulary(folder, model)
+    trained_on, base = config.base_model_name_or_path or "", model.name_or_path
+    if trained_on and base and Path(trained_on).name != Path(base).name:
+        _warn_once(f"({folder} was trained on {trained_on}; the base here is {base})")
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    logger.warning(message)
+
+
+def _check_layers(folder, config, weights: dict, model) -> None:
+    import torch
+    from peft.tuners.tuners_utils import check_target_module_exists
+
+    shapes = {
+        name: (module.out_features, module.in_features)
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear)
+    }
+    adapted = _adapted_layers(folder, weights)
+    fitting = {name for name in shapes if check_target_module_exists(config, name)}
+    if set(adapted) != fitting:
+        raise _misfit(folder, model, _difference(adapted, shapes, fitting))
+    for name, (_, expected) in adapted.items():
+        if expected != shapes[name]:
+            found = " × ".join(map(str, shapes[name]))
+            wanted = " × ".join(map(str, expected))
+            raise _misfit(folder, model, f"expected {name} of {wanted}, found {found}")
+
+
+def _adapted_layers(folder, weights: dict) -> dict[str, tuple[int, tuple[int, int]]]:
+    """For each linear layer that the adapter changes: its rank, and the layer's (out, in)."""
+    layers = {}
+    for key, a in weights.items():
+        if not (match := LORA_A.fullmatch(key)):
+            continue
+        b = weights.get(key.replace(".lora_A.", ".lora_B."))
+        if b is None or a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1]:
+            raise InputError(f"{folder}: expected a B matrix that fits {key}, found none")
+        layers[match[1]] = a.shape[0], (b.shape[0], a.shape[1])
+    return layers
+
+
+def _difference(adapted, shapes, fitting) -> str:
+    """Why the layers that an adapter was made for are not those that it would change here."""
+
+    def count(names) -> int:
+        numbers = (re.search(r"\.layers\.(\d+)\.", name) for name in names)
+        return max((int(number[1]) + 1 for number in numbers if number), default=0)
+
+    def kinds(names) -> list[str]:
+        return sorted({name.rpartition(".")[2] for name in names})
+
+    if unknown := sorted(set(kinds(adapted)) - set(kinds(shapes))):
+        return f"expected layers named {', '.join(unknown)}, found {', '.join(kinds(shapes))}"
+    if count(adapted) != count(fitting):
+        return f"expected {count(adapted)} layers, found {count(fitting)}"
+    first = min(set(adapted) ^ fitting)
+    return f"expected {len(adapted)} layers to adapt, found {len(fitting)}, differing in {first}"
+
+
+def _check_vocabulary(folder, model) -> None:
+    """Compare the tokenizer that an adapter brings along with its base's."""
+    from tokenizers import Tokenizer
+
+    own, base = (Path(place) / "tokenizer.json" for place in (folder, model.name_or_path))
+    if not own.is_file():
+        return
+    tokens = Tokenizer.from_file(str(own)).get_vocab(with_added_tokens=True)
+    rows = model.get_input_embeddings().weight.shape[0]
+    if len(tokens) > rows:
+        raise _misfit(folder, model, f"expected a vocabulary of {len(tokens):,}, found {rows:,}")
+    if not base.is_file() or base.read_bytes() == own.read_bytes():
+        return
+    theirs = {
+        id: token
+        for token, id in Tokenizer.from_file(str(base)).get_vocab(with_added_tokens=True).items()
+    }
+    for token, id in sorted(tokens.items(), key=lambda item: item[1]):
+        if theirs.get(id, token) != token:
+            problem = f"expected token {id} to be {token!r}, found {theirs[id]!r}"
+            raise _misfit(folder, model, problem)
+
+
+def _misfit(folder, model, problem: str) -> InputError:
+    return InputError(
+        f"{folder}: this adapter was not made for the base {model.name_or_path}: {problem}"
+    )
 
 
 def _targets(model, wanted: list[str]) -> list[str]:

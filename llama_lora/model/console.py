@@ -1,49 +1,114 @@
 """A chat in the terminal or through a pipe: questions in on stdin, answers out on stdout."""
 
 import contextlib
+import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from llama_lora.cli import InputError
 
-COMMANDS = (
-    "/reset forgets the conversation, /system TEXT changes the system message; an empty line, the "
-    "end of the input or Ctrl-C ends the chat. Of a pipe, every line is a question."
-)
+COMMANDS = """commands in a chat:
+  /reset          forget the conversation
+  /system TEXT    change the system message; without TEXT, to the template's own
+  /regen          answer the last question again
+  /adapter NAME   go on with that adapter, or with the base alone; without NAME, list them
+  /save FILE      save the conversation as a corpus file
+  /help           show this
+
+Of a pipe, every line is a question or a command. In a terminal, an empty line ends the chat;
+Ctrl-C ends an answer or, at the prompt, the chat."""
+
+# Control characters, which would command the terminal, as what stands for them.
+CONTROLS = {code: 0x2400 + code for code in range(32) if chr(code) not in "\t\n"}
+CONTROLS |= {0x7F: 0x2421, **dict.fromkeys(range(0x80, 0xA0), 0xFFFD)}
 
 
-def converse(chat) -> None:
-    """Answer line after line; in a terminal, an answer that fails or is stopped ends alone."""
-    sys.stdin.reconfigure(errors="replace")
-    terminal = sys.stdin.isatty()
-    for line in _read_lines(terminal):
-        command, _, text = line.partition(" ")
-        if command == "/reset":
-            chat.reset()
-        elif command == "/system":
-            chat.system = text.strip() or None
-        else:
+class Console:
+    """A chat that is read from stdin."""
+
+    def __init__(self, chat, adapters, save: Callable[[dict, str], None]):
+        """`adapters` are what `chat` can go on with; `save` writes a conversation to a path."""
+        self._chat, self._adapters, self._save = chat, adapters, save
+        self._adapter = adapters.names[0]
+        self._terminal = sys.stdin.isatty()
+        self._label = "ASSISTANT: " if self._terminal and sys.stdout.isatty() else ""
+        self._commands = {
+            "/reset": self._reset,
+            "/system": self._system,
+            "/regen": self._regenerate,
+            "/adapter": self._change_adapter,
+            "/save": self._save_conversation,
+            "/help": self._help,
+        }
+
+    def run(self) -> None:
+        """Answer line after line; in a terminal, an answer that fails or is stopped ends alone."""
+        sys.stdin.reconfigure(errors="replace")
+        for line in _read_lines(self._terminal):
             try:
-                answer(chat, line, "ASSISTANT: " if terminal and sys.stdout.isatty() else "")
+                self._obey(line)
             except (InputError, KeyboardInterrupt) as error:
-                if not terminal:
+                if not self._terminal:
                     raise
-                print(f"({str(error) or 'stopped'})", file=sys.stderr)
+                tell(str(error) or "stopped")
+
+    def _obey(self, line: str) -> None:
+        command, _, text = line.partition(" ")
+        if command in self._commands:
+            self._commands[command](text.strip())
+        elif re.fullmatch("/[a-z]+", command):
+            raise InputError(f"{command}: no such command; /help shows them")
+        else:
+            show(self._chat, self._chat.stream(line), self._label)
+
+    def _reset(self, _: str) -> None:
+        self._chat.reset()
+        tell("the conversation is forgotten")
+
+    def _system(self, text: str) -> None:
+        self._chat.system = text or None
+        tell("the system message is " + (repr(text) if text else "the template's own"))
+
+    def _regenerate(self, _: str) -> None:
+        show(self._chat, self._chat.regenerate(), self._label)
+
+    def _change_adapter(self, name: str) -> None:
+        if name:
+            self._chat.decoder = self._adapters.decoder(name)
+            self._adapter = name
+        tell(" ".join(f"[{n}]" if n == self._adapter else n for n in self._adapters.names))
+
+    def _save_conversation(self, path: str) -> None:
+        if not path:
+            raise InputError("/save: expected the name of a file")
+        if not self._chat.turns:
+            raise InputError("/save: there is no answer yet")
+        self._save(self._chat.conversation(), path)
+        tell(f"saved {len(self._chat.turns) // 2} questions with their answers to {path}")
+
+    def _help(self, _: str) -> None:
+        print(COMMANDS, file=sys.stderr)
 
 
-def answer(chat, question: str, label: str = "") -> None:
-    """Print the answer as it comes, and a newline."""
+def show(chat, pieces: Iterator[str], label: str = "") -> None:
+    """Print an answer of `chat` as it comes, and a newline."""
     try:
-        with contextlib.closing(chat.stream(question)) as pieces:
+        with contextlib.closing(pieces):
             for piece in pieces:
-                print(label + piece, end="", flush=True)
+                shown = piece.translate(CONTROLS) if sys.stdout.isatty() else piece
+                print(label + shown, end="", flush=True)
                 label = ""
     except KeyboardInterrupt:
         print()
         raise
     print(flush=True)
     if not chat.stopped:
-        print("(cut off: --max_new_tokens or the model's window is used up)", file=sys.stderr)
+        tell("cut off: --max_new_tokens or the model's window is used up")
+
+
+def tell(message: str) -> None:
+    """Say something that is no answer."""
+    print(f"({message})", file=sys.stderr)
 
 
 def _read_lines(terminal: bool) -> Iterator[str]:

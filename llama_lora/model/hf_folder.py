@@ -136,16 +136,16 @@ def write_folder(
         name: math.prod(shape) * dtype.itemsize
         for name, shape in parameter_shapes(checkpoint.config).items()
     }
-    with _building(target, overwrite, sum(sizes.values())) as folder:
+    with building(target, overwrite, sum(sizes.values())) as folder:
         _write_configs(folder, checkpoint, dtype)
         checkpoint.tokenizer.save_pretrained(folder)
-        files = _write_weights(folder, checkpoint, dtype, _plan_shards(sizes, max_shard_size))
+        files = write_weights(folder, checkpoint, dtype, plan_shards(sizes, max_shard_size))
     total = sum(sizes.values())
     return Written(total // dtype.itemsize, total, files, dtype)
 
 
 @contextmanager
-def _building(target: Path, overwrite: bool, size: int) -> Iterator[Path]:
+def building(target: Path, overwrite: bool, size: int) -> Iterator[Path]:
     """Give a folder to fill that becomes `target` on success and vanishes on any failure.
 
     It lies in the nearest folder that exists above `target`, so that a failure leaves no new
@@ -182,7 +182,7 @@ def _move_into_place(partial: Path, target: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _plan_shards(sizes: dict[str, int], limit: int) -> list[list[str]]:
+def plan_shards(sizes: dict[str, int], limit: int) -> list[list[str]]:
     """Cut the parameters, in order, into runs of at most `limit` bytes (or one parameter)."""
     shards, used = [[]], 0
     for name, size in sizes.items():
@@ -194,7 +194,7 @@ def _plan_shards(sizes: dict[str, int], limit: int) -> list[list[str]]:
     return shards
 
 
-def _write_weights(
+def write_weights(
     folder: Path, checkpoint: Checkpoint, dtype: torch.dtype, shards: list[list[str]]
 ) -> int:
     """Write the safetensors files and, if there are several, their index; return their number."""

@@ -53,6 +53,7 @@ class Template:
                 f"{tokenizer.name_or_path}: a fast tokenizer (tokenizer.json) is needed to place "
                 f"labels; found {type(tokenizer).__name__}"
             )
+        self.name = name
         self.tokenizer = copy(tokenizer)
         self.jinja = self._jinja(name)
         self.tokenizer.chat_template = self.jinja  # whoever saves the tokenizer saves it too

@@ -111,30 +111,34 @@ class Layer:
         """In fp32 a norm keeps no copy of its input, but that itself."""
         return self.size * self.hidden if self.size == FP32 else 0
 
-    def _mlp_moments(self, norm: int, tiled: bool, ahead: int = 0) -> list[int]:
+    def _mlp_moments(self, norm: int, tiled: bool, ahead: int = 0) -> list[float]:
         stream, wide = self.size * self.hidden, self.size * self.intermediate
         loras = self.of_lora("gate_proj", "up_proj")
-        mask = self.mask(self.intermediate) if "down_proj" in self.targets else 0
-        copies = 2 if self.quantization == "4bit" and "down_proj" in self.targets else 1
+        adapted = "down_proj" in self.targets
+        mask = self.mask(self.intermediate) if adapted else 0
         forward = norm + stream + ahead  # with the norm's output
         backward = norm + self.of_input("gate_proj", "up_proj")
-        down = stream  # recomputing ends when A's output is there
         if tiled:
             backward += stream  # the tile's result
-            down *= 3 if "down_proj" in self.targets else 1
         else:
             forward += stream - self.shared()  # the residuals
-        return [
+        moments = [
             forward + self.of_lora("gate_proj") + self._results("gate_proj"),
             forward + loras + 2 * wide + self._results("up_proj"),
-            forward + loras + 4 * wide + copies * stream,
-            forward + self.of_lora(*MLP) + 4 * wide + down,
             # Gradients: of what A multiplies, before and after dropout, and of gate and up.
             backward + self.of_lora(*MLP) + self.of_input("down_proj") + 4 * wide,
             backward + loras + mask + 5 * wide,
             backward + loras + 6 * wide,
             norm - FP32 + stream * tiled + 5 * FP32 * self.hidden,
         ]
+        if adapted or tiled:  # otherwise recomputing ends before the last product
+            copies = 2 if adapted and self.quantization == "4bit" else 1
+            results = 3 if adapted and tiled else 1  # else it ends when A's output is there
+            moments += [
+                forward + loras + 4 * wide + copies * stream,
+                forward + self.of_lora(*MLP) + 4 * wide + results * stream,
+            ]
+        return moments
 
     def _attention_moments(self, ahead: int = 0) -> list[int]:
         stream, query, key = (self.size * n for n in (self.hidden, self.query, self.key))
@@ -184,13 +188,13 @@ def kept_per_token(
 
 def layer_peak_per_token(
     config, targets, lora_r, quantization, itemsize, dropout, on_card=True, mlp_tiles=1
-) -> int:
+) -> float:
     """Bytes per token that one layer takes at most while it recomputes and goes backward.
 
     With what it then keeps and the gradient of its output, beside `checkpoint_per_token`.
     """
     layer = Layer.of(config, targets, lora_r, quantization, itemsize, dropout, on_card)
-    return int(layer.peak(mlp_tiles))
+    return layer.peak(mlp_tiles)
 
 
 def checkpoint_per_token(config, itemsize: int) -> int:

@@ -39,35 +39,36 @@ def set_up(model, wanted: str, tokens: int, offload: str = "auto", mlp_tiles: st
     """
     layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
     forget_inputs(model)
+    every = len(layers)
     needed = _needed(model, layers, tokens) if "auto" in (wanted, offload) else 0
-    few = len(layers) if offload == "True" else min(needed, len(layers))
-    count = {"True": len(layers), "False": 0}.get(wanted, few)
-    crowded = count == len(layers) and needed > count
-    offloaded = None
-    if model.device.type == "cuda" and count and {"auto": crowded}.get(offload, offload == "True"):
-        offloaded = _offload(model, count * tokens, required=offload == "True")
+    few = every if offload == "True" else min(needed, every)
+    count = {"True": every, "False": 0}.get(wanted, few)
+    host = _offload(model, count * tokens, offload, crowded=needed > every)
+    checkpoint(model, layers[:count], host)
     tile = TILE if mlp_tiles == "auto" else -(-tokens // int(mlp_tiles))
-    checkpoint(model, layers[:count], offloaded)
     tiled = tiles.set_up(model, layers[:count], tile) and tile < tokens
-    said = f"gradient checkpointing in {count} of {len(layers)} layers"
-    if offloaded:
+    said = f"gradient checkpointing in {count} of {every} layers"
+    if host:
         said += ", their inputs in the host's memory meanwhile"
     if tiled:
         said += f", their MLPs in tiles of {tile:,} tokens"
     return said
 
 
-def _offload(model, vectors: int, required: bool) -> Offload | None:
-    """With room for so many hidden states in the host's memory; None if it has none."""
+def _offload(model, vectors: int, wanted: str, crowded: bool) -> Offload | None:
+    """To the host, where it has room for so many hidden states, if `wanted` or, "auto", needed."""
+    on_card = model.device.type == "cuda"
+    if not (on_card and vectors and {"auto": crowded}.get(wanted, wanted == "True")):
+        return None
     size, room = vectors * model.config.hidden_size * model.dtype.itemsize, host_memory()
     if size <= SHARE * room:
         return Offload(model.device)
-    if required:
-        raise InputError(
-            f"--offload_activations True: needs {size / 2**30:.1f} GiB of the host's memory, "
-            f"{room / 2**30:.1f} GiB are free; use a shorter --model_max_length"
-        )
-    return None
+    if wanted == "auto":
+        return None
+    raise InputError(
+        f"--offload_activations True: needs {size / 2**30:.1f} GiB of the host's memory, "
+        f"{room / 2**30:.1f} GiB are free; use a shorter --model_max_length"
+    )
 
 
 def checkpoint(model, chosen: list, offload: Offload | None = None) -> None:

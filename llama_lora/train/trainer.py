@@ -1,5 +1,6 @@
 """The Hugging Face Trainer with our data, our gradients and an account of what was trained on."""
 
+import os
 import sys
 import warnings
 from pathlib import Path
@@ -254,6 +255,20 @@ class Preparation(TrainerCallback):
         )
         if state.is_world_process_zero:
             print(said, flush=True)
+        unlink_shared_memory(args.process_index)
+
+
+def unlink_shared_memory(process: int) -> None:
+    """Take the name from what DeepSpeed shares between processes without a card, 69 MB each.
+
+    It stays for those who have it open, and goes with them; DeepSpeed itself would leave it.
+    """
+    if not torch.distributed.is_initialized():
+        return
+    torch.distributed.barrier()  # all have opened all
+    where = os.getuid(), os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"], process
+    name = "_".join(map(str, ("deepspeed_allreduce_buffer", *where)))
+    Path("/dev/shm", name).unlink(missing_ok=True)
 
 
 def quieten(args) -> None:

@@ -1,0 +1,139 @@
+"""What all who train have in common: the task, the clock, the optimizer, and the figures."""
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import gpu_lengths
+import torch
+from gpu_card import SmallCard
+from gpu_rows import PRECISIONS, Row
+
+from llama_lora.model.hardware import compute_dtype, dtype_name
+from llama_lora.model.shape import shape_of
+
+ALPHA, DROPOUT, LEARNING_RATE = 16, 0.05, 2e-5
+
+
+@dataclass
+class Task:
+    """What one process is to measure with one model.
+
+    Attributes:
+        folder: of the base.
+        scale: by which the lengths of real conversations are divided.
+        steps: that are timed, after one that sets things up.
+        rows: all with the same contender, precision, dtype and LoRA.
+    """
+
+    folder: Path
+    scale: int
+    steps: int
+    rows: list[Row]
+
+    @property
+    def first(self) -> Row:
+        return self.rows[0]
+
+    @property
+    def quantization(self) -> str:
+        return PRECISIONS[self.first.precision]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That is computed in; a CPU takes its fastest, whatever is asked for."""
+        as_asked = self.first.dtype == "float16" and torch.cuda.is_available()
+        return torch.float16 if as_asked else compute_dtype()
+
+
+class Clock:
+    """The ends of steps; the first step sets things up, and what follows is timed."""
+
+    def __init__(self, card: SmallCard):
+        self.card, self.ends = card, []
+
+    def tick(self) -> None:
+        """A step has ended. Raises `torch.OutOfMemoryError` where it took too much of a host."""
+        self.card.wait()
+        self.card.check()
+        self.ends.append(time.perf_counter())
+
+    @property
+    def seconds(self) -> float:
+        return self.ends[-1] - self.ends[0]
+
+
+class Contender:
+    """Whoever trains, with a model on `card`."""
+
+    def __init__(self, task: Task, card: SmallCard):
+        self.task, self.card = task, card
+        self.model, self.shape = self.load(), shape_of(task.folder)
+
+    def load(self):
+        """The model with LoRA matrices to train."""
+        raise NotImplementedError
+
+    def measure(self, row: Row) -> Iterator[dict]:
+        """Findings of a row, the last of which stands; raises where memory runs out."""
+        raise NotImplementedError
+
+    def checks(self) -> dict[str, str]:
+        """What has to hold before anything is measured, and whether it does."""
+        return {}
+
+    def pieces(self, row: Row) -> gpu_lengths.Pieces:
+        return gpu_lengths.pieces(row.window, self.task.scale, self.shape.config.vocab_size)
+
+    def found(self, clock: Clock, pieces: gpu_lengths.Pieces, share: float) -> dict:
+        """The figures of a row whose timed steps were that share of an epoch.
+
+        The few steps differ in how much of them is answer, so rates are those of the whole epoch
+        at their pace.
+        """
+        tokens = sum(pieces.lengths) * share / clock.seconds
+        labelled = pieces.labelled * share / clock.seconds
+        # Frozen weights cost 2 a token forward and 2 backward, the head for labelled tokens alone.
+        flops = 4 * (self.shape.linear * tokens + self.shape.head * labelled)
+        return {
+            "seconds_per_step": clock.seconds / self.task.steps,
+            "tokens_per_second": tokens,
+            "labelled_per_second": labelled,
+            "useful_flops": flops,
+            "dtype": dtype_name(self.task.dtype),
+            **self.card.peak(),
+        }
+
+
+class Optimization:
+    """AdamW behind a loss scaler and clipping, as the Trainer has them."""
+
+    def __init__(self, model, optim: str, dtype: torch.dtype, device: torch.device):
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.optimizer = optimizer_class(optim)(self.parameters, lr=LEARNING_RATE)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+
+    def step(self, loss: torch.Tensor) -> None:
+        """Go backward from `loss` and change the parameters."""
+        self.scaler.scale(loss).backward()
+        self.scaler.unscale_(self.optimizer)
+        torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad()
+
+
+def optimizer_class(name: str) -> Callable:
+    """By the name of --optim."""
+    if "8bit" in name:
+        from bitsandbytes.optim import AdamW8bit
+
+        return AdamW8bit
+    return torch.optim.AdamW
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
+    """As the Trainer computes in `dtype`; fp32 needs none."""
+    mixed = dtype != torch.float32
+    return torch.autocast(device.type, dtype if mixed else None, enabled=mixed)

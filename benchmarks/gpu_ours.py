@@ -1,0 +1,289 @@
+"""This project's training: what train_lora.py loads, with the parts that its Trainer is made of."""
+
+import runpy
+import time
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import gpu_lengths
+import numpy as np
+import torch
+from gpu_contender import (
+    ALPHA,
+    DROPOUT,
+    LEARNING_RATE,
+    Clock,
+    Contender,
+    Optimization,
+    autocast,
+)
+from gpu_rows import Row
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from llama_lora.cli import InputError, LocalError
+from llama_lora.model.template import IGNORE
+from llama_lora.train import forecast, loss, pace, packing, plan, recompute
+from llama_lora.train.gradients import Gradients
+from llama_lora.train.packing import MicroBatches, collate
+
+SCRIPT = Path(__file__).parents[1] / "fastchat/train/train_lora.py"
+OPERATORS = 12
+TRIES = 12  # of the search for the longest context
+NEAR = 0.02  # between the longest that fits and the shortest that does not
+
+
+class Ours(Contender):
+    """Trains as train_lora.py does, without what logs and saves."""
+
+    def load(self):
+        row = self.task.first
+        lora = SimpleNamespace(
+            lora_r=row.rank,
+            lora_alpha=ALPHA,
+            lora_dropout=DROPOUT,
+            lora_target_modules=list(row.targets),
+            use_dora=False,
+            use_rslora=False,
+        )
+        args = SimpleNamespace(
+            compute_dtype=self.task.dtype,
+            device=self.card.device,
+            seed=0,
+            learning_rate=LEARNING_RATE,
+            process_index=0,
+        )
+        model = SimpleNamespace(model_name_or_path=str(self.task.folder))
+        load_model = runpy.run_path(str(SCRIPT))["load_model"]
+        return load_model(model, lora, args, self.task.quantization)
+
+    def checks(self) -> dict[str, str]:
+        """Those of the Trainer before its first step."""
+        with autocast(self.card.device, self.task.dtype):
+            apart = outcome(packing.check_isolation, self.model)
+        return {
+            "packed examples are kept apart": apart,
+            "the loss in chunks is the model's own": outcome(
+                loss.check, self.model.get_base_model()
+            ),
+        }
+
+    def measure(self, row: Row) -> Iterator[dict]:
+        with kernel(row):
+            yield from self.longest(row) if row.search else self.speed(row)
+
+    # ---- Speed and memory ----
+
+    def speed(self, row: Row) -> Iterator[dict]:
+        pieces = self.pieces(row)
+        training = MicroBatches(pieces, row.length, row.batch)
+        setup = self.setup(row, training.fullest, max(pieces.lengths))
+        autos = {"parts": row.recompute == "auto", "offload": self.card.cuda}
+        planned = forecast.choose(setup, self.card.limit, {name for name in autos if autos[name]})
+        run = Run(self, row, planned.setup.part_tokens, planned.setup.parts)
+        clock = Clock(self.card)
+        for number in range(self.task.steps + 1):
+            run.step(training[number])
+            clock.tick()
+        timed = np.concatenate(training.members[1 : self.task.steps + 1])
+        done = training.lengths[timed].sum() / training.lengths.sum()
+        found = self.found(clock, pieces, float(done)) | run.account(setup)
+        found["planned_recomputed"] = planned.recomputed
+        learned = gpu_lengths.Pieces(pieces[i] for i in timed).labelled
+        work = pace.Work.of(training.lengths[timed], learned)
+        share = found["recomputed"] / found["layers"]
+        operations = pace.operations(self.shape, work, setup.lora_parameters, share)
+        found["operations_per_second"] = operations / clock.seconds
+        yield found
+        if row.profiled:
+            yield found | profile(lambda: run.step(training[1]), self.card)
+
+    def setup(self, row: Row, tokens: int, longest: int, **more) -> plan.Setup:
+        """What the planner is asked about a row."""
+        host = {} if self.card.cuda else {"on_card": False, "base_load": self.card.before}
+        return plan.Setup(
+            shape=self.shape,
+            quantization=self.task.quantization,
+            itemsize=self.task.dtype.itemsize,
+            targets=self.shape.targets(list(row.targets)),
+            lora_r=row.rank,
+            lora_dropout=DROPOUT,
+            use_dora=False,
+            optim=row.optim,
+            tokens=tokens,
+            longest=longest,
+            recompute=row.recompute,
+            **host,
+            **more,
+        )
+
+    # ---- The longest context ----
+
+    def longest(self, row: Row) -> Iterator[dict]:
+        """One example alone, ever longer; what fits is told as soon as it is known."""
+        grain = max(16, 256 // self.task.scale)
+        best, fails = {"tokens": 0}, None
+        tokens = self.planned_longest(row, grain)
+        for _ in range(TRIES):
+            found = self.try_context(row, tokens)
+            best, fails = (found, fails) if found else (best, tokens)
+            if best["tokens"]:
+                yield best | {"fails_at": fails}
+            tokens = next_try(best["tokens"], fails, row.length, grain)
+            if tokens is None:
+                break
+        if not best["tokens"]:
+            raise torch.OutOfMemoryError(f"at one example of {fails:,} tokens")
+
+    def planned_longest(self, row: Row, grain: int) -> int:
+        """Tokens that the planner says fit."""
+
+        def spare(tokens: int) -> bool:
+            return plan.plan(self.long_setup(row, tokens), self.card.limit).fits
+
+        low, high = 1, row.length // grain
+        while low < high:
+            middle = (low + high + 1) // 2
+            low, high = (middle, high) if spare(middle * grain) else (low, middle - 1)
+        return low * grain
+
+    def long_setup(self, row: Row, tokens: int) -> plan.Setup:
+        return self.setup(row, tokens, tokens, offload=self.card.cuda)
+
+    def try_context(self, row: Row, tokens: int) -> dict | None:
+        """The figures of a step with one example of so many tokens; None if it does not fit."""
+        self.card.start()
+        draw = np.random.default_rng(tokens)
+        words = self.shape.config.vocab_size
+        labelled = round(tokens * gpu_lengths.labelled_share())
+        try:
+            run = Run(self, row, tokens, parts=1, offload="True")
+            run.step([gpu_lengths.piece(16, 8, words, draw)])  # makes the optimizer's states
+            began = time.perf_counter()
+            run.step([gpu_lengths.piece(tokens, labelled, words, draw)])
+            self.card.wait()
+            seconds = time.perf_counter() - began
+            self.card.check()
+        except (torch.OutOfMemoryError, LocalError):
+            return None
+        return {
+            "tokens": tokens,
+            "whole_conversations": gpu_lengths.within(tokens),
+            "seconds_per_step": seconds,
+            "tokens_per_second": tokens / seconds,
+            **self.card.peak(),
+            **run.account(self.long_setup(row, tokens)),
+        }
+
+
+def next_try(fits: int, fails: int | None, most: int, grain: int) -> int | None:
+    """The next length to try, given the longest that fits and the shortest that does not."""
+    if fails is None:
+        tokens = min(most, fits * 5 // 4)
+    elif not fits:
+        tokens = fails * 4 // 5
+    elif fails - fits <= max(grain, NEAR * fits):
+        return None
+    else:
+        tokens = (fits + fails) // 2
+    tokens = tokens // grain * grain
+    return tokens if tokens > fits else None
+
+
+class Run:
+    """The training of one row: its memory set up, and an optimizer of its own."""
+
+    def __init__(self, ours: Ours, row: Row, tokens: int, parts: int, offload: str = "auto"):
+        self.model, self.device, self.dtype = ours.model, ours.card.device, ours.task.dtype
+        base = self.model.get_base_model()
+        untile(base)
+        self.told: list[str] = [recompute.set_up(base, row.recompute, tokens, offload)]
+        self.optimization = Optimization(self.model, row.optim, self.dtype, self.device)
+        self.gradients = Gradients(self.optimization.parameters, self.told.append, parts)
+
+    def step(self, examples: list) -> None:
+        """As `LoraTrainer.training_step`, and the optimizer's step after it."""
+        self.model.train()
+        batch = collate([examples])
+        del batch["names"]
+        batch = {k: v.to(self.device) if torch.is_tensor(v) else v for k, v in batch.items()}
+        count = (batch["labels"] != IGNORE).sum()
+
+        def loss_of(part: dict) -> torch.Tensor:
+            with autocast(self.device, self.dtype):
+                return self.model(**part, num_items_in_batch=count).loss
+
+        scale = self.optimization.scaler.get_scale()
+        self.loss, gradients = self.gradients.compute(loss_of, batch, scale)
+        self.optimization.step(self.gradients.as_loss(gradients))
+
+    def account(self, setup: plan.Setup) -> dict:
+        """How it was computed, and what the planner says that takes."""
+        layers = self.model.get_base_model().base_model.layers
+        count = sum(layer.gradient_checkpointing for layer in layers)
+        setup = replace(setup, parts=self.gradients.parts, offload="host" in self.told[0])
+        parts = plan.memory(setup, count)
+        return {
+            "loss": self.loss.item(),
+            "recomputed": count,
+            "layers": len(layers),
+            "parts": self.gradients.parts,
+            "set_up": self.told,
+            "planned": sum(parts.values()),
+            "planned_parts": parts,
+        }
+
+
+def untile(base) -> None:
+    """Undo what `recompute.set_up` did to MLPs for the row before."""
+    for layer in base.base_model.layers:
+        for module in (layer.post_attention_layernorm, layer.mlp):
+            module.__dict__.pop("forward", None)
+
+
+def kernel(row: Row):
+    """A context: attention has the kernel that the row asks for, where there is a card."""
+    if row.kernel == "any" or not torch.cuda.is_available():
+        return nullcontext()
+    return sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION)
+
+
+def outcome(check: Callable, model) -> str:
+    try:
+        check(model)
+    except InputError as error:
+        return str(error)
+    return "holds"
+
+
+def profile(step: Callable, card) -> dict:
+    """The operators that a step spends most of the device's time in themselves.
+
+    Each of `operators` is its name, calls, and seconds; kernels count for the operator that started
+    them. `busy` is the share of the step in which the device computes; None without a card.
+    """
+    from torch.autograd import DeviceType
+    from torch.profiler import ProfilerActivity
+
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * card.cuda
+    card.wait()
+    with torch.profiler.profile(activities=activities) as seen:
+        began = time.perf_counter()
+        step()
+        card.wait()
+        seconds = time.perf_counter() - began
+    averages = seen.key_averages()
+    own = "self_device_time_total" if card.cuda else "self_cpu_time_total"
+    on_host = [one for one in averages if one.device_type == DeviceType.CPU]
+    kernels = [
+        one for one in averages if one.device_type != DeviceType.CPU and not one.is_user_annotation
+    ]
+    total = sum(getattr(one, own) for one in (kernels if card.cuda else on_host)) / 1e6
+    ranked = sorted(on_host, key=lambda one: getattr(one, own), reverse=True)[:OPERATORS]
+    return {
+        "operators": [[one.key, one.count, getattr(one, own) / 1e6] for one in ranked],
+        "profiled_seconds": total,
+        "busy": total / seconds if card.cuda else None,
+    }

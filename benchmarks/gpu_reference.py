@@ -1,0 +1,65 @@
+"""The reference recipe of `reference_recipe.py`, on a base of random weights."""
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from gpu_contender import ALPHA, DROPOUT, Clock, Contender, Optimization, autocast
+from gpu_rows import Row
+
+
+class Reference(Contender):
+    """FastChat's: rows padded to the length, the plain loss, all layers recomputed."""
+
+    def load(self):
+        from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+
+        from llama_lora.model.base import load_base
+
+        task = self.task
+        base = load_base(task.folder, task.quantization, task.dtype, self.card.device)
+        base.config.use_cache = False
+        if task.quantization == "none":
+            base.gradient_checkpointing_enable()
+            base.enable_input_require_grads()
+        else:
+            base = prepare_model_for_kbit_training(base, use_gradient_checkpointing=True)
+        config = LoraConfig(
+            r=task.first.rank,
+            lora_alpha=ALPHA,
+            target_modules=list(task.first.targets),
+            lora_dropout=DROPOUT,
+            bias="none",
+            task_type="CAUSAL_LM",
+        )
+        return get_peft_model(base, config)
+
+    def measure(self, row: Row) -> Iterator[dict]:
+        pieces = self.pieces(row)
+        optimization = Optimization(self.model, row.optim, self.task.dtype, self.card.device)
+        clock = Clock(self.card)
+        self.model.train()
+        for number in range(self.task.steps + 1):
+            members = pieces[number * row.batch : (number + 1) * row.batch]
+            batch = {k: v.to(self.card.device) for k, v in padded(members, row.length).items()}
+            with autocast(self.card.device, self.task.dtype):
+                loss = self.model(**batch).loss
+            optimization.step(loss)
+            clock.tick()
+        share = self.task.steps * row.batch / len(pieces)
+        yield self.found(clock, pieces, share) | {"loss": loss.item()}
+
+
+def padded(examples: list, length: int) -> dict[str, torch.Tensor]:
+    """Rows of `length` tokens: int64 [examples, length]."""
+    from llama_lora.model.template import IGNORE
+
+    def row(values: np.ndarray, filler: int) -> np.ndarray:
+        return np.pad(values, (0, length - len(values)), constant_values=filler)
+
+    columns = {
+        "input_ids": [row(one.ids, 0) for one in examples],
+        "labels": [row(one.labels, IGNORE) for one in examples],
+        "attention_mask": [row(np.ones_like(one.ids), 0) for one in examples],
+    }
+    return {k: torch.from_numpy(np.stack(rows).astype(np.int64)) for k, rows in columns.items()}

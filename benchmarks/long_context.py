@@ -1,0 +1,197 @@
+"""Memory and time of a training step with what makes room for long conversations, one by one.
+
+python3 benchmarks/long_context.py --out docs/long-context-memory.md
+
+One conversation of `--tokens` goes through a Llama of random weights with LoRA matrices on all its
+linear layers. Memory is what the step holds at most beside weights, beside the plan's figure.
+"""
+
+import argparse
+import tempfile
+import time
+from pathlib import Path
+
+from machine import machine
+
+MODES = {
+    "all layers keep their activations": ("False", "False", "1"),
+    "all layers recompute": ("True", "False", "1"),
+    "… their MLPs in tiles": ("True", "False", None),
+    "… their inputs on the host": ("True", "True", None),
+}
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--tokens", type=int, default=8_192)
+    parser.add_argument("--hidden", type=int, default=512, help="size of the hidden states")
+    parser.add_argument("--intermediate", type=int, default=1_376, help="width of the MLPs")
+    parser.add_argument("--heads", type=int, default=8)
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--quantization", choices=["8bit", "4bit", "none"], default="4bit")
+    parser.add_argument("--dropout", type=float, default=0.05)
+    parser.add_argument("--tiles", default="8", help="of the MLPs")
+    parser.add_argument("--out", type=Path, help="page to write")
+    return parser.parse_args()
+
+
+def main(args: argparse.Namespace) -> None:
+    import torch
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = llama(args, device)
+    modes = MODES if device == "cuda" else {k: v for k, v in MODES.items() if v[1] == "False"}
+    rows = [row(args, model, name, mode) for name, mode in modes.items()]
+    text = page(args, model, rows)
+    print(text)
+    if args.out:
+        args.out.write_text(text)
+
+
+def llama(args: argparse.Namespace, device: str):
+    from transformers import LlamaConfig, LlamaForCausalLM, set_seed
+
+    from llama_lora.model import adapter
+    from llama_lora.model.base import load_base
+    from llama_lora.train import attention, loss
+
+    set_seed(0)
+    config = LlamaConfig(
+        vocab_size=1024,
+        hidden_size=args.hidden,
+        intermediate_size=args.intermediate,
+        num_attention_heads=args.heads,
+        num_key_value_heads=args.heads,
+        num_hidden_layers=args.layers,
+        max_position_embeddings=args.tokens,
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        LlamaForCausalLM(config).save_pretrained(folder)
+        base = load_base(folder, args.quantization, device=device)
+    base.config.use_cache = False
+    base.set_attn_implementation(attention.BY_EXAMPLE)
+    loss.compute_in_chunks(base)
+    model = adapter.attach(base, 16, 32, args.dropout, ["all-linear"])
+    for parameter in model.parameters():
+        if parameter.requires_grad:  # as DeepSpeed casts them
+            parameter.data = parameter.data.to(base.dtype)
+    return model.train()
+
+
+def row(args: argparse.Namespace, model, name: str, mode: tuple) -> dict:
+    from llama_lora.train import recompute
+
+    wanted, offload, tiles = mode
+    tiles = tiles or args.tiles
+    recompute.set_up(model.get_base_model(), wanted, args.tokens, offload, tiles)
+    step(model, 64)  # what is made once
+    held, seconds = measured(model, args.tokens)
+    return {
+        "name": name.replace("in tiles", f"in {args.tiles} tiles"),
+        "held": held,
+        "foretold": foretold(args, model, wanted == "True", offload == "True", int(tiles)),
+        "seconds": seconds,
+    }
+
+
+def step(model, tokens: int):
+    import torch
+
+    ids = torch.arange(tokens, device=model.device)[None] % 1000
+    loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+    return torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad])
+
+
+def measured(model, tokens: int) -> tuple[float, float]:
+    """Bytes held at most, and seconds of a step (of another one: counting bytes takes time)."""
+    import torch
+
+    from llama_lora.train.recompute import LiveBytes
+
+    if model.device.type == "cuda":
+        step(model, tokens)
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before, began = torch.cuda.memory_allocated(), time.perf_counter()
+        step(model, tokens)
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before, time.perf_counter() - began
+    with LiveBytes() as live:
+        step(model, tokens)
+    began = time.perf_counter()
+    step(model, tokens)
+    return live.peak, time.perf_counter() - began
+
+
+def foretold(args, model, recomputed: bool, offloaded: bool, tiles: int) -> float:
+    from llama_lora.train import footprint
+    from llama_lora.train.offload import ON_THE_WAY
+
+    config, size = model.get_base_model().config, model.dtype.itemsize
+    on_card = model.device.type == "cuda"
+    layer = config, ["all-linear"], 16, args.quantization, size, args.dropout, on_card
+    kept = footprint.kept_per_token(*layer)
+    waiting = footprint.checkpoint_per_token(config, size) if recomputed else kept
+    layers = ON_THE_WAY if offloaded else args.layers
+    at_work = footprint.layer_peak_per_token(*layer, tiles) - (0 if recomputed else kept)
+    ends = footprint.ends_per_token(config, size) - footprint.IDS
+    return args.tokens * (layers * waiting + at_work + ends)
+
+
+def page(args: argparse.Namespace, model, rows: list[dict]) -> str:
+    from llama_lora.model.hardware import dtype_name
+
+    command = " ".join(f"--{k} {v}" for k, v in vars(args).items() if k != "out")
+    lines = [
+        "# Memory of long conversations",
+        "",
+        f"`python3 benchmarks/long_context.py {command}` on",
+        f"{machine()}, in {dtype_name(model.dtype)}.",
+        "",
+        f"One step on a conversation of {args.tokens:,} tokens: what it holds at most besides the",
+        "weights, what the formulae of `llama_lora/train/footprint.py` say, and its time.",
+        "",
+        "| | held at most | a token | formula | seconds |",
+        "|---|--:|--:|--:|--:|",
+    ]
+    lines += [
+        f"| {one['name']} | {one['held'] / 1e6:,.0f} MB | {one['held'] / args.tokens / 1e3:.1f} KB | "
+        f"{one['foretold'] / 1e6:,.0f} MB | {one['seconds']:.1f} |"
+        for one in rows
+    ]
+    return "\n".join(lines + at_7b(args)) + "\n"
+
+
+def at_7b(args: argparse.Namespace) -> list[str]:
+    from llama_lora.train import footprint
+
+    llama = {"hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32}
+
+    def kilobytes(figure, *layer) -> str:
+        return f"{figure(llama, *layer) / 1e3:,.0f} KB"
+
+    lines = [
+        "",
+        "## A layer of LLaMA-7B",
+        "",
+        "By the formulae, in 16 bits on a card, LoRA of rank 32 on all linear layers, a token:",
+        "",
+        "| | `--lora_dropout 0.05` | `--lora_dropout 0` |",
+        "|---|--:|--:|",
+    ]
+    layers = [(["all-linear"], 32, "4bit", 2, dropout, True) for dropout in (0.05, 0.0)]
+    kept = [kilobytes(footprint.kept_per_token, *layer) for layer in layers]
+    lines.append(f"| kept for the backward pass | {' | '.join(kept)} |")
+    kept = kilobytes(footprint.checkpoint_per_token, 2)
+    lines.append(f"| kept if it recomputes: its input | {kept} | {kept} |")
+    for tiles in (1, 2, 4, 8):
+        peaks = [kilobytes(footprint.layer_peak_per_token, *layer, tiles) for layer in layers]
+        name = f"MLP in {tiles} tiles" if tiles > 1 else "MLP whole"
+        lines.append(f"| held at most while it goes backward, {name} | {' | '.join(peaks)} |")
+    return lines
+
+
+if __name__ == "__main__":
+    main(parse_args())

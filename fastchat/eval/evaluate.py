@@ -1,0 +1,66 @@
+"""Measure an adapter against its base: held-out loss, and answers side by side, as one HTML page.
+
+python3 fastchat/eval/evaluate.py --base_model ./base --lora_weights ./output \\
+    --data_path heldout.json --questions data/questions.jsonl
+"""
+
+import argparse
+import sys
+import warnings
+from pathlib import Path
+
+from llama_lora.cli import one_line_errors
+from llama_lora.model.hardware import QUANTIZATIONS
+from llama_lora.options import Help, batch_size, between
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
+    add = parser.add_argument
+    add("--base_model", type=Path, required=True, help="Hugging Face model folder")
+    add("--lora_weights", type=Path, help="adapter folder; without it the base is measured alone")
+    add("--data_path", type=Path, help="corpus file of conversations that training has not seen")
+    add(
+        "--eval_ratio",
+        type=between(0, 0.5, above=True),
+        metavar="SHARE",
+        help="of --data_path measure on what train_lora.py --eval_ratio held out of it, at the "
+        "same --seed, and --max_length as its --model_max_length",
+    )
+    add("--questions", type=Path, help="question file in FastChat's format, to answer")
+    add("--output_dir", type=Path, help="for evaluation.html and .json; default: the adapter's")
+    add("--quantization", choices=QUANTIZATIONS, default="none", help="of the base's weights")
+    count = between(1, kind=int)
+    add("--max_length", type=count, default=2048, help="tokens read of a conversation")
+    add("--max_new_tokens", type=count, default=256, help="longest answer, in tokens")
+    help = "questions answered at a time; default: what memory holds"
+    add("--batch_size", type=batch_size, metavar="auto|N", help=help)
+    add("--limit", type=count, help="at most so many conversations and questions, at random")
+    seed = between(0, 2**32 - 1, kind=int)
+    add("--seed", type=seed, default=42, help="of --eval_ratio, --limit and the intervals")
+    args = parser.parse_args()
+    if not (args.data_path or args.questions):
+        parser.error("nothing to measure: give --data_path, --questions, or both")
+    args.output_dir = args.output_dir or args.lora_weights or Path()
+    return args
+
+
+@one_line_errors
+def main(args: argparse.Namespace) -> None:
+    from transformers.utils import logging
+
+    from llama_lora.eval import evaluation, page
+
+    warnings.simplefilter("ignore")  # the libraries' are for developers
+    logging.set_verbosity_error()
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
+    with page.opened(args.output_dir) as write:
+        found = evaluation.run(args)
+        write(found)
+    print(evaluation.summary(found))
+    print(f"\n{args.output_dir / page.HTML}\n{args.output_dir / page.JSON}")
+
+
+if __name__ == "__main__":
+    main(parse_args())

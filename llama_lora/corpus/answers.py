@@ -1,0 +1,247 @@
+"""Answers to a file of prompts, as a corpus file: written one by one, and gone on with."""
+
+import fcntl
+import os
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import astuple, fields, replace
+from hashlib import blake2b
+from random import SystemRandom
+from typing import Any
+
+from tqdm import tqdm
+
+from llama_lora.cli import InputError
+from llama_lora.corpus.account import listed
+from llama_lora.corpus.atomic import Outputs
+from llama_lora.corpus.conversation import GPT, HUMAN, Turn
+from llama_lora.corpus.questions import Asked, read_questions
+from llama_lora.corpus.stage import spare, stop_on_sigterm
+from llama_lora.corpus.values import dump, parse
+from llama_lora.model.adapters import named_folders
+from llama_lora.model.batch import answers
+from llama_lora.model.sampling import Sampling
+
+STOPS = "stop", "length"  # why an answer ended; every other reason is one for there being none
+
+
+class AnswerFile:
+    """The answers that will stand at `path` when there are all of them, in the order of `asked`.
+
+    Until then they lie in `PATH.partial`, each from the moment it is there, so that a run that
+    ends early loses none: its first line says what was asked and how, and the next run with the
+    same goes on behind the last.
+    """
+
+    def __init__(self, path: str, asked: list[Asked], settings: dict[str, Any]):
+        """`settings` are what the answers depend on beside the prompts.
+
+        Raises:
+            InputError: `path` cannot be written; the answers that lie there are to other prompts,
+                or with other settings; or another run is writing them.
+        """
+        self.path, self.asked = path, asked
+        self._answers: list[list[tuple[str, str]]] = [[] for _ in asked]
+        self._partial = f"{path}.partial"
+        if os.path.exists(path) and not os.path.isfile(path):
+            raise InputError(f"{path}: cannot write there, it is not a regular file")
+        try:
+            self._file = open(self._partial, "a+b")  # noqa: SIM115  (closed in __exit__)
+        except OSError as error:
+            raise InputError(f"{path}: {error.strerror}; cannot write there") from None
+        try:
+            self._lock()
+            self._go_on(parse(dump({"prompts": fingerprint(asked), **settings}))[0])
+        except BaseException:
+            self._file.close()
+            raise
+
+    def __enter__(self) -> "AnswerFile":
+        return self
+
+    def __exit__(self, kind, error, trace) -> None:
+        self._file.close()
+        if kind and self.done:
+            print(
+                f"{self._partial}: {self.done:,} of {self.total:,} answers; the same command goes "
+                "on from there",
+                file=sys.stderr,
+            )
+        elif kind:
+            os.unlink(self._partial)
+
+    @property
+    def total(self) -> int:
+        return sum(len(one.questions) for one in self.asked)
+
+    @property
+    def done(self) -> int:
+        return sum(map(len, self._answers))
+
+    def rounds(self) -> Iterator[dict[int, list[Turn]]]:
+        """The first question of each, then the second, …: what has no answer yet, by number.
+
+        A number is the same in every run. Each is given as the turns up to the question; all have
+        to be answered before the next round begins.
+        """
+        for number in range(max(len(one.questions) for one in self.asked)):
+            yield {
+                number * len(self.asked) + index: self._turns(index)
+                for index, one in enumerate(self.asked)
+                if len(self._answers[index]) == number < len(one.questions) and self._goes_on(index)
+            }
+
+    def put(self, number: int, text: str, finish_reason: str) -> None:
+        """Keep an answer, for good."""
+        index = number % len(self.asked)
+        line = dump({"index": index, "answer": text, "finish_reason": finish_reason})
+        try:
+            self._file.write(line + b"\n")
+            self._file.flush()
+        except OSError as error:
+            raise InputError(f"{self._partial}: {error.strerror}") from None
+        self._answers[index].append((text, finish_reason))
+
+    def finish(self) -> Counter:
+        """Put the file in its place; how often answers ended for which reason."""
+        with Outputs() as outputs:
+            out = outputs.corpus(self.path)
+            for index, one in enumerate(self.asked):
+                reason = self._answers[index][-1][1]
+                answered = {"conversations": self._turns(index), "finish_reason": reason}
+                out.write(dump({"id": one.id, **one.about, **answered}))
+        os.unlink(self._partial)
+        return Counter(reason for answers in self._answers for _, reason in answers)
+
+    def _goes_on(self, index: int) -> bool:
+        """Whether every question so far had an answer."""
+        return all(reason in STOPS for _, reason in self._answers[index])
+
+    def _turns(self, index: int) -> list[Turn]:
+        """The turns up to the first question without an answer, if there is one."""
+        one, answers = self.asked[index], self._answers[index]
+        turns = list(one.before)
+        for number, question in enumerate(one.questions[: len(answers) + 1]):
+            turns.append({"from": HUMAN, "value": question})
+            if number == len(answers) or answers[number][1] not in STOPS:
+                break
+            turns.append({"from": GPT, "value": answers[number][0]})
+        return turns
+
+    def _lock(self) -> None:
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"{self.path}: another run is writing it") from None
+        except OSError:
+            pass  # a file system without locks
+
+    def _go_on(self, head: dict) -> None:
+        """Take over the answers that lie there, up to a line that was not written to its end."""
+        self._file.seek(0)
+        whole = 0
+        for line in self._file:
+            if not line.endswith(b"\n"):
+                break
+            try:
+                self._take(parse(line)[0], head if whole == 0 else None)
+            except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+                raise InputError(
+                    f"{self._partial}: expected the answers of an earlier run, found something "
+                    "else; move it away"
+                ) from None
+            whole += len(line)
+        self._file.truncate(whole)
+        if whole == 0:
+            self._file.write(dump(head) + b"\n")
+            self._file.flush()
+
+    def _take(self, found: dict, head: dict | None) -> None:
+        if head is None:
+            self._answers[found["index"]].append((found["answer"], found["finish_reason"]))
+        elif differing := [key for key in head if found.get(key) != head[key]]:
+            raise InputError(
+                f"{self._partial}: unfinished answers with other {', '.join(differing)}; "
+                "remove it to begin anew"
+            )
+
+
+def answer_questions(args, load: Callable) -> str:
+    """Answer the file of prompts that the command line names; a line that accounts for all.
+
+    Args:
+        args: `prompts_file`, `output_file`, `batch_size`, `system`, what loading takes, and the
+            fields of `Sampling`.
+        load: makes the model and its adapters of `args`, when nothing else can fail.
+    """
+    stop_on_sigterm()
+    spare([args.prompts_file], "--output_file", args.output_file)
+    asked = read_questions(args.prompts_file, args.system)
+    with AnswerFile(args.output_file, asked, settings_of(args)) as file:
+        adapters = load(args)
+        ends = answer_all(file, adapters.model, adapters.first, Sampling.of(args), args.batch_size)
+    return told(file.total, ends)
+
+
+def told(asked: int, ends: Counter) -> str:
+    """An account of so many questions, whose answers ended so."""
+    without = Counter({reason: count for reason, count in ends.items() if reason not in STOPS})
+    without["after a question without one"] = asked - ends.total()
+    cut_off = f" ({ends['length']:,} cut off)" if ends["length"] else ""
+    reasons = f": {listed(without)}" if +without else ""
+    return (
+        f"read {asked:,} · answered {asked - without.total():,}{cut_off} · "
+        f"without an answer {without.total():,}{reasons}"
+    )
+
+
+def answer_all(file: AnswerFile, model, template, sampling, batch_size: int | None) -> Counter:
+    """Let a model answer what is not answered yet, and finish the file; reasons as `finish` has.
+
+    Args:
+        model, template, sampling, batch_size: as `llama_lora.model.batch.answers` takes them.
+    """
+    if sampling.seed is None:
+        sampling = replace(sampling, seed=SystemRandom().getrandbits(63))
+    bar = tqdm(total=file.total, initial=file.done, unit="answer", disable=None, leave=False)
+    with bar:
+        for waiting in file.rounds():
+            numbers = list(waiting)
+            for index, text, reason, _ in answers(
+                model, template, list(waiting.values()), sampling, batch_size, numbers
+            ):
+                file.put(numbers[index], text, reason)
+                bar.update()
+    return file.finish()
+
+
+def settings_of(args) -> dict[str, Any]:
+    """What the answers depend on beside the prompts, in JSON's types."""
+    names = ("template", "quantization", *(field.name for field in fields(Sampling)))
+    weights = {}
+    for folder in (args.base_model, *named_folders(args.lora_weights).values()):
+        written = (file.stat().st_mtime for file in folder.glob("*.safetensors"))
+        weights[str(folder.resolve())] = max(written, default=0)
+    return {name: getattr(args, name) for name in names} | {"weights": weights}
+
+
+def save_conversation(conversation: dict, path: str, mine: set[str]) -> None:
+    """Write a corpus file of one conversation; `mine` are the paths that may be overwritten.
+
+    Raises:
+        InputError: there is another file at `path`, or it cannot be written.
+    """
+    if os.path.exists(path) and os.path.realpath(path) not in mine:
+        raise InputError(f"{path}: there is a file already; choose another name")
+    with Outputs() as outputs:
+        outputs.corpus(path).write(dump(conversation))
+    mine.add(os.path.realpath(path))
+
+
+def fingerprint(asked: list[Asked]) -> str:
+    """A name for what is asked."""
+    digest = blake2b(digest_size=16)
+    for one in asked:
+        digest.update(dump(astuple(one)) + b"\n")
+    return digest.hexdigest()

@@ -1,0 +1,202 @@
+"""Answers to many conversations: in batches of similar length, with transformers' `generate`."""
+
+import logging
+from array import array
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from random import SystemRandom
+from typing import NamedTuple
+
+import torch
+from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
+
+from llama_lora.model.prompt import Prompter, TooLong
+from llama_lora.model.sampling import Sampling, generator, processors, stop_ids
+from llama_lora.model.text_stream import text_of
+
+logger = logging.getLogger(__name__)
+
+CPU_ROWS = 8  # more hardly helps a few cores, and keeps each answer waiting for the longest
+CARD_ROWS = 64
+CARD_SHARE = 0.7  # of the free memory that the caches of a batch may take
+
+
+class Answer(NamedTuple):
+    """The answer to the `index`-th conversation.
+
+    `finish_reason` is "stop" where it ended by itself and "length" at a limit; "empty" where there
+    was no question to answer and "too_long" where it alone fills the window: both have no text.
+    `tokens` are the answer's ids without the one that ends it.
+    """
+
+    index: int
+    text: str
+    finish_reason: str
+    tokens: list[int]
+
+
+def answers(
+    model,
+    template,
+    conversations: Sequence[list[dict]],
+    settings: Sampling,
+    batch_size: int | None = None,
+    numbers: Sequence[int] | None = None,
+) -> Iterator[Answer]:
+    """Answer the last question of each conversation; the longest prompts come first.
+
+    Args:
+        model: a causal language model, adapted or not, in any precision.
+        template: the `Template` to prompt with.
+        conversations: turns as the corpus has them, `[{"from": …, "value": …}, …]`: a system
+            message if there is one, then questions and answers in turn, last a question.
+        settings: a seed makes each answer repeatable, whatever it shares a batch with.
+        batch_size: conversations at a time; None: what the device's memory holds. It is halved
+            where that turns out too much.
+        numbers: with the seed, what random numbers each conversation gets; default: its index.
+
+    Raises:
+        torch.OutOfMemoryError: one conversation alone does not fit.
+    """
+    if settings.seed is None:
+        settings = replace(settings, seed=SystemRandom().getrandbits(63))
+    prompter = Prompter(template, model.config.max_position_embeddings)
+    order, lengths = [], array("Q", bytes(8 * len(conversations)))
+    shortened = 0
+    for index, turns in enumerate(conversations):
+        if not turns[-1]["value"].strip():
+            yield Answer(index, "", "empty", [])
+            continue
+        try:
+            prompt = prompter.fit(turns, settings.max_new_tokens)
+        except TooLong:
+            yield Answer(index, "", "too_long", [])
+            continue
+        order.append(index)
+        lengths[index] = len(prompt.ids)
+        shortened += prompt.left_out > 0
+    if shortened:
+        logger.warning(
+            "(%d conversations are longer than the model's window of %s tokens: their oldest "
+            "questions and answers are left out)",
+            shortened,
+            f"{prompter.window:,}",
+        )
+    order.sort(key=lambda index: -lengths[index])
+    writer = Writer(model, template, settings)
+    while order:
+        rows = batch_size or rows_that_fit(model, lengths[order[0]], settings)
+        batch, prompts = order[:rows], {}
+        for index in batch:
+            prompts[index] = prompter.fit(conversations[index], settings.max_new_tokens).ids
+        try:
+            written = writer.write(prompts, numbers or range(len(conversations)))
+        except torch.OutOfMemoryError:
+            if len(batch) == 1:
+                raise
+            batch_size = len(batch) // 2
+            torch.cuda.empty_cache()
+            logger.warning(
+                "(out of memory with %d at a time: %d from now on)", len(batch), batch_size
+            )
+            continue
+        yield from written
+        order = order[len(batch) :]
+
+
+def rows_that_fit(model, prompt_length: int, settings: Sampling) -> int:
+    """How many answers to prompts of this length are written at a time, by their caches' size."""
+    if model.device.type != "cuda":
+        return CPU_ROWS
+    config = model.config
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * head
+    per_row = per_token * model.dtype.itemsize * (prompt_length + settings.max_new_tokens)
+    free, _ = torch.cuda.mem_get_info()
+    cached = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+    return max(1, min(CARD_ROWS, int((free + cached) * CARD_SHARE) // per_row))
+
+
+class Writer:
+    """Writes the answers of a batch with `generate`, and nothing of the base's own settings."""
+
+    def __init__(self, model, template, settings: Sampling):
+        # Adapters sit inside the base's layers, so its own `generate` uses them.
+        self._model = getattr(model, "get_base_model", lambda: model)()
+        self._tokenizer = template.tokenizer
+        self._settings = settings
+        self._stop_ids = stop_ids(model, template)
+
+    def write(self, prompts: dict[int, list[int]], numbers: Sequence[int]) -> list[Answer]:
+        """The answers to prompts (token ids by index), padded on the left to the longest."""
+        width = max(map(len, prompts.values()))
+        limits = [self._limit(prompt) for prompt in prompts.values()]
+        seed = self._settings.seed
+        written = self._generate(
+            prompts.values(),
+            width,
+            processors(
+                self._settings,
+                self._model,
+                [generator(self._model, seed, numbers[index]) for index in prompts],
+                width,
+            ),
+            limits,
+        )
+        return [
+            self._answer(index, row[:limit])
+            for index, row, limit in zip(prompts, written, limits, strict=True)
+        ]
+
+    def _limit(self, prompt: list[int]) -> int:
+        window = self._model.config.max_position_embeddings
+        return min(self._settings.max_new_tokens, window - len(prompt))
+
+    def _generate(self, prompts, width: int, chain, limits: list[int]) -> list[list[int]]:
+        device, pad = self._model.device, self._tokenizer.pad_token_id
+        ids = torch.tensor([[pad] * (width - len(ids)) + ids for ids in prompts], device=device)
+        mask = torch.tensor(
+            [[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts], device=device
+        )
+        with torch.inference_mode(), plain_settings(self._model):
+            rows = self._model.generate(
+                input_ids=ids,
+                attention_mask=mask,
+                generation_config=GenerationConfig(
+                    max_new_tokens=max(limits),
+                    do_sample=False,
+                    eos_token_id=sorted(self._stop_ids),
+                    pad_token_id=pad,
+                ),
+                logits_processor=chain,
+                stopping_criteria=StoppingCriteriaList(
+                    [Limits(torch.tensor(limits, device=device) + width)]
+                ),
+            )
+        return rows[:, width:].tolist()
+
+    def _answer(self, index: int, ids: list[int]) -> Answer:
+        end = next((at for at, token in enumerate(ids) if token in self._stop_ids), None)
+        reason = "length" if end is None else "stop"
+        return Answer(index, text_of(self._tokenizer, ids[:end]), reason, ids[:end])
+
+
+class Limits(StoppingCriteria):
+    """Ends each row at its own length."""
+
+    def __init__(self, lengths: torch.Tensor):
+        self._lengths = lengths
+
+    def __call__(self, input_ids, scores, **kwargs):
+        return input_ids.shape[1] >= self._lengths
+
+
+@contextmanager
+def plain_settings(model):
+    """Keep `generate` from filling in what generation_config.json says, such as a temperature."""
+    own, model.generation_config = model.generation_config, GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = own

@@ -1,0 +1,112 @@
+"""Prompts: what a person types is text, whatever it spells, and all of it fits into the window."""
+
+import re
+from bisect import bisect_left
+from itertools import count
+from typing import NamedTuple
+
+from llama_lora.cli import InputError
+from llama_lora.text import sound_text
+
+PRIVATE = 0xF0000  # the first of 65,534 characters that Unicode leaves without a meaning
+
+
+class TooLong(InputError):
+    """The question alone leaves no room for an answer in the model's window."""
+
+
+class Prompt(NamedTuple):
+    """Token ids after which the model writes the answer, and how many pairs are left out."""
+
+    ids: list[int]
+    left_out: int
+
+
+class Prompter:
+    """Makes prompts of conversations that end with a question, for a window of so many tokens."""
+
+    def __init__(self, template, window: int):
+        self.window = window
+        self._template = template
+        tokenizer = template.tokenizer
+        added = tokenizer.added_tokens_decoder.values()
+        named = {token.content for token in added if token.special}
+        named |= set(tokenizer.all_special_tokens)
+        self._special = re.compile("|".join(map(re.escape, sorted(named, key=len, reverse=True))))
+
+    def fit(self, turns: list[dict], max_new_tokens: int, left_out: int = 0) -> Prompt:
+        """The prompt without as many of the oldest pairs as leave room for an answer.
+
+        That is room for `max_new_tokens`, or for a quarter of the window if this is less. A system
+        message stays. `left_out` pairs are left out in any case.
+
+        Raises:
+            TooLong: the last question alone fills the window.
+        """
+        reserved = min(max_new_tokens, self.window // 4)
+        head = turns[: turns[0]["from"] == "system"]
+        pairs = (len(turns) - len(head) - 1) // 2
+
+        def without(oldest: int) -> list[int]:
+            return self.ids([*head, *turns[len(head) + 2 * oldest :]])
+
+        left_out += bisect_left(
+            range(left_out, pairs),
+            True,
+            key=lambda oldest: len(without(oldest)) + reserved <= self.window,
+        )
+        ids = without(left_out)
+        if len(ids) >= self.window:
+            raise TooLong(
+                f"the prompt has {len(ids):,} tokens, which leaves no room for an answer in the "
+                f"model's window of {self.window:,}"
+            )
+        return Prompt(ids, left_out)
+
+    def ids(self, turns: list[dict]) -> list[int]:
+        """The prompt as token ids, with the special tokens that the template writes and no others.
+
+        A special token that a turn spells out is tokenized as the text that it is: typing "</s>"
+        ends no turn.
+        """
+        turns = [{**turn, "value": sound_text(turn["value"])} for turn in turns]
+        if not any(self._special.search(turn["value"]) for turn in turns):
+            return self._template.prompt_ids(turns)
+        text, typed = self._rendered(turns)
+        tokenizer = self._template.tokenizer
+        tokens = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        ids = []
+        for token, (start, end) in zip(tokens["input_ids"], tokens["offset_mapping"], strict=True):
+            if typed.isdisjoint(range(start, end)):
+                ids.append(token)
+            else:
+                spelled = text[start:end]
+                ids += tokenizer.encode(
+                    spelled, add_special_tokens=False, split_special_tokens=True
+                )
+        return ids
+
+    def _rendered(self, turns: list[dict]) -> tuple[str, set[int]]:
+        """The prompt as text, and where in it the special tokens stand that turns spell out.
+
+        They are found by a character that stands for each while the template is at work.
+        """
+        taken = {character for turn in turns for character in turn["value"]}
+        free = (mark for mark in map(chr, count(PRIVATE)) if mark not in taken)
+        marks = {}
+
+        def marked(found: re.Match) -> str:
+            if found[0] not in marks:
+                marks[found[0]] = next(free)
+            return marks[found[0]]
+
+        turns = [{**turn, "value": self._special.sub(marked, turn["value"])} for turn in turns]
+        spelled = {mark: token for token, mark in marks.items()}
+        text, typed = [], set()
+        length = 0
+        for character in self._template.prompt(turns):
+            if character in spelled:
+                typed.add(length)
+            text.append(spelled.get(character, character))
+            length += len(text[-1])
+        return "".join(text), typed

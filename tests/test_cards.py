@@ -1,0 +1,339 @@
+"""What each card gets, by simulated capability, and the check of the machine, run on the CPU."""
+
+import dataclasses
+import os
+import re
+import subprocess
+import sys
+from importlib.metadata import version
+
+import pytest
+import torch
+from conftest import ROOT, run_script
+
+from llama_lora.cli import InputError
+from llama_lora.model import hardware, probe
+from llama_lora.model.cards import CARDS, GIB, card_named, has_kernels, like, markdown_table
+from llama_lora.train import arguments, machine
+
+CHECK = ROOT / "fastchat/train/check_machine.py"
+CU126 = "pip install torch==2.13.0+cu126 --index-url https://download.pytorch.org/whl/cu126"
+
+TRAINING = (
+    arguments.ModelArguments,
+    arguments.DataArguments,
+    arguments.LoraArguments,
+    arguments.TrainingArguments,
+)
+
+# The builds of torch as they come, by `torch.cuda.get_arch_list()`.
+BUILT_CU126 = ["sm_50", "sm_60", "sm_70", "sm_75", "sm_80", "sm_86", "sm_90"]
+BUILT_CU130 = ["sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "compute_120"]
+
+
+@pytest.mark.parametrize(
+    ("name", "default", "dtype", "attention", "triton", "build"),
+    [
+        ("P100", "4bit", torch.float16, "memory-efficient", False, "cu126"),
+        ("V100", "4bit", torch.float16, "memory-efficient", True, "cu126"),
+        ("T4", "8bit", torch.float16, "memory-efficient", True, None),
+        ("A10", "8bit", torch.bfloat16, "FlashAttention", True, None),
+        ("RTX 3090", "8bit", torch.bfloat16, "FlashAttention", True, None),
+        ("RTX 4090", "8bit", torch.bfloat16, "FlashAttention", True, None),
+        ("A100", "8bit", torch.bfloat16, "FlashAttention", True, None),
+        ("H100", "8bit", torch.bfloat16, "FlashAttention", True, None),
+    ],
+)
+def test_what_a_card_gets(name, default, dtype, attention, triton, build):
+    card = CARDS[name]
+    assert hardware.resolve_quantization("auto", card)[0] == default
+    assert hardware.compute_dtype(card) == dtype
+    assert (card.attention, card.runs_triton, card.torch_build) == (attention, triton, build)
+    peak = {torch.float16: card.fp16, torch.bfloat16: card.bf16}[dtype]
+    assert card.peak_flops == peak * 1e12
+    for wanted in ("4bit", "none"):
+        assert hardware.resolve_quantization(wanted, card)[0] == wanted
+
+
+def test_what_the_cpu_gets():
+    card = CARDS["CPU"]
+    assert hardware.resolve_quantization("auto", card)[0] == "8bit"
+    assert hardware.compute_dtype(card) in (torch.float32, torch.bfloat16)
+    assert card.peak_flops is None
+    assert not card.runs_triton
+
+
+@pytest.mark.parametrize("name", ["P100", "V100"])
+def test_8bit_is_refused_where_its_kernels_do_not_exist(name):
+    with pytest.raises(InputError, match=rf"found {name} .*; use --quantization 4bit"):
+        hardware.resolve_quantization("8bit", CARDS[name])
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        ("T4", "T4"),
+        ("p100", "P100"),
+        ("Tesla P100-PCIE-16GB", "P100"),
+        ("V100 16 GB", "V100"),
+        ("rtx 3090", "RTX 3090"),
+        ("3090Ti", "RTX 3090"),
+        ("RTX4090", "RTX 4090"),
+        ("2080 ti", "RTX 2080 Ti"),
+        ("A100-SXM4-40GB", "A100"),
+        ("A100 80GB", "A100 80GB"),
+        ("a10g", "A10G"),
+        ("cpu", "CPU"),
+    ],
+)
+def test_a_card_by_name(text, name):
+    assert card_named(text) == CARDS[name]
+
+
+def test_a_card_by_name_and_size():
+    card = card_named("V100 32GB")
+    assert (card.capability, card.memory) == ((7, 0), 32 * 10**9)
+    assert "29.8 GiB" in card.name
+
+
+@pytest.mark.parametrize(
+    ("text", "memory"), [("16GiB", 16 * GIB), ("24 gib", 24 * GIB), ("16 GB", 16 * 10**9)]
+)
+def test_a_size_alone_is_taken_to_be_like_a_t4(text, memory):
+    card = card_named(text)
+    assert (card.memory, card.capability) == (memory, (7, 5))
+    assert card.peak_flops == CARDS["T4"].peak_flops
+    assert "taken to be like a T4" in card.shown
+
+
+@pytest.mark.parametrize("text", ["K80", "RTX 2080", "L40S 48GB", "16", "", "GiB", "big"])
+def test_an_unknown_name_tells_the_known_ones(text):
+    with pytest.raises(InputError) as error:
+        card_named(text)
+    assert all(name in str(error.value) for name in [*CARDS, "16GiB"])
+    assert str(error.value).startswith(text)
+
+
+@pytest.mark.parametrize(
+    ("name", "capability", "gib", "like_name"),
+    [
+        ("Tesla T4", (7, 5), 14.56, "T4"),
+        ("Tesla V100-SXM2-32GB", (7, 0), 31.7, "V100"),
+        ("NVIDIA A100 80GB PCIe", (8, 0), 79.1, "A100 80GB"),
+        ("NVIDIA H100 80GB HBM3", (9, 0), 79.1, "H100"),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", (8, 9), 15.7, "RTX 4090"),
+    ],
+)
+def test_a_card_that_is_here_keeps_what_cuda_says(name, capability, gib, like_name):
+    card = like(name, capability, round(gib * GIB))
+    assert (card.name, card.capability, card.memory) == (name, capability, round(gib * GIB))
+    assert card.peak_flops == CARDS[like_name].peak_flops
+
+
+def test_an_unknown_card_that_is_here_goes_by_its_capability():
+    newer = like("NVIDIA GeForce RTX 5090", (12, 0), 31 * GIB)
+    assert (newer.dtype, newer.attention) == ("bfloat16", "FlashAttention")
+    assert newer.peak_flops == CARDS["T4"].peak_flops
+    older = like("Quadro P6000", (6, 1), 23 * GIB)
+    assert not older.runs_int8
+    assert older.peak_flops == CARDS["P100"].peak_flops
+
+
+def test_kernels_are_found_as_torch_finds_them():
+    """Against the table of builds and the rule that the pinned torch itself carries."""
+    for release, by_host in torch.cuda.PYTORCH_RELEASES_CODE_CC.items():
+        codes = by_host["x86_64"]
+        built_for = [f"sm_{code}" for code in codes]
+        for card in CARDS.values():
+            if card.capability is None:
+                continue
+            number = card.capability[0] * 10 + card.capability[1]
+            runs = any(torch.cuda._code_compatible_with_device(number, code) for code in codes)
+            assert has_kernels(built_for, card.capability) == runs, (release, card.name)
+            assert runs == (card.torch_build is None or release == "12.6")
+
+
+def test_code_that_is_compiled_on_the_spot_runs_on_later_cards():
+    assert has_kernels(BUILT_CU130, (12, 1))
+    assert has_kernels(BUILT_CU130, (13, 0))
+    assert not has_kernels(BUILT_CU126, (10, 0))
+    assert has_kernels(["sm_90a"], (9, 0))
+
+
+@pytest.mark.parametrize("name", ["P100", "V100"])
+def test_a_build_without_the_cards_kernels_stops_with_the_right_one(name):
+    finding = machine.card_with_torch(CARDS[name], 15 * GIB, "2.13.0+cu130", BUILT_CU130, "2.13.0")
+    assert finding.stops
+    assert not finding.ok
+    assert finding.remedy == CU126
+    assert "no kernels for it, only sm_75" in finding.found
+    right = machine.card_with_torch(CARDS[name], 15 * GIB, "2.13.0+cu126", BUILT_CU126, "2.13.0")
+    assert right.ok
+    assert not right.remedy
+
+
+def test_another_torch_than_the_pinned_one_is_told_and_goes_on():
+    finding = machine.card_with_torch(CARDS["T4"], GIB, "2.10.0+cu128", BUILT_CU130, "2.13.0")
+    assert not finding.ok
+    assert not finding.stops
+    assert finding.remedy == "pip install --force-reinstall torch==2.13.0"
+
+
+@pytest.mark.parametrize(
+    ("known", "cuda", "remedy"),
+    [
+        (("Tesla P100-PCIE-16GB", (6, 0)), None, CU126),
+        (("Tesla T4", (7, 5)), None, "pip install --force-reinstall torch==2.13.0"),
+        (("Tesla T4", (7, 5)), "13.0", CU126),
+    ],
+)
+def test_a_card_that_torch_does_not_reach_stops(known, cuda, remedy):
+    finding = machine.card_out_of_reach(known, "2.13.0", cuda, "2.13.0")
+    assert finding.stops
+    assert finding.remedy == remedy
+    assert known[0] in finding.found
+
+
+@pytest.fixture
+def driver_with_a_p100(tmp_path, monkeypatch):
+    """A machine whose NVIDIA driver tells of a P100, first on the PATH."""
+    tool = tmp_path / "nvidia-smi"
+    answers = 'case "$1" in *=name) echo Tesla P100-PCIE-16GB;; *=compute_cap) echo 6.0;; esac'
+    tool.write_text(f"#!/bin/sh\n{answers}\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="torch reaches the card of this machine")
+def test_a_card_that_the_driver_alone_sees_is_not_passed_over(driver_with_a_p100, monkeypatch):
+    """A build for CPUs on a machine with a card would train there, for months."""
+    (finding,) = machine.devices("2.13.0")
+    assert finding.stops
+    assert finding.found.startswith("Tesla P100-PCIE-16GB, but torch")
+    assert finding.remedy == CU126
+    assert machine.setup_command().startswith(
+        "PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cu126 make setup"
+    )
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # hidden on purpose
+    (finding,) = machine.devices(torch.__version__.partition("+")[0])
+    assert finding.ok
+    assert finding.found.startswith("CPU")
+
+
+@pytest.mark.parametrize(
+    ("quantization", "least", "most"),
+    [("none", 0.0, 1e-5), ("8bit", 1e-3, 0.02), ("4bit", 0.02, 0.1)],
+)
+def test_a_base_trains_on_cpu(quantization, least, most):
+    """As far from fp32 as its bits make it; no error at all would mean full precision."""
+    assert least <= probe.base_error(quantization, torch.float32, "cpu") <= most
+
+
+def test_the_8bit_optimizer_steps_on_cpu():
+    assert 1e-4 <= probe.optimizer_error("cpu") <= 0.05
+
+
+@pytest.mark.parametrize("spoiled", [0.0, float("nan"), 2.0])
+def test_a_wrong_result_is_told(spoiled):
+    right = [torch.ones(4), torch.ones(4)]
+    with pytest.raises(probe.Wrong):
+        probe._largest_error([right[0], right[1] * spoiled], right, tolerance=0.15)
+
+
+def test_attention_kernels_on_cpu():
+    finding = machine.attention()
+    assert finding.ok
+    assert "FlashAttention" in finding.found.split("not here: ")[0]
+    assert "memory-efficient" in finding.found.split("not here: ")[1]
+
+
+def test_packages_that_differ_have_one_command():
+    pins = {name: version(name) for name in ("numpy", "tqdm", "orjson", "jinja2")}
+    pins |= {"torch": "1", "peft": "0.0.1", "pycld2": "0.0", "no-such-package": "3.2"}
+    finding = machine.packages(pins)
+    assert not finding.ok
+    assert finding.found.startswith("4 of 7 as pinned; peft 0.")
+    assert "no-such-package missing, pinned 3.2" in finding.found
+    assert finding.remedy.endswith("pip install peft==0.0.1 pycld2==0.0 no-such-package==3.2")
+    assert "apt-get install -y libicu-dev" in finding.remedy  # pycld2 is built on the spot
+
+
+def test_what_cannot_be_imported_is_told():
+    finding = machine.imports("corpus", ("json", "no_such_module"), "pip install it", stops=True)
+    assert (finding.ok, finding.stops, finding.remedy) == (False, True, "pip install it")
+    assert "no_such_module" in finding.found
+
+
+def test_without_a_compiler(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    finding = machine.compiler()
+    assert not finding.ok
+    assert "apt-get install -y g++ ninja-build" in finding.remedy
+
+
+def test_the_script_on_cpu(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    done = run_script(CHECK)
+    marks = {
+        what: mark
+        for mark, what in re.findall(r"^(ok|--|FAIL) +(\S+(?: base| AdamW)?)", done.stdout, re.M)
+    }
+    assert done.returncode == 0, done.stdout + done.stderr
+    for what in ("Python", "device", "training", "room", "corpus", "attention", "compiler"):
+        assert marks[what] == "ok", done.stdout
+    for base in ("8-bit base", "4-bit base", "unquantized", "8-bit AdamW"):
+        assert marks[base] == "ok", done.stdout
+    assert not done.stderr
+    assert re.search(r"^Training can run here: 8bit base, (float32|bfloat16)$", done.stdout, re.M)
+
+
+def test_the_script_where_nothing_is_installed():
+    """Without site-packages, as before set-up: it still says what to do."""
+    command = [sys.executable, "-I", "-S", str(CHECK)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1, done.stderr
+    assert "FAIL torch" in done.stdout
+    assert "make setup && source .venv/bin/activate" in done.stdout
+    assert done.stdout.splitlines()[-1] == "Training cannot run here yet: torch"
+    assert not done.stderr
+
+
+def test_the_docs_hold_the_table():
+    done = run_script(CHECK, "--cards")
+    assert done.stdout.strip() == markdown_table()
+    assert done.stdout in (ROOT / "docs/cards.md").read_text(encoding="utf-8")
+
+
+def test_a_folder_that_does_not_exist_is_a_usage_error(tmp_path):
+    done = run_script(CHECK, "--folder", tmp_path / "none")
+    assert done.returncode == 2
+    assert "no such folder" in done.stderr
+
+
+# ---- docs/recipes.md ----
+
+
+def commands_of_the_recipes() -> list[str]:
+    text = (ROOT / "docs/recipes.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```bash\n(.*?)```", text, re.S)
+    return [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+
+
+@pytest.mark.parametrize(
+    "script",
+    sorted(
+        {path for line in commands_of_the_recipes() for path in re.findall(r"[\w/]+\.py\b", line)}
+    ),
+)
+def test_every_flag_of_the_recipes_exists(script):
+    if script == "fastchat/train/train_lora.py":  # whose --help takes seconds of imports
+        known = {f"--{field.name}" for part in TRAINING for field in dataclasses.fields(part)}
+    else:
+        known = set(re.findall(r"--[\w-]+", run_script(ROOT / script, "--help").stdout))
+    used = {
+        flag
+        for line in commands_of_the_recipes()
+        for flag in re.findall(r"--[\w-]+", line.partition(script)[2].partition("&&")[0])
+    }
+    assert used <= known, used - known

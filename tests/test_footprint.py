@@ -1,0 +1,113 @@
+"""The formulae for activations are what torch holds, on Llamas of several shapes."""
+
+import pytest
+import torch
+from adapted import adapted_llama, layers_of, trainable
+
+from llama_lora.train import footprint, recompute, tiles
+
+SHAPES = [
+    {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2},
+    {"hidden_size": 64, "intermediate_size": 192, "num_attention_heads": 4, "num_key_value_heads": 4},
+    {
+        "hidden_size": 96,
+        "intermediate_size": 128,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 3,
+        "head_dim": 32,
+    },
+]
+SETTINGS = [
+    # quantization, dtype, dropout, targets
+    ("none", torch.float32, 0.1, ["all-linear"]),
+    ("none", torch.bfloat16, 0.1, ["q_proj", "v_proj", "up_proj"]),
+    ("8bit", torch.bfloat16, 0.1, ["all-linear"]),
+    ("8bit", torch.float32, 0.0, ["all-linear"]),
+    ("4bit", torch.bfloat16, 0.0, ["all-linear"]),
+    ("4bit", torch.float32, 0.1, ["q_proj", "k_proj", "v_proj", "o_proj"]),
+    ("4bit", torch.bfloat16, 0.1, ["o_proj", "down_proj"]),
+    ("none", torch.bfloat16, 0.0, ["gate_proj", "k_proj"]),
+]
+R = 4
+POSITION = 8  # bytes
+
+
+def built(folder, layers, setting, shape):
+    """As under DeepSpeed, whose LoRA matrices are of the compute dtype, too."""
+    quantization, dtype, dropout, targets = setting
+    model = adapted_llama(
+        folder, quantization, dtype, targets, R, dropout, num_hidden_layers=layers, **shape
+    )
+    for parameter in trainable(model):
+        parameter.data = parameter.data.to(dtype)
+    recompute.forget_inputs(model)
+    model.get_base_model().enable_input_require_grads()
+    return model
+
+
+def conversation(tokens: int) -> dict:
+    """A single one, whose attention is computed all at once."""
+    ids = torch.arange(tokens)[None] % 61
+    return {"input_ids": ids, "labels": ids}
+
+
+def held(model, tokens) -> int:
+    """Bytes that wait for the backward pass."""
+    with recompute.LiveBytes() as live:
+        loss = model(**conversation(tokens)).loss
+        kept = live.bytes
+    del loss
+    return kept
+
+
+def peak(model, tokens) -> int:
+    with recompute.LiveBytes() as live:
+        torch.autograd.grad(model(**conversation(tokens)).loss, trainable(model))
+    return live.peak
+
+
+def per_token(measure, model) -> float:
+    """What grows with the tokens."""
+    measure(model, 30)  # what is made once
+    return (measure(model, 800) - measure(model, 400)) / 400
+
+
+def arguments(setting, shape):
+    quantization, dtype, dropout, targets = setting
+    return shape, targets, R, quantization, dtype.itemsize, dropout, False
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("setting", SETTINGS, ids=str)
+def test_what_waits_for_the_backward_pass(tmp_path, setting, shape):
+    itemsize = setting[1].itemsize
+    two, three = (built(tmp_path / str(n), n, setting, shape) for n in (2, 3))
+    expected = footprint.kept_per_token(*arguments(setting, shape))
+    found = per_token(held, three) - per_token(held, two)
+    assert found == expected
+    ends = footprint.ends_per_token(shape, itemsize) - footprint.IDS  # which the test made
+    if itemsize < footprint.FP32:  # which otherwise the first norm keeps
+        ends += footprint.checkpoint_per_token(shape, itemsize)  # the embeddings
+    assert per_token(held, two) == 2 * expected + ends
+    for model in (two, three):
+        recompute.checkpoint(model.get_base_model(), layers_of(model))
+    found = per_token(held, three) - per_token(held, two)
+    assert found == footprint.checkpoint_per_token(shape, itemsize)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("setting", SETTINGS, ids=str)
+@pytest.mark.parametrize("count", [1, 5])
+def test_the_peak_while_a_layer_recomputes(tmp_path, setting, shape, count):
+    itemsize = setting[1].itemsize
+    model = built(tmp_path, 3, setting, shape)
+    recompute.checkpoint(model.get_base_model(), layers_of(model))
+
+    def measure(model, tokens):
+        tiles.set_up(model.get_base_model(), layers_of(model), -(-tokens // count))
+        return peak(model, tokens)
+
+    head = shape.get("head_dim") or shape["hidden_size"] // shape["num_attention_heads"]
+    outside = 3 * footprint.checkpoint_per_token(shape, itemsize) + 2 * itemsize * head + POSITION
+    expected = outside + footprint.layer_peak_per_token(*arguments(setting, shape), count)
+    assert per_token(measure, model) == pytest.approx(expected, rel=1e-6)

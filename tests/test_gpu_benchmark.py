@@ -1,0 +1,265 @@
+"""benchmarks/gpu_16gb.py with a tiny base on the CPU: all of it but CUDA."""
+
+import json
+import sys
+import time
+from argparse import Namespace
+from importlib import import_module
+
+import pytest
+from conftest import ROOT, run_script
+
+from llama_lora.cli import InputError
+
+STEPS = 1
+RANDOM_LOSS = 6.24  # ln 512: of words that are all as likely
+
+
+@pytest.fixture(scope="module")
+def benchmark():
+    """Import modules of benchmarks/, which is no package."""
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    yield import_module
+    sys.path.remove(str(ROOT / "benchmarks"))
+
+
+@pytest.fixture(scope="module")
+def base(benchmark, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("gpu") / "tiny"
+    benchmark("gpu_base").make(folder, benchmark("gpu_rows").KINDS["tiny"])
+    return folder
+
+
+@pytest.fixture
+def work(benchmark, base):
+    """Measure rows as a worker does, in this process."""
+    rows = benchmark("gpu_rows")
+    kind = rows.KINDS["tiny"]
+
+    def run(*names: str, gib: float = 16) -> list[dict]:
+        every = {row.name: row for row in rows.all_rows(kind.scale, kind.most, ["TRL"])}
+        request = {"folder": str(base), "shape": "tiny", "gib": gib, "steps": STEPS}
+        request["rows"] = [every[name].as_dict() for name in names]
+        return list(benchmark("gpu_worker").work(request))
+
+    return run
+
+
+def test_a_made_base_is_one_that_the_project_loads(base):
+    from llama_lora.model.base import load_base
+    from llama_lora.model.shape import shape_of
+    from llama_lora.model.template import load_tokenizer
+
+    model = load_base(base)
+    assert sum(p.numel() for p in model.parameters()) == shape_of(base).parameters
+    assert all(p.isfinite().all() and p.any() for p in model.parameters())
+    assert len(load_tokenizer(base)) == model.config.vocab_size
+
+
+def test_a_made_base_is_made_anew_for_other_sizes(benchmark, base, tmp_path):
+    make, kind = benchmark("gpu_base").make, benchmark("gpu_rows").KINDS["tiny"]
+    folder = tmp_path / "base"
+    make(folder, kind)
+    before = (folder / "config.json").stat().st_mtime_ns
+    make(folder, kind)
+    assert (folder / "config.json").stat().st_mtime_ns == before
+    make(folder, type(kind)({**kind.config, "num_hidden_layers": 3}))
+    assert json.loads((folder / "config.json").read_text())["num_hidden_layers"] == 3
+
+
+def test_lengths_are_those_of_pieces(benchmark):
+    lengths = benchmark("gpu_lengths")
+    for window in lengths.WINDOWS:
+        pieces = lengths.pieces(window, 1, 32000)
+        assert len(pieces) == lengths.COUNT
+        assert max(pieces.lengths) <= window
+        assert 0.3 < sum(pieces.lengths) / len(pieces) / window < 1
+        assert 0.3 < pieces.labelled / sum(pieces.lengths) < 1
+    assert lengths.within(1) == 0
+    assert lengths.within(10**6) == 1
+
+
+def test_every_row_has_a_name_and_a_job_of_its_own(benchmark):
+    gpu_rows = benchmark("gpu_rows")
+    rows = gpu_rows.all_rows(1, 1 << 18, ["unsloth", "TRL"])
+    assert len({row.name for row in rows}) == len(rows)
+    jobs = gpu_rows.jobs(rows)
+    assert [row for job in jobs for row in job] == rows
+    for job in jobs:
+        assert len({row.job for row in job}) == 1
+    for contender in ("ours", "reference"):
+        found = {(row.precision, row.window) for row in rows if row.contender == contender}
+        assert found >= {(p, size) for p in gpu_rows.PRECISIONS for size, _ in gpu_rows.FULL}
+    assert rows[0] == gpu_rows.Row.of(json.loads(json.dumps(rows[0].as_dict())))
+
+
+def test_our_rows(work):
+    loaded, command, plain, profiled = work(
+        "ours int8 512 × 14, README's command", "ours int8 2,048 × 4"
+    )
+    assert set(loaded["checks"].values()) == {"holds"}
+    assert command["recomputed"] == command["layers"] == 2
+    assert command["planned"] > 0
+    assert command["operations_per_second"] > command["useful_flops"]  # all is computed twice
+    assert command["labelled_per_second"] < command["tokens_per_second"]
+    assert plain["recomputed"] == 0
+    assert abs(plain["loss"] - RANDOM_LOSS) < 0.5
+    assert profiled["operators"][0][2] > 0
+
+
+def test_the_longest_context_of_a_small_base_is_the_most_that_is_tried(work):
+    *_, last = work("longest context, NF4")
+    assert last["tokens"] == last["row"]["length"]
+    assert last["fails_at"] is None
+    assert 0 < last["whole_conversations"] < 1
+
+
+def test_the_reference_learns_from_padded_rows(benchmark, work):
+    _, row = work("reference 16-bit 512 × 14")
+    assert row["status"] == "measured"
+    assert abs(row["loss"] - RANDOM_LOSS) < 0.5
+    pieces = benchmark("gpu_lengths").pieces(512, 16, 512)[:3]
+    batch = benchmark("gpu_reference").padded(pieces, 32)
+    assert batch["input_ids"].shape == (3, 32)
+    assert batch["attention_mask"].sum(1).tolist() == [len(piece.ids) for piece in pieces]
+    assert (batch["labels"][batch["attention_mask"] == 0] == -100).all()
+
+
+def test_what_does_not_fit_is_told_and_the_reference_tried_with_less(work):
+    ours = work("ours 16-bit 2,048 × 4", gib=0.01)
+    assert [row["status"] for row in ours] == ["out of memory"]
+    assert "loads" in ours[0]["note"]
+
+
+def test_smaller_micro_batches(benchmark):
+    import torch
+
+    gpu_rows, worker = benchmark("gpu_rows"), benchmark("gpu_worker")
+    row = next(r for r in gpu_rows.all_rows(16, 512, []) if r.name == "reference int8 2,048 × 4")
+
+    class Small:
+        def measure(self, row):
+            if row.batch > 1:
+                raise torch.OutOfMemoryError(
+                    "CUDA out of memory. Tried to allocate 1 GiB. GPU 0 has none"
+                )
+            yield {"labelled_per_second": 1}
+
+    card = Namespace(start=lambda: None)
+    found = list(worker.attempts(Small(), row, card))
+    assert [(one["row"]["name"], one["status"]) for one in found] == [
+        ("reference int8 2,048 × 4", "out of memory"),
+        ("reference int8 2,048 × 2", "out of memory"),
+        ("reference int8 2,048 × 1", "measured"),
+    ]
+    assert found[0]["note"] == "CUDA out of memory. Tried to allocate 1 GiB"
+
+
+@pytest.mark.parametrize("limit", [100, 1000, 2500, 5000])
+def test_the_search_ends_at_what_just_fits(benchmark, limit):
+    next_try = benchmark("gpu_ours").next_try
+    fits, fails, tokens, tries = 0, None, 1024, 0
+    while tokens:
+        if tokens <= limit:
+            fits = tokens
+        else:
+            fails = tokens
+        tokens, tries = next_try(fits, fails, 4096, 16), tries + 1
+    assert fits == min(4096, fits)
+    assert limit * 0.97 - 16 <= fits <= limit or fits == 4096
+    assert tries <= 14
+
+
+def test_aims_are_judged(benchmark):
+    page = benchmark("gpu_page")
+
+    def row(name, contender, precision="int8", window=2048, **values):
+        asked = {"name": name, "contender": contender, "precision": precision}
+        asked |= {"window": window, "batch": 4, "kernel": "any", "search": False}
+        return {"row": asked, "status": "measured", **values}
+
+    rows = [
+        row("ours int8 512 × 14, README's command", "ours", window=512, peak=10.5e9, planned=12e9),
+        row("ours int8 2,048 × 4", "ours", labelled_per_second=2900, useful_flops=4e14),
+        row("reference int8 2,048 × 2", "reference", labelled_per_second=1000),
+        row("unsloth int8 2,048 × 4", "unsloth", labelled_per_second=2900),
+    ]
+    rows[1] |= {"peak": 15e9, "parts": 1}
+    rows[0]["labelled_per_second"] = 1
+    rows[0]["useful_flops"] = 1
+    results = {"rows": {r["row"]["name"]: r for r in rows}, "device": {"peak_flops": 7e14}}
+    met = {aim: met for aim, _, met in page.aims(results)}
+    assert met["int8, 2,048 tokens: 3× reference's labelled tokens/s"] is False
+    assert met["int8, 2,048 tokens: 1× unsloth's labelled tokens/s"] is True
+    assert met["int8, 2,048 × 4 in the memory"] is True
+    assert met["README's command, int8: at most 11 GB"] is True
+    assert met["half of the device's matrix-product peak"] is True
+    assert met["the plan within 10% of the peak"] is False
+    assert met["NF4, r=32: 40,000 tokens of context"] is None
+
+
+def test_without_a_card_it_says_what_to_do(tmp_path):
+    done = run_script("benchmarks/gpu_16gb.py", "--cache", tmp_path, "--out", tmp_path)
+    assert done.returncode == 1
+    assert "--shape tiny" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.fixture
+def results(benchmark, tmp_path):
+    """Of a run in which nothing was measured yet, and no base was made."""
+    args = Namespace(shape="tiny", gib=16, steps=1, only=["reference NF4"], resume=False)
+    args.cache, args.out, args.unsloth = tmp_path, tmp_path / "out", sys.executable
+    device = {"name": "CPU", "peak_flops": 1e9, "planner_rate": 1e9, "cuda": None}
+    device["checks"] = {"attention": "right"}
+    return benchmark("gpu_16gb").Results(args, device), args
+
+
+def test_what_there_is_no_time_for_is_told(benchmark, results):
+    told, args = results
+    benchmark("gpu_16gb").measure(told.missing(), told, args, deadline=0)
+    assert {row["status"] for row in told.rows.values()} == {"not run"}
+    assert told.missing() == []
+    assert "no time was left" in told.path.with_suffix(".md").read_text()
+    args.resume = True
+    assert len(benchmark("gpu_16gb").Results(args, told.device).missing()) == 3
+    args.gib = 8
+    with pytest.raises(InputError, match="made with"):
+        benchmark("gpu_16gb").Results(args, told.device)
+
+
+def test_rows_stand_in_one_order_whatever_was_measured_first(results):
+    told, _ = results
+    names = ["ours int8 512 × 14", "reference NF4 2,048 × 4", "reference NF4 2,048 × 2"]
+    told.rows = {name: {} for name in reversed(names)}
+    assert list(told.as_dict()["rows"]) == names
+
+
+@pytest.mark.slow
+def test_a_process_that_dies_is_told_with_its_last_line(benchmark, results):
+    told, args = results
+    benchmark("gpu_16gb").measure(told.missing(), told, args, deadline=time.monotonic() + 300)
+    assert {row["status"] for row in told.rows.values()} == {"failed"}
+    assert all("expected config.json" in row["note"] for row in told.rows.values())
+
+
+@pytest.mark.slow
+def test_the_command_goes_on_where_it_ended(tmp_path):
+    def run(*flags):
+        own = ["--shape", "tiny", "--steps", STEPS, "--cache", tmp_path / "cache"]
+        done = run_script(
+            "benchmarks/gpu_16gb.py", *own, "--out", tmp_path / "out", *flags, timeout=900
+        )
+        assert done.returncode == 0, done.stderr
+        (path,) = (tmp_path / "out").glob("*.json")
+        return json.loads(path.read_text()), path.with_suffix(".md").read_text()
+
+    first, page = run("--only", "ours int8 512", "16-bit 512")
+    assert "tries the code out" in page
+    assert len(first["rows"]) == 5
+    whole, page = run("--only", "int8", "--resume")
+    assert {row["status"] for row in whole["rows"].values()} == {"measured"}
+    assert {name: whole["rows"][name] for name in first["rows"]} == first["rows"]
+    for part in ("## Aims", "## Memory and speed", "README's command", "## The longest context"):
+        assert part in page
+    assert page.count("One step of ours") == 1
