@@ -42,6 +42,9 @@ bench: .venv/complete $(D)/base/config.json  ## measure every figure in docs/ ag
 	python3 benchmarks/loss_memory.py --out docs/loss-memory.md
 	python3 benchmarks/train_speed.py --write
 	python3 benchmarks/learning.py --write
+	python3 benchmarks/plan_accuracy.py --write
+	python3 benchmarks/card_plans.py --write
+	python3 benchmarks/long_context.py --out docs/long-context-memory.md
 
 clean:  ## remove what the demo and the tools wrote; .venv stays
 	rm -rf $(D) build *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -25,11 +25,11 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument("--tokens", type=int, default=8_192)
+    parser.add_argument("--tokens", type=int, default=4_096)
     parser.add_argument("--hidden", type=int, default=512, help="size of the hidden states")
     parser.add_argument("--intermediate", type=int, default=1_376, help="width of the MLPs")
     parser.add_argument("--heads", type=int, default=8)
-    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--quantization", choices=["8bit", "4bit", "none"], default="4bit")
     parser.add_argument("--dropout", type=float, default=0.05)
     parser.add_argument("--tiles", default="8", help="of the MLPs")
@@ -136,8 +136,8 @@ def foretold(args, model, recomputed: bool, offloaded: bool, tiles: int) -> floa
     waiting = footprint.checkpoint_per_token(config, size) if recomputed else kept
     layers = ON_THE_WAY if offloaded else args.layers
     at_work = footprint.layer_peak_per_token(*layer, tiles) - (0 if recomputed else kept)
-    ends = footprint.ends_per_token(config, size) - footprint.IDS
-    return args.tokens * (layers * waiting + at_work + ends)
+    beside = footprint.beside_layers_per_token(config, size)
+    return args.tokens * (layers * waiting + at_work + beside)
 
 
 def page(args: argparse.Namespace, model, rows: list[dict]) -> str:
@@ -157,8 +157,8 @@ def page(args: argparse.Namespace, model, rows: list[dict]) -> str:
         "|---|--:|--:|--:|--:|",
     ]
     lines += [
-        f"| {one['name']} | {one['held'] / 1e6:,.0f} MB | {one['held'] / args.tokens / 1e3:.1f} KB | "
-        f"{one['foretold'] / 1e6:,.0f} MB | {one['seconds']:.1f} |"
+        f"| {one['name']} | {one['held'] / 1e6:,.0f} MB | {one['held'] / args.tokens / 1e3:.1f} KB "
+        f"| {one['foretold'] / 1e6:,.0f} MB | {one['seconds']:.1f} |"
         for one in rows
     ]
     return "\n".join(lines + at_7b(args)) + "\n"

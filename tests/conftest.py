@@ -15,7 +15,7 @@ from hypothesis import settings
 
 # The same examples in every run: a failure is a change's own. `--hypothesis-profile default`
 # draws new ones.
-settings.register_profile("repeatable", derandomize=True)
+settings.register_profile("repeatable", derandomize=True, deadline=None)
 settings.load_profile("repeatable")
 
 ROOT = Path(__file__).parents[1]

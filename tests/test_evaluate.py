@@ -497,7 +497,9 @@ def test_nothing_to_measure_is_a_usage_error(tiny_base, evaluate):
 
 
 @pytest.mark.parametrize("tokenizer", ["llama_tokenizer", "byte_tokenizer"])
-@pytest.mark.parametrize("text", ["Ça va: 我说中文 🐦, и по-русски!\n  x", "I am", "\ufffd a \ufffd"])
+@pytest.mark.parametrize(
+    "text", ["Ça va: 我说中文 🐦, и по-русски!\n  x", "I am", "\ufffd a \ufffd"]
+)
 def test_the_texts_of_tokens_are_the_whole(tokenizer, text, request):
     tokenizer = request.getfixturevalue(tokenizer)
     ids = np.array(tokenizer(text, add_special_tokens=False)["input_ids"])

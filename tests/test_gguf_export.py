@@ -306,7 +306,7 @@ def llama_cpp():
 def smollm2_lora(tmp_path_factory, smollm2_gguf) -> tuple[Path, Path]:
     folder = tmp_path_factory.mktemp("smollm2")
     assert convert("--gguf", smollm2_gguf, "--output_dir", folder / "base") == 0
-    return folder / "base", make_adapter(folder / "lora", folder / "base", r=8, lora_alpha=8)
+    return folder / "base", make_adapter(folder / "lora", folder / "base", r=8, lora_alpha=32)
 
 
 def in_llama_cpp(llama_cpp, file: Path):

@@ -193,7 +193,7 @@ def train(tiny_base, corpus, train_here, tmp_path):
 def test_a_dry_run_needs_no_weights_and_no_card(train, tmp_path):
     done = train("--dry_run", "True", "--plan_for", "2xT4")
     assert done.returncode == 0, done.stderr
-    where, rate = "on 2 × T4 (compute capability 7.5)", "of the T4's peak, assumed"
+    where, rate = "on 2 × T4 (compute capability 7.5)", "of its published peak, assumed"
     for part in (where, rate, "weights", "optimizer"):
         assert part in done.stdout
     assert "20 examples" in done.stdout

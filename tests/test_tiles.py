@@ -33,7 +33,11 @@ def test_loss_and_gradients_are_those_of_whole_mlps(tmp_path, quantization, chec
 
 
 def test_dora_and_mlps_without_trained_weights(tmp_path):
-    for kinds in ({"use_dora": True}, {"targets": ["q_proj", "down_proj"]}, {"targets": ["v_proj"]}):
+    for kinds in (
+        {"use_dora": True},
+        {"targets": ["q_proj", "down_proj"]},
+        {"targets": ["v_proj"]},
+    ):
         model = adapted_llama(tmp_path, **kinds)
         recompute.checkpoint(model.get_base_model(), layers_of(model))
         _, expected = step(model)
@@ -45,7 +49,10 @@ def test_dropout_is_the_same_when_recomputed(tmp_path):
     """Against autograd through the same tiles, drawing from the same seed."""
     model = adapted_llama(tmp_path, dropout=0.3)
     layer = layers_of(model)[0]
-    whole = [type(module).forward.__get__(module) for module in (layer.post_attention_layernorm, layer.mlp)]
+    whole = [
+        type(module).forward.__get__(module)
+        for module in (layer.post_attention_layernorm, layer.mlp)
+    ]
     parameters = [p for p in layer.mlp.parameters() if p.requires_grad]
     tiles.set_up(model.get_base_model(), [layer], 6)
     hidden = torch.randn(1, 20, 32, requires_grad=True)

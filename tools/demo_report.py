@@ -7,6 +7,7 @@ python3 tools/demo_report.py --base .demo/base --adapter .demo/adapter --report 
 import argparse
 import json
 import textwrap
+import warnings
 from pathlib import Path
 
 from llama_lora.cli import one_line_errors
@@ -27,6 +28,7 @@ def parse_args() -> argparse.Namespace:
 def main(args: argparse.Namespace) -> None:
     from transformers.utils import logging
 
+    warnings.simplefilter("ignore")  # the libraries' are for developers
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     before = answers(args.base, None)
@@ -37,8 +39,9 @@ def main(args: argparse.Namespace) -> None:
         print(shown("base ", base))
         print(shown("tuned", tuned))
     print(
-        f"\nLook: {args.evaluation} (base and adapter), {args.report} (the corpus), "
-        f"{args.adapter}/loss.png\n"
+        f"\nLook: {args.evaluation} (the base and the adapter)\n"
+        f"      {args.report} (the corpus)\n"
+        f"      {args.adapter}/loss.png\n"
         "Ask your own:\n"
         f"    .venv/bin/python3 generate.py --base_model {args.base} --lora_weights {args.adapter}"
     )

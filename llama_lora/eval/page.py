@@ -17,7 +17,7 @@ from llama_lora.cli import InputError
 from llama_lora.corpus.atomic import Outputs
 from llama_lora.eval import charts
 from llama_lora.eval.answers import Exchange
-from llama_lora.eval.bootstrap import Estimate
+from llama_lora.eval.bootstrap import DRAWS, Estimate
 from llama_lora.eval.evaluation import Evaluation, percent
 from llama_lora.eval.heldout import ADAPTER, HeldOut, Look, perplexity
 from llama_lora.model.adapters import BASE
@@ -77,6 +77,7 @@ def rendered(found: Evaluation) -> str:
         figures=list(figures(found)),
         verdict=verdict(held_out.change) if compared else "",
         few=FEW,
+        draws=DRAWS,
         intervals=charts.intervals(held_out.losses) if held_out else "",
         changes=charts.changes(held_out.conversations) if compared else "",
         looks=list(looks(held_out)) if compared else [],
@@ -156,12 +157,13 @@ def kind_of(change: float) -> str:
 
 def texts(ids: np.ndarray, tokenizer) -> Iterator[str]:
     """The text that each token completes; none for one that ends within a character."""
-    shown = ""
+    shown = 0  # characters
     for end in range(1, len(ids) + 1):
         text = tokenizer.decode(ids[:end], clean_up_tokenization_spaces=False)
         complete = text if end == len(ids) else text.rstrip(REPLACEMENT)
-        yield complete[len(shown) :]
-        shown = complete
+        # Part of a character may take whole ones before it along, until it is complete.
+        yield complete[shown:]
+        shown = max(shown, len(complete))
 
 
 def categories(asked: list[Exchange]) -> dict[str, list[Exchange]]:

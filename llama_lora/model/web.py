@@ -173,7 +173,7 @@ def settings_of(gr, sampling: Sampling, system: str | None, window: int) -> list
                 slider("Top p", 0.05, 1, sampling.top_p),
                 slider("Top k", 0, 200, sampling.top_k, step=1),
                 slider("Repetition penalty", 1, 2, sampling.repetition_penalty),
-                slider("Longest answer, in tokens", 1, window, longest, step=1),
+                slider("Longest answer", 1, window, longest, step=1),
             ]
 
 

@@ -25,7 +25,8 @@ def changes(setup: Setup) -> list[Change]:
     if setup.mlp_tiles != "auto":
         offer("--mlp_tiles auto", mlp_tiles="auto")
     if setup.on_card and not setup.offload:
-        offer("--offload_activations True", offload=True, recompute="True")
+        recompute = "--gradient_checkpointing True " if setup.recompute == "False" else ""
+        offer(f"{recompute}--offload_activations True", offload=True, recompute="True")
     if setup.on_card and "8bit" not in setup.optim:
         offer("--optim paged_adamw_8bit", optim="paged_adamw_8bit")
     if setup.quantization != "4bit":
@@ -83,6 +84,7 @@ def _together(setup: Setup, available: float, enough) -> list[tuple[str, Plan]]:
 
 
 def _replaces(offer: Change, earlier: Change) -> bool:
+    """Whether it sets what the earlier one set."""
     return offer[0].split()[0] == earlier[0].split()[0]
 
 

@@ -102,8 +102,11 @@ class Layer:
             inside = max(self._mlp_moments(self.of_norm() - self.shared(), tiled=True))
             mlp = 2 * stream + inside / tiles  # its input, and the gradient of that
             return attention + max(mlp, *self._attention_moments())
-        # What of the last product goes backward before it calls for recomputing the layer.
-        ahead = stream if "down_proj" in self.targets else wide
+        # The gradient that the last product gives or takes before the layer has to be recomputed:
+        # of what autograd saves, not of what quantized products keep by themselves.
+        ahead = 0 if self.quantization == "none" else wide
+        if "down_proj" in self.targets:
+            ahead = stream
         mlp = max(self._mlp_moments(self.of_norm(), tiled=False, ahead=ahead))
         return attention + max(mlp, *self._attention_moments(ahead))
 
@@ -147,12 +150,13 @@ class Layer:
         shown += 0 if self.of_input("q_proj", "k_proj", "v_proj") else stream
         shown += 0 if self.of_input("o_proj") else query
         of_o = self.of_lora("o_proj") + self.of_input("o_proj")
+        sums = FP32 * self.query if self.on_card else 0  # FlashAttention adds dQ up in fp32
         return [
             shown + stream * (3 if "o_proj" in self.targets else 1),
             # Gradients: of what A multiplies, before and after dropout, of queries, keys, values.
             query,
             2 * query - of_o,
-            4 * query - of_o,
+            4 * query - of_o + sums,
         ]
 
     def _results(self, name: str) -> int:
@@ -169,9 +173,7 @@ class Layer:
         return width * (1 if self.on_card else self.size) if self.dropout else 0
 
 
-def kept_per_token(
-    config, targets, lora_r, quantization, itemsize, dropout, on_card=True
-) -> int:
+def kept_per_token(config, targets, lora_r, quantization, itemsize, dropout, on_card=True) -> int:
     """Bytes per token that one layer without checkpointing keeps for its backward pass.
 
     The precision of the frozen weights changes nothing: `recompute.forget_inputs` sees to it that
@@ -202,15 +204,22 @@ def checkpoint_per_token(config, itemsize: int) -> int:
     return itemsize * _value(config, "hidden_size")
 
 
-def ends_per_token(config, itemsize: int) -> int:
-    """Bytes per token that are kept outside the layers.
-
-    Rotary angles, the last norm's input in fp32, the gradient of the hidden states that the loss in
-    chunks computes, the ids and labels.
-    """
+def beside_layers_per_token(config, itemsize: int) -> int:
+    """Bytes per token that are there while layers go backward: rotary angles, ids and labels."""
     hidden, heads = _value(config, "hidden_size"), _value(config, "num_attention_heads")
     head = _value(config, "head_dim") or hidden // heads
-    return 2 * itemsize * head + FP32 * hidden + FP32 + itemsize * hidden + IDS
+    return 2 * itemsize * head + IDS
+
+
+def ends_per_token(config, itemsize: int) -> int:
+    """Bytes per token that are kept outside the layers until these go backward.
+
+    Besides the above the last norm's input in fp32, and the gradient of the hidden states that the
+    loss in chunks computes; `layer_peak_per_token` has the gradient that these become.
+    """
+    hidden = _value(config, "hidden_size")
+    last = FP32 * hidden + FP32 + itemsize * hidden
+    return beside_layers_per_token(config, itemsize) + last
 
 
 def dequantized_bytes(config, quantization: str, itemsize: int) -> int:

@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass, replace
 
 import psutil
+from transformers.training_args import OptimizerNames
 
 from llama_lora.cli import InputError
 from llama_lora.model.cards import CARDS, Card, card_named
@@ -68,7 +69,9 @@ class Forecast:
 
     def table(self) -> str:
         """The plan, the time and the verdict in lines."""
-        rows = [f"  {name:<15}{gib(size):>10}  {note}" for name, size, note in self._rows()]
+        rows = [
+            f"  {name:<15}{gib(size):>10}  {note}".rstrip() for name, size, note in self._rows()
+        ]
         return "\n".join(
             [
                 f"memory plan: a base of {self.plan.setup.shape.parameters / 1e6:,.1f} M "
@@ -158,7 +161,7 @@ def of(shape: Shape, quantization: str, lora, args, training) -> Forecast:
         lora_r=lora.lora_r,
         lora_dropout=lora.lora_dropout,
         use_dora=lora.use_dora,
-        optim=str(args.optim),
+        optim=OptimizerNames(args.optim).value,
         tokens=training.fullest,
         longest=int(training.lengths.max()),
         recompute=args.recompute,
@@ -247,7 +250,7 @@ def rate_of(card: Card, here: bool, shape: Shape, dtype) -> tuple[float, str]:
     if here:
         device = "cpu" if card.memory is None else "cuda"
         return pace.measured_rate(shape, dtype, device), "its matrix products, measured now"
-    return REACHED * card.peak_flops, f"{REACHED:.0%} of the {card.name}'s peak, assumed"
+    return REACHED * card.peak_flops, f"{REACHED:.0%} of its published peak, assumed"
 
 
 def gib(size: float) -> str:
@@ -255,4 +258,6 @@ def gib(size: float) -> str:
 
 
 def duration(hours: float) -> str:
+    if hours < 1 / 60:
+        return "a minute"
     return f"{hours:,.1f} hours" if hours >= 1 else f"{60 * hours:,.0f} minutes"

@@ -81,7 +81,9 @@ class _Tiled(torch.autograd.Function):
         ctx.tiles, ctx.keep, ctx.parameters = tiles, keep, parameters
         ctx.as_now = _Circumstances(hidden)
         result = torch.empty_like(hidden)
-        for tile, place in zip(hidden.split(tiles.size, 1), result.split(tiles.size, 1), strict=True):
+        for tile, place in zip(
+            hidden.split(tiles.size, 1), result.split(tiles.size, 1), strict=True
+        ):
             place.copy_(tiles.run(tile))
         return result
 

@@ -58,7 +58,7 @@ class LoraTrainer(transformers.Trainer):
         self.remove_callback(PrinterCallback)
         for callback in (
             self.totals,
-            Preparation(part_tokens),
+            Preparation(part_tokens, self.accelerator.autocast),
             LogLine(self.totals),
             LogFile(self.totals),
             self.best,
@@ -240,19 +240,18 @@ class Preparation(TrainerCallback):
     is loaded: bitsandbytes' int8 layers accept no state after their first forward pass.
     """
 
-    def __init__(self, tokens: int):
-        self.tokens = tokens
+    def __init__(self, tokens: int, autocast):
+        """`autocast` makes the context in which training computes."""
+        self.tokens, self.autocast = tokens, autocast
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
-        check_isolation(model)
-        loss.check(model.get_base_model())
-        said = recompute.set_up(
-            model.get_base_model(),
-            args.recompute,
-            self.tokens,
-            args.offload_activations,
-            args.mlp_tiles,
-        )
+        base = model.get_base_model()
+        with self.autocast():
+            check_isolation(model)
+            loss.check(base)
+            said = recompute.set_up(
+                base, args.recompute, self.tokens, args.offload_activations, args.mlp_tiles
+            )
         if state.is_world_process_zero:
             print(said, flush=True)
         unlink_shared_memory(args.process_index)
