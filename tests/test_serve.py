@@ -24,7 +24,7 @@ DOCS = (ROOT / "docs/serving.md").read_text(encoding="utf-8")
 SERVE = [sys.executable, "-m", "transformers.cli.transformers", "serve", "./served"]
 QUESTIONS = ["Who are you?", "Name three colours of the rainbow."]
 GREEDY = {"temperature": 0, "max_tokens": 40}
-START = 300  # seconds that a start may take
+START = 600  # seconds that a start may take on a busy machine
 
 
 # ---- vLLM: what its loader reads in an adapter's folder ----

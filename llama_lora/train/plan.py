@@ -142,13 +142,10 @@ def activation_bytes(setup: Setup, recomputed: int) -> float:
     waiting = min(recomputed, IN_FLIGHT) if setup.offload else recomputed
     whole = setup.shape.layers - recomputed
     at_work = peak if recomputed else max(0, peak - kept)  # what is kept counts already
-    per_token = (
-        whole * kept
-        + waiting * footprint.checkpoint_per_token(config, size)
-        + at_work
-        + footprint.ends_per_token(config, size)
-    )
-    return setup.part_tokens * per_token
+    held = whole * kept + waiting * footprint.checkpoint_per_token(config, size)
+    at_the_loss = footprint.ends_per_token(config, size)
+    in_a_layer = footprint.beside_layers_per_token(config, size) + at_work
+    return setup.part_tokens * (held + max(at_the_loss, in_a_layer))
 
 
 def optimizer_bytes(optim: str) -> int:
