@@ -232,6 +232,7 @@ def test_half_a_line_is_written_anew(endless, asked, tmp_path):
     assert out.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
 
 
+@pytest.mark.slow
 def test_killed_run_goes_on(endless, tmp_path):
     prompts = write_lines(tmp_path / "prompts.jsonl", [{"prompt": f"Tell {n}?"} for n in range(60)])
     out, partial = tmp_path / "out.jsonl", tmp_path / "out.jsonl.partial"

@@ -67,6 +67,7 @@ def test_one_answer(base):
     ]
 
 
+@pytest.mark.slow
 def test_piped_questions_with_an_8bit_base(base, lora):
     lines = ["Who are you?", "", "What can you do?", "/reset", "/system Be brief.", "And now?"]
     done = run(

@@ -459,6 +459,7 @@ print(written.files, written.bytes, growth * 1024)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="reads a POSIX account")
 def test_memory_is_that_of_shards_not_of_the_model(tmp_path, llama_tokenizer, base, lora):
     size = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 16}

@@ -2,6 +2,7 @@
 
 import json
 
+import pytest
 import torch
 from conftest import shipped
 from torch.utils._pytree import tree_leaves
@@ -9,6 +10,7 @@ from torch.utils._pytree import tree_leaves
 from llama_lora.train.checkpoints import is_complete
 
 
+@pytest.mark.slow
 def test_adamw_with_states_in_8_bits_trains_and_resumes(train_here, tiny_base, tmp_path):
     """Nothing is paged without a card."""
     corpus, output = tmp_path / "split.json", tmp_path / "output"
