@@ -115,7 +115,7 @@ class Forecast:
 
     def verdict(self) -> str:
         if self.plan.fits:
-            doubt = "" if self.plan.comfortable else "; it may be tight, the plan can be 10% off"
+            doubt = "" if self.plan.comfortable else "; it may be tight: the plan is a reckoning"
             return f"fits, {gib(self.plan.spare)} to spare{doubt}"
         ways = advice.ways_to_fit(self.plan.setup, self.plan.available)
         if ways:
