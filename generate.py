@@ -13,8 +13,8 @@ import warnings
 from functools import partial
 from pathlib import Path
 
+from llama_lora.chat.console import COMMANDS, Console, show
 from llama_lora.cli import one_line_errors
-from llama_lora.model.console import COMMANDS, Console, show
 from llama_lora.model.hardware import QUANTIZATIONS
 from llama_lora.options import Help, batch_size, between, flag
 
@@ -80,11 +80,11 @@ def parse_args() -> argparse.Namespace:
 def main(args: argparse.Namespace) -> None:
     sys.stdout.reconfigure(errors="replace")
     if args.prompts_file:
-        from llama_lora.corpus.answers import answer_questions
+        from llama_lora.chat.answer_file import answer_questions
 
         print(answer_questions(args, loaded))
     elif args.web:
-        from llama_lora.model.web import serve
+        from llama_lora.chat.web import serve
 
         serve(args, loaded)
     else:
@@ -92,9 +92,9 @@ def main(args: argparse.Namespace) -> None:
 
 
 def chat(args: argparse.Namespace) -> None:
-    from llama_lora.corpus.answers import save_conversation
-    from llama_lora.model.chat import Chat
-    from llama_lora.model.sampling import Sampling
+    from llama_lora.chat.answer_file import save_conversation
+    from llama_lora.chat.sampling import Sampling
+    from llama_lora.chat.session import Chat
 
     adapters = loaded(args)
     chat = Chat(adapters.model, adapters.first, Sampling.of(args), args.system)
@@ -108,7 +108,7 @@ def loaded(args: argparse.Namespace):
     """The base and its adapters; what they are goes to stderr."""
     from transformers.utils import logging
 
-    from llama_lora.model.adapters import load_adapters, named_folders
+    from llama_lora.chat.adapters import load_adapters, named_folders
 
     warnings.simplefilter("ignore")  # the libraries' are for developers
     logging.set_verbosity_error()

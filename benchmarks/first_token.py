@@ -29,8 +29,8 @@ def parse_args() -> argparse.Namespace:
 def main(args: argparse.Namespace) -> None:
     from transformers.utils import logging
 
-    from llama_lora.model.adapters import load
-    from llama_lora.model.sampling import Sampling
+    from llama_lora.chat.adapters import load
+    from llama_lora.chat.sampling import Sampling
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -49,7 +49,7 @@ def main(args: argparse.Namespace) -> None:
 
 def chat(model, template, sampling) -> tuple[list[float], float]:
     """Seconds until each answer began, and tokens a second from there on."""
-    from llama_lora.model.chat import Chat
+    from llama_lora.chat.session import Chat
 
     chat, waits, seconds, tokens = Chat(model, template, sampling), [], 0.0, 0
     for topic in TOPICS:
@@ -68,7 +68,7 @@ def chat(model, template, sampling) -> tuple[list[float], float]:
 
 def batch(model, template, sampling, size: int) -> float:
     """Tokens a second over all answers."""
-    from llama_lora.model.batch import answers
+    from llama_lora.chat.batch import answers
 
     asked = [[{"from": "human", "value": question(topic)}] for topic in TOPICS]
     began = time.perf_counter()

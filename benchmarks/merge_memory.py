@@ -64,7 +64,7 @@ def make(args: argparse.Namespace, folder: Path) -> None:
     from safetensors.torch import save_file
     from transformers import LlamaConfig
 
-    from llama_lora.model.hf_folder import parameter_shapes, plan_shards
+    from llama_lora.weights.hf_folder import parameter_shapes, plan_shards
 
     config = LlamaConfig(
         vocab_size=args.words,
@@ -138,7 +138,7 @@ def measure(way: str, folder: Path, shard: int) -> dict:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    from llama_lora.model.merge import merge
+    from llama_lora.weights.merge import merge
 
     imports, began = peak(), time.perf_counter()
     base, lora, target = folder / "base", folder / "lora", folder / way
@@ -164,7 +164,7 @@ def peak() -> int:
 
 def largest_difference(ours: Path, theirs: Path) -> float:
     """The largest difference between two folders' weights, as a share of the largest value."""
-    from llama_lora.model.hf_weights import FolderWeights
+    from llama_lora.weights.hf_weights import FolderWeights
 
     first, second = FolderWeights(ours), FolderWeights(theirs)
     largest = 0.0

@@ -84,7 +84,7 @@ def llama_tokenizer(tmp_path_factory):
     """A fast tokenizer from a SentencePiece model of Llama's kind, trained on the shipped data."""
     import sentencepiece
 
-    from llama_lora.model.llama_tokenizer import read_tokenizer_model
+    from llama_lora.weights.llama_tokenizer import read_tokenizer_model
 
     texts = (
         line

@@ -12,7 +12,7 @@ import torch
 from conftest import ROOT
 from transformers import AutoModelForCausalLM
 
-from llama_lora.model.llama_tokenizer import LLAMA3_SPLIT
+from llama_lora.weights.llama_tokenizer import LLAMA3_SPLIT
 
 SCRIPT = ROOT / "convert_llama_weights_to_hf.py"
 SENTENCES = [

@@ -11,7 +11,7 @@ from fastchat.conversation import get_conv_template
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
-from llama_lora.model.sampling import Sampling
+from llama_lora.chat.sampling import Sampling
 
 SCRIPT = ROOT / "generate.py"
 WINDOW = 320

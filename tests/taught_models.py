@@ -23,9 +23,9 @@ from taught import (
 )
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
+from llama_lora.chat.adapters import load, load_adapters
+from llama_lora.chat.session import Chat
 from llama_lora.model import adapter
-from llama_lora.model.adapters import load, load_adapters
-from llama_lora.model.chat import Chat
 from llama_lora.model.template import Template, load_tokenizer
 
 

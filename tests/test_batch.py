@@ -7,12 +7,12 @@ import torch
 from taught import ADAPTER_ANSWERS, GREEDY, WINDOW, config, fed, said
 from transformers import GenerationConfig, LlamaForCausalLM
 
+from llama_lora.chat.adapters import load
+from llama_lora.chat.batch import answers
+from llama_lora.chat.decode import Decoder
+from llama_lora.chat.sampling import Sampling, generator
 from llama_lora.cli import InputError
-from llama_lora.model.adapters import load
 from llama_lora.model.base import load_base
-from llama_lora.model.batch import answers
-from llama_lora.model.decode import Decoder
-from llama_lora.model.sampling import Sampling, generator
 from llama_lora.model.template import Template, load_tokenizer
 
 pytest_plugins = ["taught_models"]

@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 from taught import ADAPTER_ANSWERS, SCRIPT, WINDOW, fed, said
 
+from llama_lora.chat.adapters import load
+from llama_lora.chat.answer_file import AnswerFile, answer_all
+from llama_lora.chat.sampling import Sampling
 from llama_lora.cli import InputError
-from llama_lora.corpus.answers import AnswerFile, answer_all
 from llama_lora.corpus.conversation import check
 from llama_lora.corpus.questions import Asked, read_questions
-from llama_lora.model.adapters import load
-from llama_lora.model.sampling import Sampling
 
 pytest_plugins = ["taught_models"]
 
@@ -304,7 +304,7 @@ def test_old_answers_stay_until_there_are_new_ones(endless, asked, tmp_path):
 
 
 def test_changed_adapter_is_another_setting(base, lora, generate, tmp_path):
-    from llama_lora.corpus.answers import settings_of
+    from llama_lora.chat.answer_file import settings_of
 
     class Args:
         base_model, lora_weights = base, [str(lora)]

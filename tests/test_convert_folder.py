@@ -14,8 +14,8 @@ import reference_llama
 import torch
 from conversion import HIDDEN, PARAMS, SCRIPT, contents, convert, meta_folder, refused, rewrite, run
 
-from llama_lora.model.hf_folder import write_folder
-from llama_lora.model.meta_checkpoint import open_meta_checkpoint
+from llama_lora.weights.hf_folder import write_folder
+from llama_lora.weights.meta_checkpoint import open_meta_checkpoint
 
 
 def test_folder_holds_exactly_what_a_model_needs(tmp_path, spm):
@@ -122,8 +122,8 @@ def test_failing_disk_is_one_line_and_leaves_nothing(tmp_path, spm):
 
 MEASURED = """
 import pathlib, sys, threading, time
-from llama_lora.model.hf_folder import write_folder
-from llama_lora.model.meta_checkpoint import open_meta_checkpoint
+from llama_lora.weights.hf_folder import write_folder
+from llama_lora.weights.meta_checkpoint import open_meta_checkpoint
 
 def anonymous():
     status = pathlib.Path("/proc/self/status").read_text()

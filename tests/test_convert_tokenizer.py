@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from llama_lora.cli import InputError
-from llama_lora.model.llama_tokenizer import choose_pad, llama3_special_tokens
+from llama_lora.weights.llama_tokenizer import choose_pad, llama3_special_tokens
 
 
 @pytest.fixture(scope="module")

@@ -16,8 +16,8 @@ from llama_lora.cli import InputError
 from llama_lora.corpus.conversation import Rejected
 from llama_lora.corpus.split import Splitter
 from llama_lora.corpus.tokens import Ruler
-from llama_lora.model.llama_tokenizer import LLAMA3_SPLIT
 from llama_lora.model.template import IGNORE, Template, load_tokenizer
+from llama_lora.weights.llama_tokenizer import LLAMA3_SPLIT
 
 SPLIT = "fastchat/data/split_long_conversation.py"
 WORDS = "The assistant gives polite answers, and snake_case = 12345; 你好，世界。 naïve 🎂"

@@ -15,13 +15,13 @@ from conftest import DATA, ROOT, shipped
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from llama_lora.chat.adapters import BASE, load_adapters
 from llama_lora.corpus.language import language_of
 from llama_lora.eval import bootstrap, charts, overlap, questions
 from llama_lora.eval.losses import labelled_counts, summed_losses, token_changes
 from llama_lora.eval.page import kind_of, texts, verdict
 from llama_lora.eval.rates import loops, repetition
 from llama_lora.model import adapter
-from llama_lora.model.adapters import BASE, load_adapters
 from llama_lora.model.template import IGNORE, Template, load_tokenizer
 from llama_lora.train.examples import hold_out, load_examples
 

@@ -10,8 +10,8 @@ import pytest
 from taught import ADAPTER_ANSWERS, BASE_ANSWERS, SCRIPT, SECOND_ANSWERS, WINDOW, config, said
 from transformers import LlamaForCausalLM
 
+from llama_lora.chat.adapters import load
 from llama_lora.model import adapter
-from llama_lora.model.adapters import load
 
 pytest_plugins = ["taught_models"]
 

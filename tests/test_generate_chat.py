@@ -13,12 +13,12 @@ from taught import (
     said,
 )
 
+from llama_lora.chat.adapters import load
+from llama_lora.chat.decode import Decoder
+from llama_lora.chat.sampling import Sampling, generator
+from llama_lora.chat.session import Chat
 from llama_lora.cli import InputError
 from llama_lora.corpus.conversation import check
-from llama_lora.model.adapters import load
-from llama_lora.model.chat import Chat
-from llama_lora.model.decode import Decoder
-from llama_lora.model.sampling import Sampling, generator
 
 pytest_plugins = ["taught_models"]
 

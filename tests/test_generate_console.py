@@ -13,10 +13,10 @@ from functools import partial
 import pytest
 from taught import ADAPTER_ANSWERS, BASE_ANSWERS, GREEDY, SCRIPT, SECOND_ANSWERS
 
+from llama_lora.chat.answer_file import save_conversation
+from llama_lora.chat.console import CONTROLS, Console
+from llama_lora.chat.session import Chat
 from llama_lora.cli import InputError
-from llama_lora.corpus.answers import save_conversation
-from llama_lora.model.chat import Chat
-from llama_lora.model.console import CONTROLS, Console
 
 pytest_plugins = ["taught_models"]
 

@@ -5,10 +5,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from taught import WINDOW, byte_level, said, sentencepiece_like
 
+from llama_lora.chat.prompt import Prompter
+from llama_lora.chat.text_stream import TextStream, text_of
 from llama_lora.cli import InputError
-from llama_lora.model.prompt import Prompter
 from llama_lora.model.template import Template
-from llama_lora.model.text_stream import TextStream, text_of
 
 pytest_plugins = ["taught_models"]
 

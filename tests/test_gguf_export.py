@@ -16,15 +16,15 @@ from test_merge import SCRIPT, loaded, logits, make_adapter, make_base
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
+from llama_lora.chat.adapters import load
 from llama_lora.cli import InputError
-from llama_lora.model.adapters import load
-from llama_lora.model.gguf import gguf_name, open_gguf
-from llama_lora.model.gguf_export import FILE_TYPES, write
-from llama_lora.model.hf_folder import parameter_shapes
-from llama_lora.model.hf_weights import FolderWeights
-from llama_lora.model.llama_tokenizer import read_tokenizer_model
-from llama_lora.model.merge import merge
 from llama_lora.model.template import Template, load_tokenizer
+from llama_lora.weights.gguf import gguf_name, open_gguf
+from llama_lora.weights.gguf_export import FILE_TYPES, write
+from llama_lora.weights.hf_folder import parameter_shapes
+from llama_lora.weights.hf_weights import FolderWeights
+from llama_lora.weights.llama_tokenizer import read_tokenizer_model
+from llama_lora.weights.merge import merge
 
 LLAMA3 = {
     "rope_type": "llama3",

@@ -87,9 +87,11 @@ MAY_IMPORT = {
     "model": LOWEST,
     "corpus": {*LOWEST, "model"},
 }
+MAY_IMPORT["weights"] = {*LOWEST, "model"}
+MAY_IMPORT["chat"] = {*LOWEST, "model", "corpus"}
 MAY_IMPORT["train"] = {*LOWEST, "model", "corpus"}
 MAY_IMPORT["report"] = {*LOWEST, "model", "corpus", "train"}
-MAY_IMPORT["eval"] = {*LOWEST, "model", "corpus", "train", "report"}
+MAY_IMPORT["eval"] = {*LOWEST, "model", "corpus", "chat", "train", "report"}
 
 
 def test_imports_point_one_way():

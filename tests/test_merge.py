@@ -17,11 +17,11 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from llama_lora.chat.adapters import load
 from llama_lora.cli import InputError
 from llama_lora.model import adapter
-from llama_lora.model.adapters import load
-from llama_lora.model.merge import merge
 from llama_lora.model.template import Template, load_tokenizer
+from llama_lora.weights.merge import merge
 
 SCRIPT = ROOT / "fastchat/model/merge_lora.py"
 TARGETS = ["q_proj", "v_proj", "down_proj"]
@@ -449,7 +449,7 @@ PEAK = """
 import resource, sys
 from pathlib import Path
 import torch
-from llama_lora.model.merge import merge
+from llama_lora.weights.merge import merge
 small, small_lora, base, lora, target, shard = sys.argv[1:]
 merge(Path(small), Path(small_lora), Path(target) / "small")  # imports, and memory of threads
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -12,7 +12,7 @@ from markdown_it import MarkdownIt
 from test_merge import make_adapter, make_base
 
 from llama_lora.model import model_card
-from llama_lora.model.merge import merge
+from llama_lora.weights.merge import merge
 
 HOSTILE = "a|b <script>alert(1)</script> *x* `c` [d](e) \\ &amp; # f\n\n---\n~~~"
 SUMMARY = {

@@ -14,10 +14,10 @@ import pytest
 import torch
 from conftest import OFFLINE, ROOT, run_script
 
+from llama_lora.chat.sampling import Sampling
+from llama_lora.chat.session import Chat
 from llama_lora.model import adapter
 from llama_lora.model.base import load_base
-from llama_lora.model.chat import Chat
-from llama_lora.model.sampling import Sampling
 from llama_lora.model.template import Template, load_tokenizer
 
 DOCS = (ROOT / "docs/serving.md").read_text(encoding="utf-8")

@@ -29,9 +29,9 @@ from taught import (
 )
 from transformers import LlamaForCausalLM
 
-from llama_lora.model import web
-from llama_lora.model.adapters import Adapters, load_adapters
-from llama_lora.model.sampling import Sampling, generator
+from llama_lora.chat import web
+from llama_lora.chat.adapters import Adapters, load_adapters
+from llama_lora.chat.sampling import Sampling, generator
 from llama_lora.model.template import Template
 
 pytest_plugins = ["taught_models"]

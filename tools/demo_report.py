@@ -49,7 +49,9 @@ def main(args: argparse.Namespace) -> None:
 
 def answers(base: Path, adapter: Path | None) -> list[str]:
     """The likeliest answer to each of the questions, each asked in a chat of its own."""
-    from llama_lora.model.chat import Chat, Sampling, load
+    from llama_lora.chat.adapters import load
+    from llama_lora.chat.sampling import Sampling
+    from llama_lora.chat.session import Chat
 
     model, template, _ = load(base, adapter)
     sampling = Sampling(temperature=0, max_new_tokens=60)

@@ -5,12 +5,12 @@ from dataclasses import dataclass
 
 from tqdm import tqdm
 
+from llama_lora.chat.adapters import Adapters
+from llama_lora.chat.batch import answers
+from llama_lora.chat.sampling import Sampling
 from llama_lora.corpus.language import UNKNOWN, language_of
 from llama_lora.eval.questions import Question, same_language
 from llama_lora.eval.rates import loops, repetition
-from llama_lora.model.adapters import Adapters
-from llama_lora.model.batch import answers
-from llama_lora.model.sampling import Sampling
 
 
 @dataclass(frozen=True)

@@ -5,11 +5,11 @@ from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
 
+from llama_lora.chat.adapters import BASE, has_tokenizer, load_adapters, load_template
 from llama_lora.eval import answers, heldout, overlap, questions
 from llama_lora.eval.charts import shown, signed
 from llama_lora.eval.heldout import ADAPTER, HeldOut
 from llama_lora.model.adapter import read_weights
-from llama_lora.model.adapters import BASE, has_tokenizer, load_adapters, load_template
 from llama_lora.model.base import check_folder
 from llama_lora.model.template import Template
 from llama_lora.train.examples import Audit, Examples

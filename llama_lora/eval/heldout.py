@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from llama_lora.chat.adapters import BASE, Adapters
 from llama_lora.eval.bootstrap import Estimate, ratios
 from llama_lora.eval.losses import labelled_counts, summed_losses, token_changes
-from llama_lora.model.adapters import BASE, Adapters
 from llama_lora.train.examples import Audit, Example, Examples, hold_out, load_examples
 
 ADAPTER = "adapter"  # the name of the side that is compared with `BASE`

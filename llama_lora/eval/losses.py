@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from llama_lora.chat.adapters import Adapters
 from llama_lora.cli import InputError
-from llama_lora.model.adapters import Adapters
 from llama_lora.model.template import IGNORE
 from llama_lora.train import loss
 from llama_lora.train.attention import BY_EXAMPLE

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
+from llama_lora.chat.adapters import BASE
+from llama_lora.chat.text_stream import REPLACEMENT
 from llama_lora.cli import InputError
 from llama_lora.corpus.atomic import Outputs
 from llama_lora.eval import charts
@@ -20,9 +22,7 @@ from llama_lora.eval.answers import Exchange
 from llama_lora.eval.bootstrap import DRAWS, Estimate
 from llama_lora.eval.evaluation import Evaluation, percent
 from llama_lora.eval.heldout import ADAPTER, HeldOut, Look, perplexity
-from llama_lora.model.adapters import BASE
 from llama_lora.model.template import IGNORE
-from llama_lora.model.text_stream import REPLACEMENT
 from llama_lora.report.page import digest, environment
 from llama_lora.report.page import part as report_part
 from llama_lora.report.terminal import visible

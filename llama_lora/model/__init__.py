@@ -1,1 +1,1 @@
-"""Weights, prompt template, base model, adapter and chat."""
+"""Base model, adapter, prompt template, and the hardware that they run on."""

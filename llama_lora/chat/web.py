@@ -10,9 +10,9 @@ from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 
+from llama_lora.chat.adapters import BASE, Adapters
+from llama_lora.chat.sampling import Sampling, generator
 from llama_lora.cli import InputError
-from llama_lora.model.adapters import BASE, Adapters
-from llama_lora.model.sampling import Sampling, generator
 from llama_lora.text import sound_text
 
 BUTTONS = "Send", "Stop", "Retry", "New chat"

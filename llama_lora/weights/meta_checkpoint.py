@@ -12,8 +12,8 @@ import torch
 from transformers import LlamaConfig
 
 from llama_lora.cli import InputError
-from llama_lora.model.hf_folder import Checkpoint, parameter_shapes, split_rotary_halves
-from llama_lora.model.llama_tokenizer import read_tokenizer_model
+from llama_lora.weights.hf_folder import Checkpoint, parameter_shapes, split_rotary_halves
+from llama_lora.weights.llama_tokenizer import read_tokenizer_model
 
 Shard = dict[str, torch.Tensor]
 

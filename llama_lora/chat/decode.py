@@ -6,10 +6,10 @@ from contextlib import closing
 import torch
 from transformers import DynamicCache
 
+from llama_lora.chat.prompt import Prompter
+from llama_lora.chat.sampling import Sampling, processors, stop_ids
+from llama_lora.chat.text_stream import TextStream
 from llama_lora.cli import InputError
-from llama_lora.model.prompt import Prompter
-from llama_lora.model.sampling import Sampling, processors, stop_ids
-from llama_lora.model.text_stream import TextStream
 
 
 class Decoder:

@@ -3,10 +3,10 @@
 from functools import partial
 from pathlib import Path
 
+from llama_lora.chat.decode import Decoder
 from llama_lora.cli import InputError
 from llama_lora.model.adapter import check_fits, load_adapter, read_weights
 from llama_lora.model.base import check_folder, load_base
-from llama_lora.model.decode import Decoder
 from llama_lora.model.hardware import device_name, dtype_name, resolve_quantization
 from llama_lora.model.template import Template, load_tokenizer
 

@@ -15,11 +15,11 @@ from gguf import GGMLQuantizationType as Kind
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from llama_lora.cli import InputError
-from llama_lora.model import gguf_tokenizer
-from llama_lora.model.gguf import gguf_name
-from llama_lora.model.hf_folder import parameter_shapes
-from llama_lora.model.hf_weights import FolderWeights
 from llama_lora.model.template import Template, load_tokenizer
+from llama_lora.weights import gguf_tokenizer
+from llama_lora.weights.gguf import gguf_name
+from llama_lora.weights.hf_folder import parameter_shapes
+from llama_lora.weights.hf_weights import FolderWeights
 
 FILE_TYPES = {
     "F32": gguf.LlamaFileType.ALL_F32,

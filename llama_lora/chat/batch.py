@@ -11,9 +11,9 @@ from typing import NamedTuple
 import torch
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
-from llama_lora.model.prompt import Prompter, TooLong
-from llama_lora.model.sampling import Sampling, generator, processors, stop_ids
-from llama_lora.model.text_stream import text_of
+from llama_lora.chat.prompt import Prompter, TooLong
+from llama_lora.chat.sampling import Sampling, generator, processors, stop_ids
+from llama_lora.chat.text_stream import text_of
 
 logger = logging.getLogger(__name__)
 

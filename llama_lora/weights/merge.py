@@ -10,11 +10,12 @@ from pathlib import Path
 import torch
 
 from llama_lora.cli import InputError
-from llama_lora.model import adapter, gguf_export, model_card
+from llama_lora.model import adapter, model_card
 from llama_lora.model.hardware import dtype_name
-from llama_lora.model.hf_folder import Checkpoint, Written, building, plan_shards, write_weights
-from llama_lora.model.hf_weights import FolderWeights
 from llama_lora.model.template import Template, load_tokenizer
+from llama_lora.weights import gguf_export
+from llama_lora.weights.hf_folder import Checkpoint, Written, building, plan_shards, write_weights
+from llama_lora.weights.hf_weights import FolderWeights
 
 CHUNK = 1 << 24  # numbers computed at a time, in float32
 EMBEDDINGS, HEAD = "model.embed_tokens.weight", "lm_head.weight"

@@ -4,10 +4,9 @@ import logging
 from collections.abc import Iterator
 from uuid import uuid4
 
+from llama_lora.chat.decode import Decoder
+from llama_lora.chat.sampling import Sampling, generator
 from llama_lora.cli import InputError
-from llama_lora.model.adapters import load as load  # what a chat needs, loaded
-from llama_lora.model.decode import Decoder
-from llama_lora.model.sampling import Sampling, generator
 from llama_lora.text import sound_text
 
 logger = logging.getLogger(__name__)

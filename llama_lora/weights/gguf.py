@@ -17,8 +17,8 @@ from transformers import LlamaConfig, PreTrainedTokenizerFast
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from llama_lora.cli import InputError
-from llama_lora.model.hf_folder import Checkpoint, parameter_shapes, split_rotary_halves
-from llama_lora.model.llama_tokenizer import (
+from llama_lora.weights.hf_folder import Checkpoint, parameter_shapes, split_rotary_halves
+from llama_lora.weights.llama_tokenizer import (
     NORMAL,
     byte_level_bpe,
     finish,

@@ -9,7 +9,7 @@ import gguf
 from tokenizers import Tokenizer
 
 from llama_lora.cli import InputError
-from llama_lora.model.llama_tokenizer import (
+from llama_lora.weights.llama_tokenizer import (
     BYTE,
     CONTROL,
     LLAMA3_SPLIT,

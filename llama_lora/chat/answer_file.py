@@ -12,6 +12,9 @@ from typing import Any
 
 from tqdm import tqdm
 
+from llama_lora.chat.adapters import named_folders
+from llama_lora.chat.batch import answers
+from llama_lora.chat.sampling import Sampling
 from llama_lora.cli import InputError
 from llama_lora.corpus.account import listed
 from llama_lora.corpus.atomic import Outputs
@@ -19,9 +22,6 @@ from llama_lora.corpus.conversation import GPT, HUMAN, Turn
 from llama_lora.corpus.questions import Asked, read_questions
 from llama_lora.corpus.stage import spare, stop_on_sigterm
 from llama_lora.corpus.values import dump, parse
-from llama_lora.model.adapters import named_folders
-from llama_lora.model.batch import answers
-from llama_lora.model.sampling import Sampling
 
 STOPS = "stop", "length"  # why an answer ended; every other reason is one for there being none
 
@@ -200,7 +200,7 @@ def answer_all(file: AnswerFile, model, template, sampling, batch_size: int | No
     """Let a model answer what is not answered yet, and finish the file; reasons as `finish` has.
 
     Args:
-        model, template, sampling, batch_size: as `llama_lora.model.batch.answers` takes them.
+        model, template, sampling, batch_size: as `llama_lora.chat.batch.answers` takes them.
     """
     if sampling.seed is None:
         sampling = replace(sampling, seed=SystemRandom().getrandbits(63))
