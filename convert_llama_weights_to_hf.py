@@ -56,9 +56,9 @@ def parse_args() -> argparse.Namespace:
 def main(args: argparse.Namespace) -> None:
     import torch
 
-    from llama_lora.model.gguf import open_gguf
-    from llama_lora.model.hf_folder import check_target, dtype_name, write_folder
-    from llama_lora.model.meta_checkpoint import open_meta_checkpoint
+    from llama_lora.weights.gguf import open_gguf
+    from llama_lora.weights.hf_folder import check_target, dtype_name, write_folder
+    from llama_lora.weights.meta_checkpoint import open_meta_checkpoint
 
     started = time.monotonic()
     check_target(args.output_dir, args.overwrite)
