@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import training_runs as runs
 
 PAGE = "card-plans.md"
-CARDS = ["T4", "2xT4", "P100", "V100", "RTX 3090", "RTX 4090", "A100"]
+CARDS = ["T4", "2xT4", "P100", "V100", "RTX A4000", "RTX 4080", "RTX 5060 Ti", "RTX 3090", "A100"]
 LENGTHS = [512, 2048]
 
 

@@ -42,12 +42,11 @@ R = 4
 POSITION = 8  # bytes
 
 
-def built(folder, layers, setting, shape):
+def built(folder, layers, setting, shape, use_dora=False):
     """As under DeepSpeed, whose LoRA matrices are of the compute dtype, too."""
     quantization, dtype, dropout, targets = setting
-    model = adapted_llama(
-        folder, quantization, dtype, targets, R, dropout, num_hidden_layers=layers, **shape
-    )
+    more = {"num_hidden_layers": layers, **shape}
+    model = adapted_llama(folder, quantization, dtype, targets, R, dropout, use_dora, **more)
     for parameter in trainable(model):
         parameter.data = parameter.data.to(dtype)
     recompute.forget_inputs(model)
@@ -126,3 +125,22 @@ def test_the_peak_while_a_layer_recomputes(tmp_path, setting, shape):
 
         of_layer = footprint.layer_peak_per_token(*arguments(setting, shape), count)
         assert per_token(measure, model) == pytest.approx(outside + of_layer, rel=1e-6)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_what_dora_keeps_besides(tmp_path, dropout):
+    shape, targets = SHAPES[1], {"gate_proj": (192, 64), "down_proj": (64, 192)}
+
+    def found(quantization, use_dora):
+        """Bytes per token, and bytes whatever the tokens."""
+        setting = quantization, torch.bfloat16, dropout, targets
+        model = built(tmp_path / f"{quantization}-{use_dora}", 1, setting, shape, use_dora)
+        slope = per_token(held, model, 50)
+        return slope, held(model, 50) - 50 * slope
+
+    without, frozen = found("4bit", False), found("4bit", True)
+    assert frozen[0] - without[0] == footprint.dora_per_token(targets, 2)
+    weights = footprint.dora_weights(targets, "4bit", 2, dropout)
+    assert weights == (2 * 2 * 64 * 192 if dropout else 0)
+    scales = 4 * 4 * sum(outputs for outputs, _ in targets.values())
+    assert 0 <= frozen[1] - without[1] - weights <= scales

@@ -7,6 +7,7 @@ deepspeed --num_gpus=1 fastchat/train/train_lora.py --deepspeed ./deepspeed-conf
 
 import json
 import os
+from functools import partial
 from pathlib import Path
 
 from llama_lora.cli import one_line_errors
@@ -36,18 +37,23 @@ def parse_args():
 
 @one_line_errors
 def main(model_args, data_args, lora_args, args):
+    from llama_lora.train import checkpoints, lora_model
     from llama_lora.train.trainer import LoraTrainer, quieten
 
     quieten(args)
-    checkpoint = None if args.dry_run else find_checkpoint(args)
+    resume = args.output_dir, args.resume_from_checkpoint, args.overwrite_output_dir
+    checkpoint = None if args.dry_run else checkpoints.starting_point(*resume)
     quantization = settle_precision(model_args, args)
     template = load_template(model_args)
-    settings = check_settings(data_args, lora_args, args, template, checkpoint)
+    settings = checkpoints.settings_of(data_args, lora_args, args, template)
+    if checkpoint:
+        checkpoints.check_settings(checkpoint, settings)
     training, held_out = load_data(data_args, args, template)
     forecast = look_ahead(model_args, lora_args, args, quantization, training)
     if args.dry_run:
         return
-    model = load_model(model_args, lora_args, args, quantization)
+    model = lora_model.load(model_args.model_name_or_path, quantization, lora_args, args)
+    tell_what_is_trained(args, model)
     args.eval_on_start = held_out is not None and checkpoint is None
     trainer = LoraTrainer(
         model, args, template, training, held_out, settings, forecast.parts, forecast.part_tokens
@@ -59,40 +65,6 @@ def main(model_args, data_args, lora_args, args):
         return
     trainer.finish()
     save(trainer, template, quantization, forecast, data_args)
-
-
-def find_checkpoint(args):
-    """The checkpoint to resume from, None to start anew."""
-    from llama_lora.train import checkpoints
-
-    return checkpoints.starting_point(
-        args.output_dir, args.resume_from_checkpoint, args.overwrite_output_dir
-    )
-
-
-def check_settings(data_args, lora_args, args, template, checkpoint):
-    """The flags that a resumed run has in common with the one that began; checked."""
-    from llama_lora.train import cache, checkpoints
-
-    length = data_args.model_max_length
-    settings = {
-        "data_path": cache.key_of(data_args.data_path, template, length),
-        "model_max_length": length,
-        "packing": data_args.packing,
-        "eval_ratio": data_args.eval_ratio,
-        "per_device_train_batch_size": args.per_device_train_batch_size,
-        "gradient_accumulation_steps": args.gradient_accumulation_steps,
-        "num_gpus": args.world_size,
-        "seed": args.seed,
-        "lora_r": lora_args.lora_r,
-        "lora_alpha": lora_args.lora_alpha,
-        "lora_target_modules": lora_args.lora_target_modules,
-        "use_dora": lora_args.use_dora,
-        "use_rslora": lora_args.use_rslora,
-    }
-    if checkpoint:
-        checkpoints.check_settings(checkpoint, settings)
-    return settings
 
 
 def settle_precision(model_args, args):
@@ -118,48 +90,19 @@ def load_template(model_args):
 def load_data(data_args, args, template):
     """The micro-batches to train on and those to measure on, None without held-out data."""
     from llama_lora.report import example, terminal
-    from llama_lora.train.examples import hold_out, load_examples
-    from llama_lora.train.packing import MicroBatches
+    from llama_lora.train import data
 
-    def load(path):
-        settings = data_args.model_max_length, data_args.token_cache, data_args.allow_truncation
-        with args.main_process_first(local=True):  # it tokenizes, the others read what it wrote
-            examples, audit = load_examples(path, template, *settings)
-        tell(args, f"{path}: {audit}")
-        return examples
-
-    examples, held_out = load(data_args.data_path), []
+    examples, held_out = data.load(data_args, args, template, partial(tell, args))
     tell(args, example.shown(examples[0], template, terminal.in_colour()))
-    if data_args.eval_data_path:
-        held_out = load(data_args.eval_data_path)
-    elif data_args.eval_ratio:
-        examples, held_out = hold_out(examples, data_args.eval_ratio, args.seed)
-
-    length, packing, seed = data_args.model_max_length, data_args.packing, args.seed
-    training = MicroBatches(
-        examples,
-        length,
-        args.per_device_train_batch_size,
-        packing,
-        seed,
-        args.world_size,
-        args.gradient_accumulation_steps,
-    )
-    if args.neftune_noise_alpha:
-        # The Trainer scales the noise by the length of a row, which here is a whole micro-batch.
-        longer = training.capacity * training.fill / training.lengths.mean()
-        args.neftune_noise_alpha *= float(longer) ** 0.5
-    # What follows takes micro-batches, not examples, one at a time.
-    size, args.per_device_train_batch_size = args.per_device_train_batch_size, 1
+    size, length = args.per_device_train_batch_size, data_args.model_max_length
+    training = data.micro_batches(examples, data_args, args)
     tell(
         args,
         f"{len(examples):,} examples in {len(training):,} micro-batches of {size} × {length} "
         f"tokens, {training.fill:.1%} full",
+        *([f"{len(held_out):,} examples held out"] if held_out else []),
     )
-    if not held_out:
-        return training, None
-    tell(args, f"{len(held_out):,} examples held out")
-    return training, MicroBatches(held_out, length, args.per_device_eval_batch_size, packing, seed)
+    return training, data.held_out_batches(held_out, data_args, args)
 
 
 def look_ahead(model_args, lora_args, args, quantization, training):
@@ -175,37 +118,14 @@ def look_ahead(model_args, lora_args, args, quantization, training):
     return found
 
 
-def load_model(model_args, lora_args, args, quantization):
-    """The base with fresh LoRA matrices, its loss in chunks and its attention by example."""
-    from transformers import set_seed
-
-    from llama_lora.model import adapter
-    from llama_lora.model.base import load_base
-    from llama_lora.train import attention, loss
-    from llama_lora.train.arguments import fitting_learning_rate
-
-    base = load_base(model_args.model_name_or_path, quantization, args.compute_dtype, args.device)
-    base.config.use_cache = False
-    base.set_attn_implementation(attention.BY_EXAMPLE)
-    loss.compute_in_chunks(base)
-    set_seed(args.seed)  # the A matrices start at random
-    model = adapter.attach(
-        base,
-        lora_args.lora_r,
-        lora_args.lora_alpha,
-        lora_args.lora_dropout,
-        lora_args.lora_target_modules,
-        use_dora=lora_args.use_dora,
-        use_rslora=lora_args.use_rslora,
-    )
+def tell_what_is_trained(args, model):
+    """How many parameters, and how fast."""
     trainable, total = model.get_nb_trainable_parameters()
-    args.learning_rate = args.learning_rate or fitting_learning_rate(base.config.hidden_size)
     tell(
         args,
         f"training {trainable:,} of {total:,} parameters ({trainable / total:.2%}), "
         f"learning rate {args.learning_rate:.2g}",
     )
-    return model
 
 
 def start_clean(args, checkpoint):

@@ -14,6 +14,7 @@ FLASH_CAPABILITY = (8, 0)
 TENSOR_CORES_CAPABILITY = (7, 0)
 TRITON_CAPABILITY = (7, 0)  # what torch's Inductor asks for; Triton itself promises 8.0
 NEWEST_BUILDS_CAPABILITY = (7, 5)  # torch and bitsandbytes for CUDA 12.8 and later have no less
+BLACKWELL = (10, 0)  # torch's builds for CUDA 12.6 have kernels for older ones alone
 OLDEST_CAPABILITY = (6, 0)  # bitsandbytes has no kernels for less
 
 TORCH_INDEX = "https://download.pytorch.org/whl/"
@@ -108,8 +109,12 @@ _ALL = (
     _card("A10", (8, 6), 21.98, 600, 31.2, 125, 125),
     _card("A10G", (8, 6), 21.98, 600, 31.5, 70, 70),
     _card("RTX 3090", (8, 6), 23.68, 936, 35.6, 71, 71),
+    _card("RTX A4000", (8, 6), 15.73, 448, 19.2, 76.7, 76.7),
+    _card("RTX 4080", (8, 9), 15.7, 717, 48.7, 97.5, 97.5),
     _card("RTX 4090", (8, 9), 23.64, 1008, 82.6, 165.2, 165.2),
     _card("L4", (8, 9), 21.96, 300, 30.3, 121, 121),
+    _card("RTX 5060 Ti", (12, 0), 15.45, 448, 23.7, 47.4, 47.4),
+    _card("RTX 5080", (12, 0), 15.45, 960, 56.3, 112.6, 112.6),
     _card("A100", (8, 0), 39.39, 1555, 19.5, 312, 312),
     _card("A100 80GB", (8, 0), 79.15, 1935, 19.5, 312, 312),
     _card("H100", (9, 0), 79.1, 2000, 51, 756, 756),
@@ -187,7 +192,10 @@ def _row(card: Card) -> str:
             f"{card.peak_flops / 1e12:g}",
         ]
         dtype = card.dtype
-        build = f"only for CUDA 12.6 ({card.torch_build})" if card.torch_build else build
+        if card.torch_build:
+            build = f"only for CUDA 12.6 ({card.torch_build})"
+        elif card.capability >= BLACKWELL:
+            build = "any but for CUDA 12.6"
     bases = ["8-bit"] * card.runs_int8 + ["4-bit"] * card.runs_nf4 + ["16-bit"]
     triton = "yes" if card.runs_triton else "no"
     return " | ".join([card.name, *figures, ", ".join(bases), dtype, card.attention, triton, build])

@@ -158,7 +158,7 @@ class TrainingArguments(transformers.TrainingArguments):
         default="auto",
         metadata={
             "help": "Pieces of a micro-batch that the MLPs of recomputed layers take one by one; "
-            "auto: of 4096 tokens."
+            "auto: of 2048 tokens."
         },
     )
 

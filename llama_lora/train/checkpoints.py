@@ -9,7 +9,7 @@ from pathlib import Path
 
 from llama_lora.cli import InputError, LocalError
 from llama_lora.model.adapter import WEIGHTS
-from llama_lora.train import logs
+from llama_lora.train import cache, logs
 
 NUMBERED = re.compile(r"checkpoint-(\d+)")
 SETTINGS = "settings.json"
@@ -65,6 +65,30 @@ def clear(output_dir: str) -> None:
     shutil.rmtree(Path(output_dir, BEST), ignore_errors=True)
     for name in (WEIGHTS, "summary.json", "trainer_state.json", logs.LOG, logs.PICTURE):
         (Path(output_dir) / name).unlink(missing_ok=True)
+
+
+def settings_of(data, lora, args, template) -> dict:
+    """The flags that a resumed run has in common with the one that began.
+
+    Args:
+        data, lora, args: `DataArguments`, `LoraArguments` and `TrainingArguments`.
+    """
+    length = data.model_max_length
+    return {
+        "data_path": cache.key_of(data.data_path, template, length),
+        "model_max_length": length,
+        "packing": data.packing,
+        "eval_ratio": data.eval_ratio,
+        "per_device_train_batch_size": args.per_device_train_batch_size,
+        "gradient_accumulation_steps": args.gradient_accumulation_steps,
+        "num_gpus": args.world_size,
+        "seed": args.seed,
+        "lora_r": lora.lora_r,
+        "lora_alpha": lora.lora_alpha,
+        "lora_target_modules": lora.lora_target_modules,
+        "use_dora": lora.use_dora,
+        "use_rslora": lora.use_rslora,
+    }
 
 
 def check_settings(checkpoint: str, settings: dict) -> None:

@@ -222,6 +222,29 @@ def ends_per_token(config, itemsize: int) -> int:
     return beside_layers_per_token(config, itemsize) + last
 
 
+# DoRA: in peft, products with the frozen weights are computed a second time for the magnitudes.
+
+
+def dora_per_token(targets: dict[str, tuple[int, int]], itemsize: int) -> int:
+    """Bytes per token that a layer keeps besides: the results that its magnitudes scale.
+
+    Args:
+        targets: linear layers with magnitudes, with their outputs and inputs.
+    """
+    return 2 * itemsize * sum(outputs for outputs, _ in targets.values())
+
+
+def dora_weights(targets, quantization: str, itemsize: int, dropout: float) -> int:
+    """Bytes of unfolded weights that a layer keeps for the second product, if there is dropout."""
+    unfolds = dropout and quantization != "none"
+    return itemsize * sum(out * into for out, into in targets.values()) if unfolds else 0
+
+
+def dora_workspace(targets) -> int:
+    """Bytes to make the largest B·A, as a product with the identity."""
+    return FP32 * max(into * into + out * into for out, into in targets.values())
+
+
 def dequantized_bytes(config, quantization: str, itemsize: int) -> int:
     """Bytes of the largest weight in the compute dtype, made for a product with it; any tokens."""
     if quantization == "none":

@@ -14,6 +14,9 @@ FP32 = 4
 CUDA_CONTEXT = 0.45 * GIB  # kernels and handles that CUDA, cuBLAS and torch load, seen by nobody
 COMFORTABLE = 0.9  # share of the memory that what is chosen here leaves in use at most
 FRAGMENTATION = 0.04  # of what comes and goes
+# On a CPU, by benchmarks/plan_accuracy.py: glibc's heap keeps what lies between blocks; if layers
+# recompute, training has it give large ones back, see `allocator`.
+HOLES_IN_HEAP, HOLES_GIVEN_BACK = 0.4, 0.2
 IN_FLIGHT = 3  # layers whose inputs are on the card while the others' wait on the host
 
 
@@ -119,7 +122,9 @@ def memory(setup: Setup, recomputed: int) -> dict[str, float]:
     activations = activation_bytes(setup, recomputed)
     losses = loss.CHUNK_BYTES * (2 + itemsize / FP32)  # logits, and what is computed from them
     unfolded = footprint.dequantized_bytes(shape.config, setup.quantization, itemsize)
-    workspace = 2 * unfolded + FRAGMENTATION * (activations + losses)
+    workspace = 2 * unfolded + fragmentation(setup, recomputed) * (activations + losses)
+    if setup.use_dora:
+        workspace += footprint.dora_workspace(setup.targets)
     return {
         "process": setup.base_load,
         "weights": shape.weight_bytes(setup.quantization, itemsize),
@@ -132,6 +137,13 @@ def memory(setup: Setup, recomputed: int) -> dict[str, float]:
     }
 
 
+def fragmentation(setup: Setup, recomputed: int) -> float:
+    """Of the memory that comes and goes, the share that is held besides and of no use."""
+    if setup.on_card:
+        return FRAGMENTATION
+    return HOLES_GIVEN_BACK if recomputed else HOLES_IN_HEAP
+
+
 def activation_bytes(setup: Setup, recomputed: int) -> float:
     """What waits for the backward pass, and what the layer that is at it takes by itself."""
     config, size = setup.shape.config, setup.itemsize
@@ -139,13 +151,19 @@ def activation_bytes(setup: Setup, recomputed: int) -> float:
     kept = footprint.kept_per_token(*layer, setup.lora_dropout, setup.on_card)
     tiles = setup.tiles if recomputed else 1
     peak = footprint.layer_peak_per_token(*layer, setup.lora_dropout, setup.on_card, tiles)
+    unfolded = 0
+    if setup.use_dora:
+        scaled = footprint.dora_per_token(setup.targets, size)
+        kept, peak = kept + scaled, peak + scaled
+        of_layer = setup.targets, setup.quantization, size, setup.lora_dropout
+        unfolded = footprint.dora_weights(*of_layer) * max(setup.shape.layers - recomputed, 1)
     waiting = min(recomputed, IN_FLIGHT) if setup.offload else recomputed
     whole = setup.shape.layers - recomputed
     at_work = peak if recomputed else max(0, peak - kept)  # what is kept counts already
     held = whole * kept + waiting * footprint.checkpoint_per_token(config, size)
     at_the_loss = footprint.ends_per_token(config, size)
     in_a_layer = footprint.beside_layers_per_token(config, size) + at_work
-    return setup.part_tokens * (held + max(at_the_loss, in_a_layer))
+    return setup.part_tokens * (held + max(at_the_loss, in_a_layer)) + unfolded
 
 
 def optimizer_bytes(optim: str) -> int:

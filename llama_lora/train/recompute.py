@@ -16,11 +16,13 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from llama_lora.cli import InputError
 from llama_lora.train import tiles
+from llama_lora.train.allocator import give_back_large_blocks
 from llama_lora.train.offload import Offload
 
 PROBE_TOKENS = 256
 SHARE = 0.85  # of the free memory; the rest is for the kernels' workspaces and fragmentation
-TILE = 4096  # tokens that keep any card busy
+SHARE_OF_HEAP = 0.6  # of the host's, where none recompute: its heap keeps holes, see `plan`
+TILE = 2048  # tokens that keep any card busy
 
 
 def set_up(model, wanted: str, tokens: int, offload: str = "auto", mlp_tiles: str = "auto") -> str:
@@ -45,6 +47,8 @@ def set_up(model, wanted: str, tokens: int, offload: str = "auto", mlp_tiles: st
     count = {"True": every, "False": 0}.get(wanted, few)
     host = _offload(model, count * tokens, offload, crowded=needed > every)
     checkpoint(model, layers[:count], host)
+    if count and model.device.type == "cpu":
+        give_back_large_blocks()
     tile = TILE if mlp_tiles == "auto" else -(-tokens // int(mlp_tiles))
     tiled = tiles.set_up(model, layers[:count], tile) and tile < tokens
     said = f"gradient checkpointing in {count} of {every} layers"
@@ -119,7 +123,8 @@ def _needed(model, layers: list, tokens: int) -> int:
     kept = activation_bytes(model) * tokens  # by all layers, if none recomputes
     per_layer = kept / len(layers)
     inputs = tokens * model.config.hidden_size * model.dtype.itemsize
-    free = free_memory() * SHARE - inputs * len(layers) - 2 * per_layer
+    share = SHARE if model.device.type == "cuda" else SHARE_OF_HEAP
+    free = free_memory() * share - inputs * len(layers) - 2 * per_layer
     return len(layers) - max(-1, min(len(layers), int(free // per_layer)))
 
 

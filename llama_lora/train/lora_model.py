@@ -1,0 +1,36 @@
+"""The model to train: a frozen base with fresh LoRA matrices."""
+
+from transformers import set_seed
+
+from llama_lora.model import adapter
+from llama_lora.model.base import load_base
+from llama_lora.train import attention, loss
+from llama_lora.train.arguments import fitting_learning_rate
+
+
+def load(folder: str, quantization: str, lora, args):
+    """A base with LoRA matrices on it, its loss in chunks and its attention by example.
+
+    Args:
+        quantization: "8bit", "4bit" or "none".
+        lora: `LoraArguments`; `args` the `TrainingArguments`, whose learning rate is set to one
+            that fits the base's size if it is None.
+
+    Returns:
+        A peft model.
+    """
+    base = load_base(folder, quantization, args.compute_dtype, args.device)
+    base.config.use_cache = False
+    base.set_attn_implementation(attention.BY_EXAMPLE)
+    loss.compute_in_chunks(base)
+    args.learning_rate = args.learning_rate or fitting_learning_rate(base.config.hidden_size)
+    set_seed(args.seed)  # the A matrices start at random
+    return adapter.attach(
+        base,
+        lora.lora_r,
+        lora.lora_alpha,
+        lora.lora_dropout,
+        lora.lora_target_modules,
+        use_dora=lora.use_dora,
+        use_rslora=lora.use_rslora,
+    )
