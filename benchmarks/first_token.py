@@ -1,6 +1,6 @@
 """How soon an answer begins, how fast it goes on, and what batches make of it.
 
-python3 benchmarks/first_token.py --base_model .demo/base --lora_weights .demo/adapter
+make demo && python3 benchmarks/first_token.py --out docs/first-token.md
 
 A chat asks question after question, all of which stay in its context; the first token of each
 answer is awaited. Then as many questions are answered one by one and in a batch.
@@ -11,6 +11,7 @@ import statistics
 import time
 from pathlib import Path
 
+import training_runs as runs
 from machine import machine
 
 TOPICS = ["rain", "bread", "trains", "glass", "bees", "chess", "salt", "clouds"]
@@ -20,9 +21,11 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument("--base_model", type=Path, required=True, help="Hugging Face model folder")
-    parser.add_argument("--lora_weights", type=Path, help="adapter folder")
-    parser.add_argument("--tokens", type=int, default=48, help="of each answer, at most")
+    add = parser.add_argument
+    add("--base_model", type=Path, default=".demo/base", help="Hugging Face model folder")
+    add("--lora_weights", type=Path, default=".demo/adapter", help="adapter folder")
+    add("--tokens", type=int, default=48, help="of each answer, at most")
+    add("--out", type=Path, help="page to write")
     return parser.parse_args()
 
 
@@ -36,15 +39,12 @@ def main(args: argparse.Namespace) -> None:
     logging.disable_progress_bar()
     sampling = Sampling(temperature=0, max_new_tokens=args.tokens)
     model, template, summary = load(args.base_model, args.lora_weights)
-    print(f"{summary}\n{machine()}\n")
     waits, rate = chat(model, template, sampling)
-    print(f"first token of the first answer  {waits[0]:.2f} s")
-    print(f"of later ones, median            {statistics.median(waits[1:]):.2f} s")
-    print(f"of later ones, longest           {max(waits[1:]):.2f} s")
-    print(f"one answer                       {rate:.1f} tokens/s")
-    for size in (1, len(TOPICS)):
-        rate = batch(model, template, sampling, size)
-        print(f"in batches of {size:<2}                 {rate:.1f} tokens/s")
+    rates = {size: batch(model, template, sampling, size) for size in (1, len(TOPICS))}
+    text = page(args, model, summary, waits, rate, rates)
+    print(text)
+    if args.out:
+        args.out.write_text(text)
 
 
 def chat(model, template, sampling) -> tuple[list[float], float]:
@@ -74,6 +74,31 @@ def batch(model, template, sampling, size: int) -> float:
     began = time.perf_counter()
     written = sum(len(answer.tokens) for answer in answers(model, template, asked, sampling, size))
     return written / (time.perf_counter() - began)
+
+
+def page(args, model, summary: str, waits: list[float], rate: float, rates: dict) -> str:
+    size = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+    rows = {
+        "first token of the first answer": f"{waits[0]:.2f} s",
+        "of later answers, median": f"{statistics.median(waits[1:]):.2f} s",
+        "of later answers, longest": f"{max(waits[1:]):.2f} s",
+        "the rest of an answer": f"{rate:.1f} tokens/s",
+        **{f"a file of prompts, {n} at a time": f"{r:.1f} tokens/s" for n, r in rates.items()},
+    }
+    lines = [
+        "# How soon an answer begins",
+        "",
+        f"`{runs.command()}` on {machine()}:",
+        f"{summary}; {size:,.0f} M weights.",
+        f"A chat of {len(TOPICS)} questions, all of which stay in its context, answers of at most",
+        f"{args.tokens} tokens, the likeliest ones; then the same questions as a file of prompts.",
+        "The aim is a first token within a second.",
+        "",
+        "| | |",
+        "|---|--:|",
+        *(f"| {name} | {figure} |" for name, figure in rows.items()),
+    ]
+    return "\n".join(lines) + "\n"
 
 
 def question(topic: str) -> str:

@@ -1,27 +1,74 @@
-"""Memory and time of merging an adapter: one shard at a time, and peft with the model in memory.
+"""Memory of merging an adapter: one file at a time, and peft with the model in memory.
 
 python3 benchmarks/merge_memory.py --out docs/merge-memory.md
 
-The base is random, of TinyLlama-1.1B's shape; the adapter changes every linear layer. Each way
-runs in a process of its own. Peak memory is resident, with what is mapped of files; what the
-imports take is told apart.
+Bases of random weights in the shapes of TinyLlama-1.1B and Llama-2-7B, with an adapter on every
+linear layer; the 7B takes 35 GB of the temporary folder (TMPDIR) for the while. Each way is a
+process of its own, whose memory is looked at every few milliseconds.
 """
 
 import argparse
-import json
+import contextlib
 import math
-import resource
+import re
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
+import training_runs as runs
 from machine import machine
 
+MERGE = Path(__file__).parents[1] / "fastchat/model/merge_lora.py"
 WAYS = {
-    "ours": "`merge_lora.py`",
+    "plain": "`merge_lora.py`",
+    "gguf": "`merge_lora.py --gguf Q8_0`",
     "peft": "peft: load, `merge_and_unload`, save",
+}
+LOOK = 0.005  # seconds between two looks at a process
+
+
+@dataclass(frozen=True)
+class Case:
+    """A base to merge into.
+
+    Attributes:
+        sizes: by transformers' names.
+        shard: bytes of a file; the 7B has merge_lora.py's default.
+        ways: to merge it; peft's holds the whole model.
+    """
+
+    sizes: dict[str, int]
+    shard: int
+    ways: tuple[str, ...]
+
+
+CASES = {
+    "1.1B": Case(
+        {
+            "hidden_size": 2048,
+            "intermediate_size": 5632,
+            "num_hidden_layers": 22,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 4,
+        },
+        shard=500 * 10**6,
+        ways=("plain", "gguf", "peft"),
+    ),
+    "7B": Case(
+        {
+            "hidden_size": 4096,
+            "intermediate_size": 11008,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 32,
+        },
+        shard=5 * 10**9,
+        ways=("plain", "gguf"),
+    ),
 }
 
 
@@ -29,137 +76,146 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument("--hidden", type=int, default=2_048)
-    parser.add_argument("--intermediate", type=int, default=5_632)
-    parser.add_argument("--layers", type=int, default=22)
-    parser.add_argument("--words", type=int, default=32_000, help="of the vocabulary")
-    parser.add_argument("--shard", type=int, default=500, help="MB in one file")
-    parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--dora", action="store_true")
-    parser.add_argument("--folder", type=Path, help="for base, adapter and results; else temporary")
-    parser.add_argument("--out", type=Path, help="page to write")
-    parser.add_argument("--way", choices=WAYS, help=argparse.SUPPRESS)
+    add = parser.add_argument
+    add("--sizes", nargs="+", choices=CASES, default=list(CASES), help="of the base")
+    add("--rank", type=int, default=16)
+    add("--dora", action="store_true")
+    add("--out", type=Path, help="page to write")
+    add("--peft", nargs=3, metavar=("BASE", "LORA", "TARGET"), type=Path, help=argparse.SUPPRESS)
+    add("--shard", type=int, help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
 def main(args: argparse.Namespace) -> None:
-    if args.way:
-        print(json.dumps(measure(args.way, args.folder, args.shard * 10**6)))
+    if args.peft:
+        merge_with_peft(*args.peft, args.shard)
         return
-    with tempfile.TemporaryDirectory(dir=args.folder) as scratch:
-        folder = Path(scratch)
-        make(args, folder)
-        results = {way: in_own_process(way, folder, args.shard) for way in WAYS}
-        different = largest_difference(*(folder / way for way in WAYS))
-    text = page(args, results, different)
+    text = page(args, [row for name in args.sizes for row in rows(name, args)])
     print(text)
     if args.out:
         args.out.write_text(text)
 
 
-def make(args: argparse.Namespace, folder: Path) -> None:
+def rows(name: str, args: argparse.Namespace) -> list[dict]:
+    """The figures of each way to merge into one base."""
+    case, found = CASES[name], []
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        make(case, args.rank, args.dora, folder)
+        for way in case.ways:
+            figures = watched(command(way, folder, case.shard))
+            weights = list((folder / way).glob("*.safetensors"))
+            figures["files"] = [file.stat().st_size for file in weights]
+            if way == "peft":
+                figures["different"] = largest_difference(folder / "plain", folder / "peft")
+            found.append({"base": name, "shard": case.shard, "way": way, **figures})
+            if "peft" not in case.ways:
+                shutil.rmtree(folder / way)
+    return found
+
+
+# ---- What is merged ----
+
+
+def make(case: Case, rank: int, dora: bool, folder: Path) -> None:
     """A base and an adapter of random numbers, written without a model in memory."""
     import torch
     from peft import LoraConfig
     from safetensors.torch import save_file
     from transformers import LlamaConfig
 
-    from llama_lora.weights.hf_folder import parameter_shapes, plan_shards
+    from llama_lora.weights.hf_folder import Checkpoint, parameter_shapes, write_folder
 
-    config = LlamaConfig(
-        vocab_size=args.words,
-        hidden_size=args.hidden,
-        intermediate_size=args.intermediate,
-        num_hidden_layers=args.layers,
-        num_attention_heads=args.hidden // 64,
-        num_key_value_heads=max(args.hidden // 512, 1),
-        architectures=["LlamaForCausalLM"],
-        dtype="float16",
-    )
+    config, words = LlamaConfig(**case.sizes, vocab_size=32_000), tokenizer()
     base, lora = folder / "base", folder / "lora"
-    base.mkdir()
-    lora.mkdir()
-    config.save_pretrained(base)
-    tokenizer().save_pretrained(base)
+    shapes = parameter_shapes(config)
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape: int) -> torch.Tensor:
         return torch.rand(shape, generator=generator).sub_(0.5).div_(math.sqrt(shape[-1]))
 
-    shapes = parameter_shapes(config)
-    sizes = {name: 2 * math.prod(shape) for name, shape in shapes.items()}
-    files = {}
-    for number, names in enumerate(plan_shards(sizes, 10**9)):
-        file = f"model-{number}.safetensors"
-        save_file({n: random(*shapes[n]).half() for n in names}, base / file, {"format": "pt"})
-        files |= dict.fromkeys(names, file)
-    index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": files}
-    (base / "model.safetensors.index.json").write_text(json.dumps(index))
+    checkpoint = Checkpoint(
+        base, config, words, [words.eos_token_id], torch.float16, lambda name: random(*shapes[name])
+    )
+    write_folder(checkpoint, base, max_shard_size=case.shard)
 
     linear = [name for name in shapes if name.endswith("proj.weight")]
     tensors = {}
     for name in linear:
         key = "base_model.model." + name.removesuffix("weight")
-        tensors[key + "lora_A.weight"] = random(args.rank, shapes[name][1])
-        tensors[key + "lora_B.weight"] = random(shapes[name][0], args.rank)
-        if args.dora:
+        tensors[key + "lora_A.weight"] = random(rank, shapes[name][1])
+        tensors[key + "lora_B.weight"] = random(shapes[name][0], rank)
+        if dora:
             tensors[key + "lora_magnitude_vector"] = random(shapes[name][0]).abs()
+    lora.mkdir()
     save_file(tensors, lora / "adapter_model.safetensors", {"format": "pt"})
     LoraConfig(
-        r=args.rank,
-        lora_alpha=2 * args.rank,
+        r=rank,
+        lora_alpha=2 * rank,
         target_modules=sorted({name.split(".")[-2] for name in linear}),
-        use_dora=args.dora,
+        use_dora=dora,
         task_type="CAUSAL_LM",
         base_model_name_or_path=str(base),
     ).save_pretrained(lora)
 
 
 def tokenizer():
-    from tokenizers import Tokenizer, models
+    """Of single bytes: what the weights are has nothing to do with it."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    words = {"<unk>": 0, "<s>": 1, "</s>": 2, "a": 3}
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    words = {word: id for id, word in enumerate(["<unk>", "<s>", "</s>", *letters])}
     backend = Tokenizer(models.BPE(vocab=words, merges=[], unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     return PreTrainedTokenizerFast(
         tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
     )
 
 
-def in_own_process(way: str, folder: Path, shard: int) -> dict:
-    command = [sys.executable, __file__, "--way", way, "--folder", folder, "--shard", str(shard)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    return json.loads(done.stdout.splitlines()[-1])
+# ---- How it is merged ----
 
 
-def measure(way: str, folder: Path, shard: int) -> dict:
-    """Seconds, and bytes of memory: of the imports, and at the peak."""
+def command(way: str, folder: Path, shard: int) -> list:
+    base, lora, target = folder / "base", folder / "lora", folder / way
+    if way == "peft":
+        return [__file__, "--peft", base, lora, target, "--shard", shard]
+    flags = ["--base_model", base, "--lora_weights", lora, "--output_dir", target]
+    flags += ["--max_shard_size", f"{shard // 10**6}MB"]
+    return [MERGE, *flags, *(["--gguf", "Q8_0"] if way == "gguf" else [])]
+
+
+def merge_with_peft(base: Path, lora: Path, target: Path, shard: int) -> None:
     import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    from llama_lora.weights.merge import merge
-
-    imports, began = peak(), time.perf_counter()
-    base, lora, target = folder / "base", folder / "lora", folder / way
-    if way == "ours":
-        merge(base, lora, target, max_shard_size=shard)
-    else:
-        model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float16)
-        merged = PeftModel.from_pretrained(model, lora).merge_and_unload()
-        merged.save_pretrained(target, max_shard_size=shard)
-    written = sum(file.stat().st_size for file in target.glob("*.safetensors"))
-    return {
-        "seconds": time.perf_counter() - began,
-        "imports": imports,
-        "peak": peak(),
-        "written": written,
-        "files": len(list(target.glob("*.safetensors"))),
-    }
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float16)
+    merged = PeftModel.from_pretrained(model, lora).merge_and_unload()
+    merged.save_pretrained(target, max_shard_size=shard)
 
 
-def peak() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def watched(script: list) -> dict:
+    """Run a script; bytes at most: resident, and of that its own (anonymous)."""
+    own, resident = 0, 0
+    process = subprocess.Popen([sys.executable, *map(str, script)])
+    status = Path(f"/proc/{process.pid}/status")
+    while process.poll() is None:
+        fields = memory(status)
+        own = max(own, fields.get("RssAnon", 0))
+        resident = max(resident, fields.get("VmHWM", 0))
+        time.sleep(LOOK)
+    if process.returncode:
+        sys.exit(f"error: exit code {process.returncode}")
+    return {"own": own, "resident": resident}
+
+
+def memory(status: Path) -> dict[str, int]:
+    """The bytes that a process's status tells; nothing of one that has just ended."""
+    with contextlib.suppress(ProcessLookupError):
+        fields = re.findall(r"(\w+):\s+(\d+) kB", status.read_text())
+        return {name: int(size) << 10 for name, size in fields}
+    return {}
 
 
 def largest_difference(ours: Path, theirs: Path) -> float:
@@ -174,28 +230,33 @@ def largest_difference(ours: Path, theirs: Path) -> float:
     return largest
 
 
-def page(args: argparse.Namespace, results: dict, different: float) -> str:
-    written = results["ours"]["written"]
+# ---- The page ----
+
+
+def page(args: argparse.Namespace, found: list[dict]) -> str:
     lines = [
         "# Memory of merging",
         "",
-        f"`python3 benchmarks/{' '.join([Path(sys.argv[0]).name, *sys.argv[1:]])}` on {machine()}:",
-        f"a base of {written / 2e9:.2f} billion weights in float16 ({written / 1e9:.2f} GB), a",
-        f"{'DoRA' if args.dora else 'LoRA'} adapter of rank {args.rank} on every linear layer,",
-        f"shards of {args.shard:,} MB. Peak memory is resident, with what is mapped of files.",
+        f"`{runs.command()}` on {machine()}:",
+        f"bases of random float16 weights, a {'DoRA' if args.dora else 'LoRA'} adapter of rank "
+        f"{args.rank} on every linear layer. Peak memory",
+        "is the process's own (anonymous pages); resident also counts the pages of files that it",
+        "reads through a mapping, which the system takes back when it needs them.",
         "",
-        "| way | peak memory | of which imports | all shards | seconds |",
-        "|---|--:|--:|--:|--:|",
+        "| base | way | files written | peak memory | resident | two files and 1 GB |",
+        "|---|---|--:|--:|--:|--:|",
     ]
     lines += [
-        f"| {WAYS[way]} | {one['peak'] / 1e9:.2f} GB | {one['imports'] / 1e9:.2f} GB | "
-        f"{one['written'] / 1e9:.2f} GB in {one['files']} | {one['seconds']:.0f} |"
-        for way, one in results.items()
+        f"| {row['base']}, {sum(row['files']) / 1e9:.2f} GB | {WAYS[row['way']]} | "
+        f"{len(row['files'])} of up to {max(row['files']) / 1e9:.2f} GB | {row['own'] / 1e9:.2f} GB"
+        f" | {row['resident'] / 1e9:.2f} GB | {2 * row['shard'] / 1e9 + 1:.1f} GB |"
+        for row in found
     ]
     lines += [
-        "",
-        f"The largest difference between the two results is {different:.1e} of a tensor's largest",
-        f"value; float16 rounds to {2**-11:.1e}.",
+        f"\nNo value of peft's {row['base']} differs from ours by more than\n"
+        f"{row['different']:.2g} of its tensor's largest; float16 rounds to {2**-11:.1e}."
+        for row in found
+        if "different" in row
     ]
     return "\n".join(lines) + "\n"
 

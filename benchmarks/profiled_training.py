@@ -8,13 +8,13 @@ import runpy
 import sys
 from pathlib import Path
 
+import operators
 import torch
 from torch.profiler import ProfilerActivity, profile
 from transformers import TrainerCallback, trainer
 
 SCRIPT = Path(__file__).parents[1] / "fastchat/train/train_lora.py"
 STEP = 1  # counted from 0; the first one also sets things up
-OPERATORS = 12
 MARK = "operator\t"
 
 
@@ -30,21 +30,12 @@ class ProfiledStep(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step == STEP + 1:
             self.profile.stop()
-            report(self.profile.key_averages())
+            report(*operators.longest(self.profile))
 
 
-def report(operators) -> None:
-    def own_time(operator) -> float:
-        if torch.cuda.is_available():
-            return operator.self_device_time_total
-        return operator.self_cpu_time_total
-
-    total = sum(map(own_time, operators))
-    for operator in sorted(operators, key=own_time, reverse=True)[:OPERATORS]:
-        share = own_time(operator) / total
-        print(
-            f"{MARK}{operator.key}\t{operator.count}\t{own_time(operator) / 1e6:.3f}\t{share:.4f}"
-        )
+def report(longest: list[tuple[str, int, float]], total: float) -> None:
+    for name, calls, seconds in longest:
+        print(f"{MARK}{name}\t{calls}\t{seconds:.3f}\t{seconds / total:.4f}")
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ RANDOM_LOSS = 6.24  # ln 512: of words that are all as likely
 
 @pytest.fixture(scope="module")
 def benchmark():
-    """Import modules of benchmarks/, which is no package."""
+    """Import modules of benchmarks/, which is not installed."""
     sys.path.insert(0, str(ROOT / "benchmarks"))
     yield import_module
     sys.path.remove(str(ROOT / "benchmarks"))
@@ -26,21 +26,20 @@ def benchmark():
 @pytest.fixture(scope="module")
 def base(benchmark, tmp_path_factory):
     folder = tmp_path_factory.mktemp("gpu") / "tiny"
-    benchmark("gpu_base").make(folder, benchmark("gpu_rows").KINDS["tiny"])
+    benchmark("gpu.base").make(folder, benchmark("gpu.rows").KINDS["tiny"])
     return folder
 
 
 @pytest.fixture
 def work(benchmark, base):
     """Measure rows as a worker does, in this process."""
-    rows = benchmark("gpu_rows")
-    kind = rows.KINDS["tiny"]
+    rows = benchmark("gpu.rows")
 
     def run(*names: str, gib: float = 16) -> list[dict]:
-        every = {row.name: row for row in rows.all_rows(kind.scale, kind.most, ["TRL"])}
+        every = {row.name: row for row in rows.all_rows(rows.KINDS["tiny"])}
         request = {"folder": str(base), "shape": "tiny", "gib": gib, "steps": STEPS}
         request["rows"] = [every[name].as_dict() for name in names]
-        return list(benchmark("gpu_worker").work(request))
+        return list(benchmark("gpu.worker").work(request))
 
     return run
 
@@ -57,7 +56,7 @@ def test_a_made_base_is_one_that_the_project_loads(base):
 
 
 def test_a_made_base_is_made_anew_for_other_sizes(benchmark, base, tmp_path):
-    make, kind = benchmark("gpu_base").make, benchmark("gpu_rows").KINDS["tiny"]
+    make, kind = benchmark("gpu.base").make, benchmark("gpu.rows").KINDS["tiny"]
     folder = tmp_path / "base"
     make(folder, kind)
     before = (folder / "config.json").stat().st_mtime_ns
@@ -68,7 +67,7 @@ def test_a_made_base_is_made_anew_for_other_sizes(benchmark, base, tmp_path):
 
 
 def test_lengths_are_those_of_pieces(benchmark):
-    lengths = benchmark("gpu_lengths")
+    lengths = benchmark("gpu.lengths")
     for window in lengths.WINDOWS:
         pieces = lengths.pieces(window, 1, 32000)
         assert len(pieces) == lengths.COUNT
@@ -80,8 +79,8 @@ def test_lengths_are_those_of_pieces(benchmark):
 
 
 def test_every_row_has_a_name_and_a_job_of_its_own(benchmark):
-    gpu_rows = benchmark("gpu_rows")
-    rows = gpu_rows.all_rows(1, 1 << 18, ["unsloth", "TRL"])
+    gpu_rows = benchmark("gpu.rows")
+    rows = gpu_rows.all_rows(gpu_rows.KINDS["7b"])
     assert len({row.name for row in rows}) == len(rows)
     jobs = gpu_rows.jobs(rows)
     assert [row for job in jobs for row in job] == rows
@@ -118,8 +117,8 @@ def test_the_reference_learns_from_padded_rows(benchmark, work):
     _, row = work("reference 16-bit 512 × 14")
     assert row["status"] == "measured"
     assert abs(row["loss"] - RANDOM_LOSS) < 0.5
-    pieces = benchmark("gpu_lengths").pieces(512, 16, 512)[:3]
-    batch = benchmark("gpu_reference").padded(pieces, 32)
+    pieces = benchmark("gpu.lengths").pieces(512, 16, 512)[:3]
+    batch = benchmark("gpu.reference").padded(pieces, 32)
     assert batch["input_ids"].shape == (3, 32)
     assert batch["attention_mask"].sum(1).tolist() == [len(piece.ids) for piece in pieces]
     assert (batch["labels"][batch["attention_mask"] == 0] == -100).all()
@@ -134,8 +133,9 @@ def test_what_does_not_fit_is_told_and_the_reference_tried_with_less(work):
 def test_smaller_micro_batches(benchmark):
     import torch
 
-    gpu_rows, worker = benchmark("gpu_rows"), benchmark("gpu_worker")
-    row = next(r for r in gpu_rows.all_rows(16, 512, []) if r.name == "reference int8 2,048 × 4")
+    gpu_rows, worker = benchmark("gpu.rows"), benchmark("gpu.worker")
+    rows = {row.name: row for row in gpu_rows.all_rows(gpu_rows.KINDS["tiny"])}
+    row = rows["reference int8 2,048 × 4"]
 
     class Small:
         def measure(self, row):
@@ -157,7 +157,7 @@ def test_smaller_micro_batches(benchmark):
 
 @pytest.mark.parametrize("limit", [100, 1000, 2500, 5000])
 def test_the_search_ends_at_what_just_fits(benchmark, limit):
-    next_try = benchmark("gpu_ours").next_try
+    next_try = benchmark("gpu.ours").next_try
     fits, fails, tokens, tries = 0, None, 1024, 0
     while tokens:
         if tokens <= limit:
@@ -171,7 +171,7 @@ def test_the_search_ends_at_what_just_fits(benchmark, limit):
 
 
 def test_aims_are_judged(benchmark):
-    page = benchmark("gpu_page")
+    page = benchmark("gpu.page")
 
     def row(name, contender, precision="int8", window=2048, **values):
         asked = {"name": name, "contender": contender, "precision": precision}
@@ -212,7 +212,7 @@ def results(benchmark, tmp_path):
     args.cache, args.out, args.unsloth = tmp_path, tmp_path / "out", sys.executable
     device = {"name": "CPU", "peak_flops": 1e9, "planner_rate": 1e9, "cuda": None}
     device["checks"] = {"attention": "right"}
-    return benchmark("gpu_16gb").Results(args, device), args
+    return benchmark("gpu.results").Results(args, device, ["unsloth"]), args
 
 
 def test_what_there_is_no_time_for_is_told(benchmark, results):
@@ -222,10 +222,10 @@ def test_what_there_is_no_time_for_is_told(benchmark, results):
     assert told.missing() == []
     assert "no time was left" in told.path.with_suffix(".md").read_text()
     args.resume = True
-    assert len(benchmark("gpu_16gb").Results(args, told.device).missing()) == 3
+    assert len(benchmark("gpu.results").Results(args, told.device, []).missing()) == 3
     args.gib = 8
     with pytest.raises(InputError, match="made with"):
-        benchmark("gpu_16gb").Results(args, told.device)
+        benchmark("gpu.results").Results(args, told.device, [])
 
 
 def test_rows_stand_in_one_order_whatever_was_measured_first(results):

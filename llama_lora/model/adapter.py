@@ -4,9 +4,11 @@ import functools
 import logging
 import pickle
 import re
+import shutil
 from pathlib import Path
 
 from llama_lora.cli import InputError
+from llama_lora.model import base_values
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -49,8 +51,25 @@ def attach(model, r: int, alpha: int, dropout: float, target_modules: list[str],
 def save(model, template, folder) -> None:
     """Save a trained adapter with its tokenizer and chat template, then verify what was written."""
     model.save_pretrained(folder, safe_serialization=True)
+    note_base(folder)
+    unlock(folder)
     template.tokenizer.save_pretrained(folder)
     verify(folder, model)
+
+
+def note_base(folder) -> None:
+    """Keep some of the base's weights with the adapter in `folder`, to know the base again by."""
+    path = Path(folder) / WEIGHTS
+    layers = list(_adapted_layers(folder, _read_tensors(path)))
+    base_values.keep(path, layers, Path(read_config(folder).base_model_name_or_path))
+
+
+def unlock(folder) -> None:
+    """Let those read the weights in `folder` who may read the config beside them.
+
+    safetensors makes files that only their owner may read.
+    """
+    shutil.copymode(Path(folder) / CONFIG, Path(folder) / WEIGHTS)
 
 
 def verify(folder, model) -> None:
@@ -167,8 +186,8 @@ def load_adapter(model, folder):
 def check_fits(folder, weights: dict, model) -> None:
     """Check that the adapter `weights` of `folder` were made for a base such as `model`.
 
-    Layers, shapes and vocabulary have to be the same. A base that only has another name is used,
-    after a warning: people move folders.
+    Layers, shapes and vocabulary have to be the same. A base of other weights is used after a
+    warning, and so is one of another name where the adapter does not say what its base's are.
 
     Args:
         model: the base in any precision, or on the meta device, where it takes no memory.
@@ -180,7 +199,10 @@ def check_fits(folder, weights: dict, model) -> None:
     _check_layers(folder, config, weights, model)
     _check_vocabulary(folder, model)
     trained_on, base = config.base_model_name_or_path or "", model.name_or_path
-    if trained_on and base and Path(trained_on).name != Path(base).name:
+    same = base_values.same(Path(folder) / WEIGHTS, Path(base))
+    if same is False:
+        _warn_once(f"({folder} was trained on {trained_on}; the weights in {base} are others)")
+    elif same is None and trained_on and base and Path(trained_on).name != Path(base).name:
         _warn_once(f"({folder} was trained on {trained_on}; the base here is {base})")
 
 

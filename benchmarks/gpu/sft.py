@@ -4,8 +4,9 @@ import tempfile
 from collections.abc import Iterator
 
 import torch
-from gpu_contender import ALPHA, DROPOUT, LEARNING_RATE, Clock, Contender
-from gpu_rows import Row
+
+from gpu.contender import ALPHA, DROPOUT, LEARNING_RATE, Clock, Contender
+from gpu.rows import Row
 
 
 class Trl(Contender):

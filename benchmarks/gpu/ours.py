@@ -1,17 +1,18 @@
 """This project's training: what train_lora.py loads, with the parts that its Trainer is made of."""
 
-import runpy
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 
-import gpu_lengths
 import numpy as np
+import operators
 import torch
-from gpu_contender import (
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from gpu import lengths
+from gpu.contender import (
     ALPHA,
     DROPOUT,
     LEARNING_RATE,
@@ -20,17 +21,13 @@ from gpu_contender import (
     Optimization,
     autocast,
 )
-from gpu_rows import Row
-from torch.nn.attention import SDPBackend, sdpa_kernel
-
+from gpu.rows import Row
 from llama_lora.cli import InputError, LocalError
 from llama_lora.model.template import IGNORE
-from llama_lora.train import forecast, loss, pace, packing, plan, recompute
+from llama_lora.train import forecast, lora_model, loss, pace, packing, plan, recompute
 from llama_lora.train.gradients import Gradients
 from llama_lora.train.packing import MicroBatches, collate
 
-SCRIPT = Path(__file__).parents[1] / "fastchat/train/train_lora.py"
-OPERATORS = 12
 TRIES = 12  # of the search for the longest context
 NEAR = 0.02  # between the longest that fits and the shortest that does not
 
@@ -53,11 +50,8 @@ class Ours(Contender):
             device=self.card.device,
             seed=0,
             learning_rate=LEARNING_RATE,
-            process_index=0,
         )
-        model = SimpleNamespace(model_name_or_path=str(self.task.folder))
-        load_model = runpy.run_path(str(SCRIPT))["load_model"]
-        return load_model(model, lora, args, self.task.quantization)
+        return lora_model.load(str(self.task.folder), self.task.quantization, lora, args)
 
     def checks(self) -> dict[str, str]:
         """Those of the Trainer before its first step."""
@@ -91,7 +85,7 @@ class Ours(Contender):
         done = training.lengths[timed].sum() / training.lengths.sum()
         found = self.found(clock, pieces, float(done)) | run.account(setup)
         found["planned_recomputed"] = planned.recomputed
-        learned = gpu_lengths.Pieces(pieces[i] for i in timed).labelled
+        learned = lengths.Pieces(pieces[i] for i in timed).labelled
         work = pace.Work.of(training.lengths[timed], learned)
         share = found["recomputed"] / found["layers"]
         operations = pace.operations(self.shape, work, setup.lora_parameters, share)
@@ -157,12 +151,12 @@ class Ours(Contender):
         self.card.start()
         draw = np.random.default_rng(tokens)
         words = self.shape.config.vocab_size
-        labelled = round(tokens * gpu_lengths.labelled_share())
+        labelled = round(tokens * lengths.labelled_share())
         try:
             run = Run(self, row, tokens, parts=1, offload="True")
-            run.step([gpu_lengths.piece(16, 8, words, draw)])  # makes the optimizer's states
+            run.step([lengths.piece(16, 8, words, draw)])  # makes the optimizer's states
             began = time.perf_counter()
-            run.step([gpu_lengths.piece(tokens, labelled, words, draw)])
+            run.step([lengths.piece(tokens, labelled, words, draw)])
             self.card.wait()
             seconds = time.perf_counter() - began
             self.card.check()
@@ -170,7 +164,7 @@ class Ours(Contender):
             return None
         return {
             "tokens": tokens,
-            "whole_conversations": gpu_lengths.within(tokens),
+            "whole_conversations": lengths.within(tokens),
             "seconds_per_step": seconds,
             "tokens_per_second": tokens / seconds,
             **self.card.peak(),
@@ -264,7 +258,6 @@ def profile(step: Callable, card) -> dict:
     Each of `operators` is its name, calls, and seconds; kernels count for the operator that started
     them. `busy` is the share of the step in which the device computes; None without a card.
     """
-    from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity
 
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * card.cuda
@@ -274,16 +267,9 @@ def profile(step: Callable, card) -> dict:
         step()
         card.wait()
         seconds = time.perf_counter() - began
-    averages = seen.key_averages()
-    own = "self_device_time_total" if card.cuda else "self_cpu_time_total"
-    on_host = [one for one in averages if one.device_type == DeviceType.CPU]
-    kernels = [
-        one for one in averages if one.device_type != DeviceType.CPU and not one.is_user_annotation
-    ]
-    total = sum(getattr(one, own) for one in (kernels if card.cuda else on_host)) / 1e6
-    ranked = sorted(on_host, key=lambda one: getattr(one, own), reverse=True)[:OPERATORS]
+    longest, total = operators.longest(seen)
     return {
-        "operators": [[one.key, one.count, getattr(one, own) / 1e6] for one in ranked],
+        "operators": longest,
         "profiled_seconds": total,
         "busy": total / seconds if card.cuda else None,
     }

@@ -5,11 +5,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import gpu_lengths
 import torch
-from gpu_card import SmallCard
-from gpu_rows import PRECISIONS, Row
 
+from gpu import lengths
+from gpu.card import SmallCard
+from gpu.rows import PRECISIONS, Row
 from llama_lora.model.hardware import compute_dtype, dtype_name
 from llama_lora.model.shape import shape_of
 
@@ -83,10 +83,10 @@ class Contender:
         """What has to hold before anything is measured, and whether it does."""
         return {}
 
-    def pieces(self, row: Row) -> gpu_lengths.Pieces:
-        return gpu_lengths.pieces(row.window, self.task.scale, self.shape.config.vocab_size)
+    def pieces(self, row: Row) -> lengths.Pieces:
+        return lengths.pieces(row.window, self.task.scale, self.shape.config.vocab_size)
 
-    def found(self, clock: Clock, pieces: gpu_lengths.Pieces, share: float) -> dict:
+    def found(self, clock: Clock, pieces: lengths.Pieces, share: float) -> dict:
         """The figures of a row whose timed steps were that share of an epoch.
 
         The few steps differ in how much of them is answer, so rates are those of the whole epoch

@@ -4,8 +4,9 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
-from gpu_contender import ALPHA, DROPOUT, Clock, Contender, Optimization, autocast
-from gpu_rows import Row
+
+from gpu.contender import ALPHA, DROPOUT, Clock, Contender, Optimization, autocast
+from gpu.rows import Row
 
 
 class Reference(Contender):

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from gpu_rows import KINDS, Row
+from gpu.rows import KINDS, Row
 
 PACKAGES = "torch", "transformers", "peft", "bitsandbytes", "trl", "unsloth"
 MARK = "gpu_16gb "  # what a line of findings begins with, among whatever libraries print
@@ -45,16 +45,16 @@ def versions() -> dict[str, str]:
 
 def device(folder: Path, shape: str) -> dict:
     """What is here, whether it computes right, and how fast; the base is made, too."""
-    import gpu_base
     import torch
     from train_speed import peak_rate
 
+    from gpu import base
     from llama_lora.model.hardware import compute_dtype, dtype_name, present
     from llama_lora.model.shape import shape_of
     from llama_lora.train import pace
 
     kind = KINDS[shape]
-    gpu_base.make(folder, kind)
+    base.make(folder, kind)
     card, on = present(), "cuda" if torch.cuda.is_available() else "cpu"
     return {
         "name": card.name,
@@ -85,8 +85,9 @@ def measure_rows(request: dict) -> Iterator[dict]:
     rows = [Row.of(values) for values in request["rows"]]
     contender_class = contender_named(rows[0].contender)
     import torch
-    from gpu_card import SmallCard
-    from gpu_contender import Task
+
+    from gpu.card import SmallCard
+    from gpu.contender import Task
 
     kind = KINDS[request["shape"]]
     card = SmallCard(request["gib"])
@@ -108,14 +109,14 @@ def contender_named(name: str) -> type:
     if name == "unsloth":
         import unsloth  # noqa: F401  # before any library that it patches
     if name == "ours":
-        from gpu_ours import Ours
+        from gpu.ours import Ours
 
         return Ours
     if name == "reference":
-        from gpu_reference import Reference
+        from gpu.reference import Reference
 
         return Reference
-    from gpu_sft import Trl, Unsloth
+    from gpu.sft import Trl, Unsloth
 
     return Unsloth if name == "unsloth" else Trl
 

@@ -4,7 +4,8 @@ import json
 from pathlib import Path
 
 import torch
-from gpu_rows import Kind
+
+from gpu.rows import Kind
 
 STD = 0.02  # of Llama's own initialization, with which fp16 stays finite
 OUTLIERS, FACTOR = 6, 8.0  # hidden dimensions that are large in a trained 7B (see `make`)

@@ -8,6 +8,7 @@ README = "README's command"  # what it adds to the name of its row
 CONTEXT_RANK = 32
 FULL = (512, 14), (1024, 7), (2048, 4)  # lengths, and the rows of a micro-batch of the reference
 ENDS = FULL[0], FULL[-1]
+OTHERS = {"unsloth": "unsloth", "TRL": "trl"}  # contenders that need a module of their own
 
 
 @dataclass(frozen=True)
@@ -104,18 +105,12 @@ class Row:
         return cls(**{**values, "targets": tuple(values["targets"])})
 
 
-def all_rows(scale: int, most: int, others: list[str]) -> list[Row]:
-    """Every row.
-
-    Args:
-        scale: by which the lengths of real conversations are divided, for a tiny base.
-        most: tokens that the search for the longest context goes up to.
-        others: contenders besides this project and the reference.
-    """
+def all_rows(kind: Kind) -> list[Row]:
+    """Every row for a base of that kind, of all contenders."""
 
     def row(contender: str, precision: str, window: int, batch: int, more: str = "", **values):
         name = f"{contender} {precision} {window:,} × {batch}" + (f", {more}" if more else "")
-        return Row(name, contender, precision, window, window // scale, batch, **values)
+        return Row(name, contender, precision, window, window // kind.scale, batch, **values)
 
     def of_lengths(contender: str, precision: str, lengths=FULL, more: str = "", **values):
         return [row(contender, precision, *size, more, **values) for size in lengths]
@@ -140,7 +135,7 @@ def all_rows(scale: int, most: int, others: list[str]) -> list[Row]:
             contender="ours",
             precision=precision,
             window=0,
-            length=most,
+            length=kind.most,
             batch=1,
             recompute="True",
             rank=CONTEXT_RANK,
@@ -154,7 +149,7 @@ def all_rows(scale: int, most: int, others: list[str]) -> list[Row]:
     for precision in PRECISIONS:
         found += [*ours(precision), *reference(precision)]
     found += [context("NF4"), context("int8"), *conservative("NF4"), context("16-bit")]
-    for other in others:
+    for other in OTHERS:
         found += of_lengths(other, "NF4", ENDS)
         found += [row(other, precision, *FULL[-1]) for precision in ("int8", "16-bit")]
     return found

@@ -4,8 +4,8 @@ import math
 from collections.abc import Iterator
 
 import training_runs as runs
-from gpu_rows import FULL, PRECISIONS, README
 
+from gpu.rows import FULL, PRECISIONS, README
 from llama_lora.train.pace import EFFICIENCY
 
 GIB, GB = 2**30, 10**9

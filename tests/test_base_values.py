@@ -1,0 +1,53 @@
+"""Whether a base is the one that an adapter was trained on: by some of its weights, or its name."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from merging import make_adapter, make_base
+from safetensors.torch import load_file, save_file
+
+from llama_lora.chat.adapters import load
+from llama_lora.model import adapter
+from llama_lora.weights.merge import merge
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory, llama_tokenizer) -> Path:
+    return make_base(tmp_path_factory.mktemp("values") / "base", llama_tokenizer)
+
+
+@pytest.fixture(scope="module")
+def lora(tmp_path_factory, base) -> Path:
+    return make_adapter(tmp_path_factory.mktemp("values") / "lora", base)
+
+
+def said(caplog) -> list[str]:
+    return [record.message for record in caplog.records if "trained on" in record.message]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_moved_base_is_the_same_in_any_16_bits(tmp_path, lora, llama_tokenizer, caplog, dtype):
+    moved = make_base(tmp_path / "moved", llama_tokenizer, dtype)
+    merge(moved, lora, tmp_path / "out")
+    load(moved, lora)
+    assert not said(caplog)
+
+
+def test_other_weights_of_the_same_shapes_are_used_and_said_once(tmp_path, base, lora, caplog):
+    merge(base, lora, tmp_path / "base")
+    merge(tmp_path / "base", lora, tmp_path / "out")
+    load(tmp_path / "base", lora)
+    assert said(caplog) == [
+        f"({lora} was trained on {base}; the weights in {tmp_path}/base are others)"
+    ]
+
+
+def test_only_the_name_is_known_where_an_adapter_has_no_values(tmp_path, base, lora, caplog):
+    renamed = shutil.copytree(base, tmp_path / "renamed")
+    old = shutil.copytree(lora, tmp_path / "lora")
+    save_file(load_file(lora / adapter.WEIGHTS), old / adapter.WEIGHTS)
+    merge(renamed, old, tmp_path / "out")
+    load(renamed, old)
+    assert said(caplog) == [f"({old} was trained on {base}; the base here is {renamed})"]
