@@ -1,5 +1,6 @@
 """A tiny Llama and its tokenizers, made on the spot, and the scripts run as users run them."""
 
+import io
 import json
 import os
 import runpy
@@ -8,7 +9,9 @@ import socket
 import subprocess
 import sys
 import tempfile
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+from signal import SIGINT, SIGTERM, SIGUSR1
 
 import pytest
 from hypothesis import settings
@@ -18,12 +21,16 @@ from hypothesis import settings
 settings.register_profile("repeatable", derandomize=True, deadline=None)
 settings.load_profile("repeatable")
 
+# The helpers' own asserts tell as much as a test's.
+pytest.register_assert_rewrite("conversion", "evaluation", "inspected", "merging", "stages")
+
 ROOT = Path(__file__).parents[1]
 DATA = ROOT / "data"
 # What a machine without a network has; a test that reached for a model hub would fail.
 OFFLINE = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
 TOKENS = tempfile.TemporaryDirectory(prefix="llama-lora-tokens-")  # until this process ends
 OFFLINE["LLAMA_LORA_CACHE"] = TOKENS.name
+os.environ.update(OFFLINE)  # before torch is imported, for this process and those it starts
 
 
 def run_script(*command, timeout: int = 300, **options) -> subprocess.CompletedProcess:
@@ -33,7 +40,6 @@ def run_script(*command, timeout: int = 300, **options) -> subprocess.CompletedP
     return subprocess.run(
         [*start, first, *rest],
         cwd=ROOT,
-        env={**os.environ, **OFFLINE},
         capture_output=True,
         text=True,
         timeout=timeout,
@@ -41,28 +47,42 @@ def run_script(*command, timeout: int = 300, **options) -> subprocess.CompletedP
     )
 
 
-@pytest.fixture
-def train_here(monkeypatch, capsys):
-    """Run train_lora.py's own `main` in this process, which spares each run the imports."""
-    path = str(ROOT / "fastchat/train/train_lora.py")
-    script = runpy.run_path(path)
-    numbers = signal.SIGINT, signal.SIGTERM, signal.SIGUSR1
-    handlers = {number: signal.getsignal(number) for number in numbers}
+def run_here(script, *flags) -> subprocess.CompletedProcess:
+    """Run a script as `run_script` does but in this process, which spares each run the imports."""
+    words = [str(ROOT / script), *map(str, flags)]
+    handlers = {number: signal.getsignal(number) for number in (SIGINT, SIGTERM, SIGUSR1)}
+    out, err = Printed(), Printed()
+    code, argv, sys.argv = 0, sys.argv, words
+    try:
+        with redirect_stdout(out), redirect_stderr(err):
+            runpy.run_path(words[0], run_name="__main__")
+    except SystemExit as end:
+        code = end.code or 0
+    finally:
+        sys.argv = argv
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    return subprocess.CompletedProcess(words, code, out.text, err.text)
 
-    def run(*flags) -> subprocess.CompletedProcess:
-        words = [path, *(str(flag) for flag in flags)]
-        monkeypatch.setattr(sys, "argv", words)
-        capsys.readouterr()
-        code = 0
-        try:
-            script["main"](*script["parse_args"]())
-        except SystemExit as end:
-            code = end.code
-        return subprocess.CompletedProcess(words, code, *capsys.readouterr())
 
-    yield run
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+def error_line(done: subprocess.CompletedProcess) -> str:
+    """The one line in which a script refused its input."""
+    assert done.returncode == 1, done.stderr
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1, done.stderr
+    assert "Traceback" not in done.stderr
+    return errors[0]
+
+
+class Printed(io.TextIOWrapper):
+    """A stream in memory that takes what stdout does."""
+
+    def __init__(self):
+        super().__init__(io.BytesIO(), encoding="utf-8", write_through=True)
+
+    @property
+    def text(self) -> str:
+        return self.buffer.getvalue().decode()
 
 
 def deepspeed(processes: int) -> list[str]:

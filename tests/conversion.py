@@ -1,15 +1,12 @@
 """What the tests of the conversion share: checkpoints made on the spot, and the script itself."""
 
-import importlib.util
-import subprocess
-import sys
 from base64 import b64decode
 from pathlib import Path
 
 import reference_llama
 import tiktoken
 import torch
-from conftest import ROOT
+from conftest import ROOT, error_line, run_here
 from transformers import AutoModelForCausalLM
 
 from llama_lora.weights.llama_tokenizer import LLAMA3_SPLIT
@@ -70,34 +67,14 @@ def rewrite(folder: Path, change, number: int = 1) -> None:
     torch.save(shard, path)
 
 
-def convert(*args) -> int:
-    """Run the script's own functions on a command line, in this process; return the exit code."""
-    spec = importlib.util.spec_from_file_location("convert_script", SCRIPT)
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
-    argv, sys.argv = sys.argv, [str(SCRIPT), *map(str, args)]
-    try:
-        script.main(script.parse_args())
-    except SystemExit as end:
-        return end.code
-    finally:
-        sys.argv = argv
-    return 0
+def convert(*flags) -> int:
+    """Run the script in this process; return the exit code."""
+    return run_here(SCRIPT, *flags).returncode
 
 
-def run(*args, **kwargs) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(SCRIPT), *map(str, args)]
-    return subprocess.run(command, capture_output=True, text=True, check=False, **kwargs)
-
-
-def refused(capsys, *args) -> str:
+def refused(*flags) -> str:
     """The one line a failing conversion prints."""
-    assert convert(*args) == 1
-    error = capsys.readouterr().err.splitlines()
-    lines = [line for line in error if line.startswith("error: ")]
-    assert len(lines) == 1, error
-    assert "Traceback" not in "".join(error)
-    return lines[0]
+    return error_line(run_here(SCRIPT, *flags))
 
 
 def model_logits(folder: Path, tokens: torch.Tensor) -> torch.Tensor:

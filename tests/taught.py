@@ -3,10 +3,11 @@
 So their answers end by themselves and hold characters of several tokens.
 """
 
+import functools
 import json
 
 import torch
-from conftest import ROOT
+from conftest import ROOT, run_here
 from fastchat.conversation import get_conv_template
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import LlamaConfig, PreTrainedTokenizerFast
@@ -14,6 +15,7 @@ from transformers import LlamaConfig, PreTrainedTokenizerFast
 from llama_lora.chat.sampling import Sampling
 
 SCRIPT = ROOT / "generate.py"
+generate = functools.partial(run_here, SCRIPT)
 WINDOW = 320
 TEXTS = [
     "A chat between a curious user and an artificial intelligence assistant. The assistant gives",

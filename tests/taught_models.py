@@ -1,9 +1,7 @@
 """Fixtures for tests that let models answer: a module names this one in `pytest_plugins`."""
 
 import functools
-import runpy
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,7 +11,6 @@ from taught import (
     ADAPTER_ANSWERS,
     BASE_ANSWERS,
     GREEDY,
-    SCRIPT,
     SECOND_ANSWERS,
     TARGETS,
     byte_level,
@@ -96,21 +93,3 @@ def oracle(base, plain_model):
     """The greedy answer by fschat's prompt and a loop without a cache."""
     tokenizer = AutoTokenizer.from_pretrained(base)
     return functools.partial(plain_answer, plain_model, tokenizer)
-
-
-@pytest.fixture
-def generate(monkeypatch, capsys):
-    """Run the script in this process: starting Python and torch once a case would take minutes."""
-    script = runpy.run_path(str(SCRIPT))
-
-    def run(*args) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["generate.py", *map(str, args)])
-        capsys.readouterr()
-        code = 0
-        try:
-            script["main"](script["parse_args"]())
-        except SystemExit as end:
-            code = end.code
-        return code, *capsys.readouterr()
-
-    return run

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from taught import ADAPTER_ANSWERS, SCRIPT, WINDOW, fed, said
+from taught import ADAPTER_ANSWERS, SCRIPT, WINDOW, fed, generate, said
 
 from llama_lora.chat.adapters import load
 from llama_lora.chat.answer_file import AnswerFile, answer_all
@@ -34,18 +34,18 @@ def write_lines(path: Path, records: list) -> Path:
 
 
 @pytest.fixture
-def answer(base, lora, generate, tmp_path):
+def answer(base, lora, tmp_path):
     """Run the script over these records; its one line, and what it wrote."""
 
     def run(records: list, *args, out: str = "answers.jsonl") -> tuple[str, list[dict]]:
         prompts = write_lines(tmp_path / "prompts.jsonl", records)
-        code, told, err = generate(
+        done = generate(
             *("--base_model", base, "--lora_weights", lora, "--temperature", 0),
             *("--prompts_file", prompts, "--output_file", tmp_path / out, *args),
         )
-        assert code == 0, err
+        assert done.returncode == 0, done.stderr
         assert not (tmp_path / f"{out}.partial").exists()
-        return told.strip(), lines(tmp_path / out)
+        return done.stdout.strip(), lines(tmp_path / out)
 
     return run
 
@@ -132,7 +132,7 @@ def test_unsound_text_is_answered(answer):
     ]
 
 
-def test_output_is_an_array_where_its_name_says_so(base, generate, tmp_path):
+def test_output_is_an_array_where_its_name_says_so(base, tmp_path):
     prompts = tmp_path / "prompts.json"
     prompts.write_text(json.dumps([{"prompt": FIRST}]))
     generate("--base_model", base, "--prompts_file", prompts, "--output_file", tmp_path / "a.json")
@@ -162,17 +162,15 @@ def test_output_is_an_array_where_its_name_says_so(base, generate, tmp_path):
         ('[{"conversations": [{"from": "narrator", "value": "a"}]}]', "unknown role"),
     ],
 )
-def test_what_is_no_prompt_is_one_line_before_a_model_is_loaded(
-    generate, tmp_path, text, complaint
-):
+def test_what_is_no_prompt_is_one_line_before_a_model_is_loaded(tmp_path, text, complaint):
     (tmp_path / "prompts").write_text(text)
-    code, out, err = generate(
+    done = generate(
         *("--base_model", tmp_path / "missing", "--prompts_file", tmp_path / "prompts"),
         *("--output_file", tmp_path / "out.jsonl"),
     )
-    assert (code, out) == (1, "")
-    assert len(err.splitlines()) == 1
-    assert complaint in err
+    assert (done.returncode, done.stdout) == (1, "")
+    assert len(done.stderr.splitlines()) == 1
+    assert complaint in done.stderr
     assert os.listdir(tmp_path) == ["prompts"]
 
 
@@ -210,7 +208,8 @@ def test_interrupted_run_goes_on_where_it_was(endless, asked, tmp_path, capsys):
         before = partial.read_bytes()
         done = before.count(b"\n") - 1
         assert (
-            f"{partial}: {done} of 14 answers; the same command goes on" in capsys.readouterr().err
+            f"{partial}: {done} answers are kept; the same command goes on"
+            in capsys.readouterr().err
         )
         assert not out.exists()
     run_until(None, out, asked, model, template, batch_size=3)
@@ -256,7 +255,8 @@ def test_killed_run_goes_on(endless, tmp_path):
         answer_all(file, model, template, Sampling(max_new_tokens=40, seed=1), 16)
     found = [record["conversations"][-1]["value"] for record in lines(out)]
     for line in before.splitlines()[1 : done + 1]:
-        assert found[json.loads(line)["index"]] == json.loads(line)["answer"]
+        kept = json.loads(line)
+        assert found[kept["key"]] == kept["value"][0]
     assert len(set(found)) > 50
 
 
@@ -303,7 +303,7 @@ def test_old_answers_stay_until_there_are_new_ones(endless, asked, tmp_path):
     assert os.listdir(tmp_path) == ["out.jsonl"]
 
 
-def test_changed_adapter_is_another_setting(base, lora, generate, tmp_path):
+def test_changed_adapter_is_another_setting(base, lora, tmp_path):
     from llama_lora.chat.answer_file import settings_of
 
     class Args:

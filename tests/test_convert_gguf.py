@@ -239,18 +239,18 @@ BAD_GGUF = {
 
 
 @pytest.mark.parametrize("case", BAD_GGUF)
-def test_bad_gguf_is_one_line_and_leaves_nothing(tmp_path, capsys, spm, case):
+def test_bad_gguf_is_one_line_and_leaves_nothing(tmp_path, spm, case):
     damage, expected = BAD_GGUF[case]
     damage(tmp_path / "m.gguf", spm)
     before = contents(tmp_path)
-    line = refused(capsys, "--gguf", tmp_path / "m.gguf", "--output_dir", tmp_path / "a" / "out")
+    line = refused("--gguf", tmp_path / "m.gguf", "--output_dir", tmp_path / "a" / "out")
     assert re.search(expected, line), line
     assert contents(tmp_path) == before
 
 
-def test_gguf_unknown_text_cutting_is_refused(tmp_path, capsys, tiktoken_model):
+def test_gguf_unknown_text_cutting_is_refused(tmp_path, tiktoken_model):
     write_gguf(tmp_path / "m.gguf", tiny_model(True, 348), bpe_keys(tiktoken_model, "viking"))
-    line = refused(capsys, "--gguf", tmp_path / "m.gguf", "--output_dir", tmp_path / "out")
+    line = refused("--gguf", tmp_path / "m.gguf", "--output_dir", tmp_path / "out")
     assert "expected tokenizer.ggml.pre to be one of" in line
     assert "found 'viking'" in line
 

@@ -215,7 +215,7 @@ BAD_META = {
 
 
 @pytest.mark.parametrize("case", BAD_META)
-def test_bad_checkpoint_is_one_line_and_leaves_nothing(tmp_path, capsys, spm, case):
+def test_bad_checkpoint_is_one_line_and_leaves_nothing(tmp_path, spm, case):
     damage, expected = BAD_META[case]
     shards = reference_llama.random_shards(PARAMS, 480, HIDDEN, 2)
     source = meta_folder(tmp_path / "in", spm, PARAMS, shards)
@@ -223,7 +223,6 @@ def test_bad_checkpoint_is_one_line_and_leaves_nothing(tmp_path, capsys, spm, ca
     before = contents(tmp_path)
     output = tmp_path / "new" / "parents" / "out"
     line = refused(
-        capsys,
         "--input_dir",
         source,
         "--model_size",
@@ -237,11 +236,9 @@ def test_bad_checkpoint_is_one_line_and_leaves_nothing(tmp_path, capsys, spm, ca
     assert contents(tmp_path) == before
 
 
-def test_tokenizer_of_another_model_is_refused(tmp_path, capsys, tiktoken_model):
+def test_tokenizer_of_another_model_is_refused(tmp_path, tiktoken_model):
     shards = reference_llama.random_shards(PARAMS, 480, HIDDEN, 1)
     source = meta_folder(tmp_path / "in", tiktoken_model, PARAMS, shards)
-    line = refused(
-        capsys, "--input_dir", source, "--model_size", "7B", "--output_dir", tmp_path / "out"
-    )
+    line = refused("--input_dir", source, "--model_size", "7B", "--output_dir", tmp_path / "out")
     assert "expected a tokenizer.model of 480 tokens" in line
     assert "found one of 600" in line

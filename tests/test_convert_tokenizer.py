@@ -129,7 +129,7 @@ def test_no_token_for_padding():
         choose_pad(Path("x"), ["<s>", "</s>"], {"<s>", "</s>"}, None, "</s>")
 
 
-def test_sentencepiece_that_changes_text_is_refused(tmp_path, capsys):
+def test_sentencepiece_that_changes_text_is_refused(tmp_path):
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(SENTENCES * 4),
         model_prefix=str(tmp_path / "tokenizer"),
@@ -140,7 +140,5 @@ def test_sentencepiece_that_changes_text_is_refused(tmp_path, capsys):
     )
     shards = reference_llama.random_shards(PARAMS, 480, HIDDEN, 1)
     source = meta_folder(tmp_path / "in", tmp_path / "tokenizer.model", PARAMS, shards)
-    line = refused(
-        capsys, "--input_dir", source, "--model_size", "7B", "--output_dir", tmp_path / "out"
-    )
+    line = refused("--input_dir", source, "--model_size", "7B", "--output_dir", tmp_path / "out")
     assert "byte-pair SentencePiece that leaves text as it is" in line

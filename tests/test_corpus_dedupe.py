@@ -7,7 +7,7 @@ from itertools import combinations
 
 import numpy as np
 import pytest
-from conftest import run_script
+from conftest import run_here, run_script
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -27,12 +27,12 @@ def conversation(name, *texts, system=None):
     return {"id": name, "conversations": head + turns}
 
 
-def run(script, items, folder, *flags):
+def run(script, items, folder, *flags, start=run_here):
     """Run a script on `items`; the ids it kept, what it rejected, and the bytes it wrote."""
     source, out, rejected = (folder / name for name in ("in.json", "out.json", "rejected.jsonl"))
     source.write_text(json.dumps(items))
     files = ("--in", source, "--out", out, "--rejected", rejected)
-    done = run_script(script, *files, "--workers", 1, *flags)
+    done = start(script, *files, "--workers", 1, *flags)
     assert done.returncode == 0, done.stderr
     gone = [json.loads(line) for line in rejected.read_text().splitlines()]
     return [item["id"] for item in json.loads(out.read_bytes())], gone, done.stdout
@@ -203,7 +203,8 @@ def test_what_goes_depends_neither_on_workers_nor_on_the_hash_seed(tmp_path, mon
     written = set()
     for workers, seed in ((1, "0"), (2, "1")):
         monkeypatch.setenv("PYTHONHASHSEED", seed)
-        run(CLEAN, items, tmp_path, "--near-duplicates", 0.8, "--workers", workers)
+        flags = ("--near-duplicates", 0.8, "--workers", workers)
+        run(CLEAN, items, tmp_path, *flags, start=run_script)
         written.add(
             (tmp_path / "out.json").read_bytes() + (tmp_path / "rejected.jsonl").read_bytes()
         )
@@ -212,7 +213,7 @@ def test_what_goes_depends_neither_on_workers_nor_on_the_hash_seed(tmp_path, mon
 
 @pytest.mark.parametrize("value", ["0", "1", "-0.5", "85", "many"])
 def test_a_similarity_that_is_none_is_a_usage_error(tmp_path, value):
-    done = run_script(CLEAN, "--in", "x", "--out", "y", f"--near-duplicates={value}")
+    done = run_here(CLEAN, "--in", "x", "--out", "y", f"--near-duplicates={value}")
     assert done.returncode == 2
     assert "--near-duplicates" in done.stderr.splitlines()[-1]
 

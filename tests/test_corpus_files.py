@@ -6,7 +6,7 @@ import os
 import zlib
 
 import pytest
-from conftest import run_script
+from conftest import run_here
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -161,7 +161,7 @@ def test_every_script_reports_damage_and_missing_files_alike(tmp_path, script):
         ("none", "No such"),
         ("", "Is a"),
     ]:
-        done = run_script(script, "--in", tmp_path / source, "--out", tmp_path / "out.json")
+        done = run_here(script, "--in", tmp_path / source, "--out", tmp_path / "out.json")
         assert (done.returncode, done.stderr.count("\n")) == (1, 1)
         assert message in done.stderr
     assert os.listdir(tmp_path) == ["cut.json"]
@@ -177,7 +177,7 @@ def test_salvage_keeps_all_that_is_whole_before_and_after_the_damage(tmp_path):
     kept = [item["id"] for item in contents(source, salvage=True, report=told.append)]
     assert kept == ["0", "1", "3", "4"]
     assert len(told) == 2
-    done = run_script(MERGE, "--in", source, "--out", target, "--salvage")
+    done = run_here(MERGE, "--in", source, "--out", target, "--salvage")
     assert done.returncode == 0
     assert done.stderr.count("salvaged: ") == 2
     assert done.stdout.splitlines()[-1] == "read 4 · kept 4 · rejected 0"
@@ -299,7 +299,7 @@ def test_a_link_is_written_through_and_the_input_may_be_the_output(tmp_path):
     path, link = tmp_path / "a.json", tmp_path / "link.json"
     path.write_bytes(ARRAY)
     link.symlink_to(path)
-    done = run_script(MERGE, "--in", link, path, "--out", link)
+    done = run_here(MERGE, "--in", link, path, "--out", link)
     assert done.returncode == 0
     assert link.is_symlink()
     assert [item["id"] for item in json.loads(path.read_text())] == [

@@ -1,12 +1,13 @@
 """The language of texts and of whole conversations, on texts whose language is known."""
 
 import importlib.util
-import json
 import random
 from collections import Counter
 
 import pytest
-from conftest import ROOT, run_script, shipped
+from conftest import ROOT, run_here, shipped
+from corpora import conversation, said, save
+from stages import FILTER, run
 
 from llama_lora.corpus.conversation import Rejected
 from llama_lora.corpus.language import UNKNOWN, Filter, detected, glimpses, language_of, size
@@ -25,14 +26,6 @@ def benchmark():
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
-
-
-def chat(*texts):
-    return [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(texts)]
-
-
-def conversation(*texts):
-    return {"id": "a", "conversations": chat(*texts)}
 
 
 # ------------------------------------------------------------------ how often it is right
@@ -99,29 +92,29 @@ def test_what_is_no_character_does_not_hide_the_language():
 
 def test_turns_vote_with_the_size_of_their_prose():
     code = "```python\n" + "print('the number of the files in the folder')\n" * 20 + "```"
-    assert language_of(chat(ENGLISH, GERMAN * 2)) == "de"
-    assert language_of(chat(ENGLISH * 3, GERMAN * 2)) == "en"
-    assert language_of(chat(ENGLISH, GERMAN, ENGLISH, GERMAN, ENGLISH)) == "en"
-    assert language_of(chat(ENGLISH, CHINESE * 2)) == "zh"
-    assert language_of(chat(GERMAN, code)) == "de"
-    assert language_of(chat("1 2 3", GERMAN, "4 5 6")) == "de"
+    assert language_of(said(ENGLISH, GERMAN * 2)) == "de"
+    assert language_of(said(ENGLISH * 3, GERMAN * 2)) == "en"
+    assert language_of(said(ENGLISH, GERMAN, ENGLISH, GERMAN, ENGLISH)) == "en"
+    assert language_of(said(ENGLISH, CHINESE * 2)) == "zh"
+    assert language_of(said(GERMAN, code)) == "de"
+    assert language_of(said("1 2 3", GERMAN, "4 5 6")) == "de"
 
 
 def test_turns_too_short_to_tell_are_read_as_one():
-    assert language_of(chat("ok", "12")) == UNKNOWN
+    assert language_of(said("ok", "12")) == UNKNOWN
     assert language_of([]) == UNKNOWN
 
 
 def test_a_task_in_one_language_about_a_long_text_in_another_is_in_the_latter():
     long = "Translate this into English. " + ENGLISH + GERMAN * 40 + "Thank you very much for this."
-    assert language_of(chat(long)) == "de"
+    assert language_of(said(long)) == "de"
 
 
 def test_stopping_early_changes_no_vote(benchmark):
     texts = [one for of in benchmark.windows("tuning", 200).values() for one in of[:4]]
     draw = random.Random(5)
     for _ in range(200):
-        turns = chat(*(" ".join(draw.choices(texts, k=draw.randint(1, 3))) for _ in range(6)))
+        turns = said(*(" ".join(draw.choices(texts, k=draw.randint(1, 3))) for _ in range(6)))
         votes = Counter()
         for turn in turns:
             text = prose(turn["value"])
@@ -154,21 +147,72 @@ def test_every_conversation_that_the_project_ships_is_told_right(benchmark):
 def test_several_codes_may_be_kept_and_skipped_at_once():
     traditional = "水壺在爐子上，水再過幾分鐘就會開。"
     keeps = Filter(keep=["de", "zh"], skip=["zh-Hant", "en"])
-    assert keeps(conversation(GERMAN)).seen == {"de": 1}
-    assert keeps(conversation(CHINESE)).seen == {"zh": 1}
-    assert keeps(conversation("ok")).seen == {UNKNOWN: 1}
+    assert keeps(conversation("a", GERMAN)).seen == {"de": 1}
+    assert keeps(conversation("a", CHINESE)).seen == {"zh": 1}
+    assert keeps(conversation("a", "ok")).seen == {UNKNOWN: 1}
     for text, language in (traditional, "zh-Hant"), (ENGLISH, "en"):
         with pytest.raises(Rejected, match=f"language {language}"):
-            keeps(conversation(text))
+            keeps(conversation("a", text))
 
 
 def test_the_script_prints_what_it_read_by_language_whatever_it_keeps(tmp_path):
-    source = tmp_path / "in.json"
-    items = [conversation(text) | {"id": text[:2]} for text in (ENGLISH, GERMAN, CHINESE, "\ud800")]
-    source.write_text(json.dumps(items))
-    flags = ("--keep-lang", "zh", "de", "--skip-lang", "DE")
-    script = "fastchat/data/optional_clean.py"
-    done = run_script(script, "--in", source, "--out", tmp_path / "out.json", *flags)
-    assert done.returncode == 0, done.stderr
-    assert "languages: de 1, en 1, unknown 1, zh 1" in done.stdout
-    assert "rejected 2: language de 1, language en 1" in done.stdout
+    items = [conversation(text[:2], text) for text in (ENGLISH, GERMAN, CHINESE, "\ud800")]
+    _, _, printed = run(FILTER, items, tmp_path, "--keep-lang", "zh", "de", "--skip-lang", "DE")
+    assert "languages: de 1, en 1, unknown 1, zh 1" in printed
+    assert "rejected 2: language de 1, language en 1" in printed
+
+
+def test_the_filter_keeps_skips_and_counts(tmp_path):
+    french = conversation("fr", "Comment réussir une ratatouille ?", "Il faut cuire les légumes.")
+    english = conversation("en", "How do I cook rice?", "Boil it in twice as much water as rice.")
+    simplified = conversation("zh", "番茄炒蛋怎么做才好吃？", "先炒蛋，再炒番茄，最后合在一起。")
+    traditional = conversation(
+        "tw", "怡君的生日", "對不起，我竟然忘了昨天是你的生日，祝你生日快樂。"
+    )
+    short = conversation("short", "12", "34")
+    items = [french, english, simplified, traditional, short]
+    for flags, names in [
+        (("--skip-lang", "fr"), ["en", "zh", "tw", "short"]),
+        (("--skip-lang", "zh"), ["fr", "en", "short"]),
+        (("--skip-lang", "zh-Hant", "en"), ["fr", "zh", "short"]),
+        (("--keep-lang", "en", "zh"), ["en", "zh", "tw", "short"]),
+        (("--keep-lang", "zh-tw"), ["tw", "short"]),
+        ((), ["fr", "en", "zh", "tw", "short"]),
+    ]:
+        kept, _, printed = run(FILTER, items, tmp_path, *flags)
+        assert [item["id"] for item in kept] == names
+        assert "languages: en 1, fr 1, unknown 1, zh 1, zh-Hant 1" in printed
+
+
+def test_every_language_of_the_readme_is_known_and_an_unknown_one_is_a_usage_error(tmp_path):
+    source = save(tmp_path / "in.json", [conversation("a", "q", "a")])
+    every = ["en", "es", "fr", "de", "it", "ja", "ko", "zh", "ar", "ru", "pt", "nl"]
+    for flag in ("--keep-lang", "--skip-lang"):
+        command = (FILTER, "--in", source, "--out", tmp_path / "out.json", flag)
+        assert run_here(*command, *every).returncode == 0
+        done = run_here(*command, "en", "klingonese")
+        assert done.returncode == 2
+        assert "'klingonese' is no language the detector knows" in done.stderr
+        assert set(every) <= set(done.stderr.split())
+    done = run_here(FILTER, "--in", source, "--out", tmp_path / "o", "--keep-lang", "zh-CN")
+    assert done.returncode == 2
+    assert "zh is simplified and traditional Chinese, zh-Hant the latter alone" in done.stderr
+
+
+def test_code_addresses_and_formulas_say_nothing_about_the_language():
+    answer = "Usa este comando:\n\n```bash\n" + "# print the largest files in the folder\n" * 9
+    answer += "```\n\nLuego abre https://example.com/the/english/page/about/something y listo."
+    one = Filter(keep=["es"])(conversation("a", "¿Cómo encuentro los archivos grandes?", answer))
+    assert one.seen == {"es": 1}
+
+
+def test_repeated_digits_go_on_request():
+    one = conversation("a", "q", "Call 0000000000 now")
+    assert Filter()(one).conversations
+    with pytest.raises(Rejected, match="repeated digits"):
+        Filter(reduce_rep=True)(one)
+
+
+def test_the_detector_stands_what_text_can_hold():
+    for text in ["", "\0\x01", "\ufffe\uffff\x7f", "\u200b" * 50, "🎂" * 20, "a" * 100_000]:
+        assert isinstance(detected(text), str)

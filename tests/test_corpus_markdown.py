@@ -7,7 +7,7 @@ import re
 import time
 
 import pytest
-from conftest import run_script, shipped
+from conftest import run_here, shipped
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
@@ -249,7 +249,7 @@ def test_only_the_wrapper_makes_html():
 def test_cleaning_the_shipped_sample_keeps_its_code_and_cleaning_twice_changes_nothing(tmp_path):
     once, twice = tmp_path / "once.json", tmp_path / "twice.json"
     for source, target in [("data/sharegpt_sample.json", once), (once, twice)]:
-        done = run_script("fastchat/data/clean_sharegpt.py", "--in", source, "--out", target)
+        done = run_here("fastchat/data/clean_sharegpt.py", "--in", source, "--out", target)
         assert done.returncode == 0, done.stderr
     assert once.read_bytes() == twice.read_bytes()
     cleaned = json.loads(once.read_text(encoding="utf-8"))

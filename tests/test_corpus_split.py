@@ -6,7 +6,7 @@ import shutil
 import sys
 
 import pytest
-from conftest import run_script, shipped
+from conftest import run_here, run_script, shipped
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -360,7 +360,7 @@ def test_the_script_splits_a_file_and_refuses_what_is_no_model(tmp_path, models_
     items += [{**conversation(1, 9, 9), "label_from": "x"}]
     source.write_text(json.dumps(items))
     command = (SPLIT, "--in", source, "--out", out, "--max-length", 200)
-    done = run_script(*command, "--model-name", models_of["sentencepiece"])
+    done = run_here(*command, "--model-name", models_of["sentencepiece"])
     assert done.returncode == 0, done.stderr
     last = done.stdout.splitlines()[-1]
     pieces = json.loads(out.read_text())
@@ -369,5 +369,5 @@ def test_the_script_splits_a_file_and_refuses_what_is_no_model(tmp_path, models_
     assert all(len(labelled(renderer, piece)[0]) <= 200 for piece in pieces)
     assert len({piece["id"] for piece in pieces}) == len(pieces)
     for model in (tmp_path, tmp_path / "nothing"):
-        done = run_script(*command, "--model-name", model)
+        done = run_here(*command, "--model-name", model)
         assert (done.returncode, done.stderr.count("\n")) == (1, 1)

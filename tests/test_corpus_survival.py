@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from conftest import OFFLINE, ROOT, run_script
+from conftest import ROOT, run_script
 
 from llama_lora.cli import InputError
 from llama_lora.corpus.atomic import Outputs, replacing
@@ -53,7 +53,6 @@ def start(stage, source, target, *flags, **options) -> subprocess.Popen:
     return subprocess.Popen(
         [*command, *flags],
         cwd=ROOT,
-        env={**os.environ, **OFFLINE},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -7,7 +7,16 @@ import sys
 import warnings
 
 import pytest
-from taught import ADAPTER_ANSWERS, BASE_ANSWERS, SCRIPT, SECOND_ANSWERS, WINDOW, config, said
+from taught import (
+    ADAPTER_ANSWERS,
+    BASE_ANSWERS,
+    SCRIPT,
+    SECOND_ANSWERS,
+    WINDOW,
+    config,
+    generate,
+    said,
+)
 from transformers import LlamaForCausalLM
 
 from llama_lora.chat.adapters import load
@@ -28,20 +37,15 @@ def run(*args, stdin: bytes | None = None) -> subprocess.CompletedProcess:
     )
 
 
-@pytest.fixture
-def fails(generate):
+def fails(*args) -> str:
     """Run the script in this process; return its one line on stderr."""
-
-    def run_failing(*args) -> str:
-        with warnings.catch_warnings(record=True) as warned:
-            code, out, err = generate(*args)
-        assert not warned  # each would be lines on stderr
-        assert (code, out) == (1, "")
-        errors = [line for line in err.splitlines() if " · " not in line]
-        assert len(errors) == 1
-        return errors[0].removeprefix("error: ")
-
-    return run_failing
+    with warnings.catch_warnings(record=True) as warned:
+        done = generate(*args)
+    assert not warned  # each would be lines on stderr
+    assert (done.returncode, done.stdout) == (1, "")
+    errors = [line for line in done.stderr.splitlines() if " · " not in line]
+    assert len(errors) == 1
+    return errors[0].removeprefix("error: ")
 
 
 @pytest.fixture
@@ -138,7 +142,7 @@ def test_batch_size_flag(parsed):
     assert parsed("--batch_size", "7").batch_size == 7
 
 
-def test_wrong_folders_are_one_line(base, lora, fails, tmp_path):
+def test_wrong_folders_are_one_line(base, lora, tmp_path):
     missing = tmp_path / "missing"
     assert "the folder does not exist" in fails("--base_model", missing, "--prompt", "a")
     assert "an adapter, expected" in fails("--base_model", lora, "--prompt", "a")
@@ -155,13 +159,13 @@ def test_wrong_folders_are_one_line(base, lora, fails, tmp_path):
 @pytest.mark.parametrize(
     "changes", [{"hidden_size": 64}, {"num_hidden_layers": 1}, {"num_hidden_layers": 3}]
 )
-def test_adapter_of_another_base_is_one_line(lora, fails, tmp_path, changes):
+def test_adapter_of_another_base_is_one_line(lora, tmp_path, changes):
     LlamaForCausalLM(config(**changes)).save_pretrained(tmp_path)
     line = fails("--base_model", tmp_path, "--lora_weights", lora, "--prompt", "a")
     assert f"{lora}: this adapter was not made for" in line
 
 
-def test_tokenizer_larger_than_the_base_is_one_line(base, fails, tmp_path):
+def test_tokenizer_larger_than_the_base_is_one_line(base, tmp_path):
     LlamaForCausalLM(config(vocab_size=300)).save_pretrained(tmp_path)
     for file in base.glob("tokenizer*"):
         shutil.copy(file, tmp_path)
@@ -170,7 +174,7 @@ def test_tokenizer_larger_than_the_base_is_one_line(base, fails, tmp_path):
     assert line.endswith("only 300")
 
 
-def test_damaged_adapter_is_one_line(base, lora, fails, tmp_path):
+def test_damaged_adapter_is_one_line(base, lora, tmp_path):
     from safetensors.torch import load_file, save_file
 
     shutil.copytree(lora, tmp_path, dirs_exist_ok=True)
@@ -180,7 +184,7 @@ def test_damaged_adapter_is_one_line(base, lora, fails, tmp_path):
     assert "values that are not finite" in line
 
 
-def test_damaged_base_is_one_line(base, fails, tmp_path):
+def test_damaged_base_is_one_line(base, tmp_path):
     from safetensors.torch import load_file, save_file
 
     shutil.copytree(base, tmp_path, dirs_exist_ok=True)
@@ -190,24 +194,24 @@ def test_damaged_base_is_one_line(base, fails, tmp_path):
     assert "scores are not finite" in fails("--base_model", tmp_path, "--prompt", "a")
 
 
-def test_adapters_of_one_name_are_one_line(base, lora, fails):
+def test_adapters_of_one_name_are_one_line(base, lora):
     twice = ("--base_model", base, "--prompt", "a", "--lora_weights", lora)
     assert "choose a name: NAME=FOLDER" in fails(*twice, lora)
     assert "the base alone is called that" in fails(*twice, f"base={lora}")
 
 
-def test_first_of_several_adapters_answers(base, lora, second_lora, generate):
+def test_first_of_several_adapters_answers(base, lora, second_lora):
     args = ("--base_model", base, "--temperature", 0, "--prompt", "And now?", "--lora_weights")
-    assert generate(*args, lora, second_lora)[1] == ADAPTER_ANSWERS["And now?"] + "\n"
-    assert generate(*args, f"a={second_lora}", lora)[1] == SECOND_ANSWERS["And now?"] + "\n"
+    assert generate(*args, lora, second_lora).stdout == ADAPTER_ANSWERS["And now?"] + "\n"
+    assert generate(*args, f"a={second_lora}", lora).stdout == SECOND_ANSWERS["And now?"] + "\n"
 
 
-def test_prompt_longer_than_the_window_is_one_line(base, fails):
+def test_prompt_longer_than_the_window_is_one_line(base):
     line = fails("--base_model", base, "--prompt", "a " * 400)
     assert f"no room for an answer in the model's window of {WINDOW}" in line
 
 
-def test_base_template_is_used_where_there_is_one(base, lora, fails, tmp_path):
+def test_base_template_is_used_where_there_is_one(base, lora, tmp_path):
     shutil.copytree(base, tmp_path, dirs_exist_ok=True)
     assert load(tmp_path)[2].endswith("template vicuna_v1.1")
     assert "no chat template" in fails("--base_model", tmp_path, "--template", "model")
@@ -228,8 +232,8 @@ def test_base_template_is_used_where_there_is_one(base, lora, fails, tmp_path):
     assert load(base, bare)[2].endswith("template vicuna_v1.1")
 
 
-def test_adapter_answers_on_a_base_without_a_tokenizer(base, lora, generate, tmp_path):
+def test_adapter_answers_on_a_base_without_a_tokenizer(base, lora, tmp_path):
     for file in ("config.json", "generation_config.json", "model.safetensors"):
         shutil.copy(base / file, tmp_path)
     args = ("--base_model", tmp_path, "--lora_weights", lora, "--temperature", 0)
-    assert generate(*args, "--prompt", "And now?")[1] == ADAPTER_ANSWERS["And now?"] + "\n"
+    assert generate(*args, "--prompt", "And now?").stdout == ADAPTER_ANSWERS["And now?"] + "\n"

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 from conversion import TEXTS, convert
+from merging import SCRIPT, loaded, logits, make_adapter, make_base
 from safetensors.torch import load_file, save_file
-from test_merge import SCRIPT, loaded, logits, make_adapter, make_base
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 

@@ -4,20 +4,21 @@ import json
 
 import pytest
 import torch
-from conftest import shipped
+from conftest import run_here, shipped
 from torch.utils._pytree import tree_leaves
 
 from llama_lora.train.checkpoints import is_complete
 
 
 @pytest.mark.slow
-def test_adamw_with_states_in_8_bits_trains_and_resumes(train_here, tiny_base, tmp_path):
+def test_adamw_with_states_in_8_bits_trains_and_resumes(tiny_base, tmp_path):
     """Nothing is paged without a card."""
     corpus, output = tmp_path / "split.json", tmp_path / "output"
     corpus.write_text(json.dumps(shipped("dummy_en.json")[:16]))
 
     def train(steps, *more):
-        return train_here(
+        return run_here(
+            "fastchat/train/train_lora.py",
             *("--model_name_or_path", tiny_base, "--data_path", corpus, "--output_dir", output),
             *("--model_max_length", 256, "--lora_r", 128, "--learning_rate", 2e-3),
             *("--optim", "paged_adamw_8bit", "--max_steps", steps, "--save_steps", 2),

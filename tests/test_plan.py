@@ -6,7 +6,7 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
-from conftest import shipped
+from conftest import run_here, shipped
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -16,6 +16,7 @@ from llama_lora.model.shape import NF4_BYTES, Shape, shape_of
 from llama_lora.train import advice, forecast, pace
 from llama_lora.train.plan import COMFORTABLE, CUDA_CONTEXT, GIB, Setup, memory, plan
 
+TRAIN = "fastchat/train/train_lora.py"
 LLAMA_7B = SimpleNamespace(
     hidden_size=4096,
     intermediate_size=11008,
@@ -80,6 +81,7 @@ def test_more_of_anything_takes_more():
         {"quantization": "none"},
         {"itemsize": 4},
         {"recompute": "False"},
+        {"use_dora": True},
     ):
         assert plan(setup(**{"recompute": "True", **more}), 0).total > least, more
 
@@ -120,6 +122,7 @@ setups = st.builds(
     tokens=st.sampled_from([40000, 80000]),
     recompute=st.sampled_from(["True", "False", "auto"]),
     parts=st.sampled_from([1, 2]),
+    use_dora=st.booleans(),
     on_card=st.booleans(),
 )
 
@@ -178,14 +181,14 @@ def corpus(tmp_path):
 
 
 @pytest.fixture
-def train(tiny_base, corpus, train_here, tmp_path):
+def train(tiny_base, corpus, tmp_path):
     """Start a training of a base of which only the weights are missing."""
     folder = tmp_path / "base"
     shutil.copytree(tiny_base, folder, ignore=shutil.ignore_patterns("*.safetensors"))
 
     def run(*more):
         own = ["--model_name_or_path", folder, "--data_path", corpus, "--model_max_length", 256]
-        return train_here(*own, "--output_dir", tmp_path / "out", *more)
+        return run_here(TRAIN, *own, "--output_dir", tmp_path / "out", *more)
 
     return run
 
@@ -240,13 +243,13 @@ def test_a_training_that_cannot_fit_stops_before_weights_are_loaded(train, monke
 
 
 def test_a_batch_in_the_parts_that_fit_trains_as_the_whole(
-    tiny_base, corpus, train_here, tmp_path, monkeypatch
+    tiny_base, corpus, tmp_path, monkeypatch
 ):
     own = ["--model_name_or_path", tiny_base, "--data_path", corpus, "--model_max_length", 256]
     own += ["--lora_dropout", 0, "--quantization", "none", "--gradient_checkpointing", "False"]
 
     def losses(name, batch):
-        done = train_here(*own, "--output_dir", tmp_path / name, *batch)
+        done = run_here(TRAIN, *own, "--output_dir", tmp_path / name, *batch)
         assert done.returncode == 0, done.stderr
         lines = (tmp_path / name / "trainer_log.jsonl").read_text().splitlines()
         return [json.loads(line)["loss"] for line in lines], done.stdout

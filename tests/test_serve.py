@@ -13,12 +13,14 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import OFFLINE, ROOT, run_script
+from safetensors.torch import load_file
 
 from llama_lora.chat.sampling import Sampling
 from llama_lora.chat.session import Chat
 from llama_lora.model import adapter
 from llama_lora.model.base import load_base
 from llama_lora.model.template import Template, load_tokenizer
+from llama_lora.train.arguments import LoraArguments
 
 DOCS = (ROOT / "docs/serving.md").read_text(encoding="utf-8")
 SERVE = [sys.executable, "-m", "transformers.cli.transformers", "serve", "./served"]
@@ -27,15 +29,17 @@ GREEDY = {"temperature": 0, "max_tokens": 40}
 START = 600  # seconds that a start may take on a busy machine
 
 
-# ---- vLLM: what its loader reads in an adapter's folder ----
+# ---- vLLM: what its loader reads in an adapter's folder, by the rules in its sources ----
+
+RANKS = {1, 8, 16, 32, 64, 128, 256, 320, 512}  # vllm/config/lora.py: MaxLoRARanks
+LAYERS = {  # vllm/model_executor/models/llama.py
+    "self_attn": {"q_proj", "k_proj", "v_proj", "o_proj"},
+    "mlp": {"gate_proj", "up_proj", "down_proj"},
+}
 
 
 @pytest.mark.parametrize("kind", ["default", "rslora"])
 def test_an_adapter_has_the_form_that_vllm_loads(tmp_path, tiny_base, kind):
-    from safetensors import safe_open
-
-    from llama_lora.train.arguments import LoraArguments
-
     flags = LoraArguments()
     base = load_base(tiny_base, dtype=torch.float32)
     model = adapter.attach(
@@ -49,22 +53,30 @@ def test_an_adapter_has_the_form_that_vllm_loads(tmp_path, tiny_base, kind):
                 weight.normal_()
     adapter.save(model, Template(load_tokenizer(tiny_base)), tmp_path)
 
-    config = adapter.read_config(tmp_path)
-    assert not config.modules_to_save
-    assert not config.use_dora
-    assert config.use_rslora is (kind == "rslora")
-    assert (config.bias, config.lora_bias) == ("none", False)
-    assert not config.rank_pattern  # it has one rank and one scale for all layers
-    assert not config.alpha_pattern
-    assert isinstance(config.target_modules, set | list)
-    (rank,) = re.findall(r"--max-lora-rank (\d+)", DOCS)
-    assert config.r <= int(rank)
+    # vllm/lora/peft_helper.py reads these keys, and scales all layers by alpha and rank alone.
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert config["r"] == flags.lora_r
+    assert config["lora_alpha"] == flags.lora_alpha
+    assert set(config["target_modules"]) == set.union(*LAYERS.values())
+    assert config["use_rslora"] is (kind == "rslora")
+    assert config["bias"] == "none"
+    refused = "modules_to_save", "use_dora", "lora_bias", "rank_pattern", "alpha_pattern"
+    assert not [key for key in refused if config[key]]
+    (rank,) = map(int, re.findall(r"--max-lora-rank (\d+)", DOCS))
+    assert rank in RANKS
+    assert config["r"] <= rank
 
-    linear = {n for n, m in base.named_modules() if type(m).__name__ == "Linear" and "lora" in n}
-    with safe_open(tmp_path / adapter.WEIGHTS, "pt") as file:
-        names = set(file.keys())
-    assert names == {f"base_model.model.{name.replace('.default', '.weight')}" for name in linear}
-    assert all(re.search(r"\.(self_attn|mlp)\.[a-z]+_proj\.lora_[AB]\.weight$", n) for n in names)
+    # vllm/lora/utils.py: parse_fine_tuned_lora_name
+    weights = load_file(tmp_path / "adapter_model.safetensors")
+    name = re.compile(r"base_model\.model\.model\.layers\.\d\.(\w+)\.(\w+)\.lora_([AB])\.weight")
+    for key, matrix in weights.items():
+        part, layer, side = name.fullmatch(key).groups()
+        assert layer in LAYERS[part]
+        assert matrix.shape[0 if side == "A" else 1] == config["r"]
+    assert len(weights) == 2 * 7 * base.config.num_hidden_layers
+
+    tokenizers = (load_tokenizer(folder) for folder in (tmp_path, tiny_base))
+    assert len({len(tokenizer) for tokenizer in tokenizers}) == 1
     assert (tmp_path / "chat_template.jinja").is_file()
 
 
@@ -82,8 +94,8 @@ def home(tmp_path_factory, smollm2_gguf) -> Path:
     """A folder with a real base and an adapter that changes what it says, served as documented."""
     pytest.importorskip("openai", reason="not installed: pip install -r requirements-serve.txt")
     home = tmp_path_factory.mktemp("home")
-    convert = "convert_llama_weights_to_hf.py", "--gguf", smollm2_gguf
-    assert run_script(*convert, "--output_dir", home / "base").returncode == 0
+    convert = "convert_llama_weights_to_hf.py", "--gguf", smollm2_gguf, "--output_dir"
+    assert run_script(*convert, home / "base", timeout=START).returncode == 0
     torch.manual_seed(0)
     base = load_base(home / "base", dtype=torch.float32)
     model = adapter.attach(base, 8, 16, 0.0, ["all-linear"])

@@ -14,10 +14,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import OFFLINE, ROOT, deepspeed, run_script, shipped
+from conftest import ROOT, deepspeed, run_here, run_script, shipped
 
 from llama_lora.cli import InputError
-from llama_lora.model import adapter
+from llama_lora.model import adapter, base_values
 from llama_lora.train.checkpoints import clear, finish, is_complete, starting_point
 
 SCRIPT = ROOT / "fastchat/train/train_lora.py"
@@ -63,8 +63,10 @@ def flags(base, corpus, output) -> list:
     return ["--model_name_or_path", base, "--data_path", corpus, "--output_dir", output, *FLAGS]
 
 
-def train(*args):
-    return run_script(*command(*args))
+def train(launcher, *args):
+    """Train by that launcher; plain python in this process."""
+    words = command(launcher, *args)
+    return run_here(*words[1:]) if launcher == "python" else run_script(*words)
 
 
 def loads_with_peft_alone(base: Path, folder: Path) -> bool:
@@ -103,6 +105,10 @@ def test_the_readmes_command(launcher, processes, tiny_base, corpus, tmp_path):
     checkpoints = {name for name in written if name.startswith("checkpoint-")}
     assert checkpoints == {f"checkpoint-{step}" for step in {*range(2, steps + 1, 2), steps}}
     assert written - checkpoints == ADAPTER_FILES | {"best_adapter"}
+    for folder in (".", *checkpoints):
+        files = [tmp_path / folder / name for name in (adapter.CONFIG, adapter.WEIGHTS)]
+        assert len({path.stat().st_mode for path in files}) == 1, folder  # both as the umask says
+        assert base_values.same(tmp_path / folder / adapter.WEIGHTS, tiny_base), folder
     summary = json.loads((tmp_path / "summary.json").read_text())
     # A of rank 8 × in and B of out × 8, in each of 2 layers, for q, k, v, o, gate, up and down.
     shapes = [(32, 32), (32, 16), (32, 16), (32, 32), (32, 64), (32, 64), (64, 32)]
@@ -150,7 +156,6 @@ def test_kill_and_resume(launcher, tiny_base, corpus, tmp_path):
     running = subprocess.Popen(
         command(launcher, tiny_base, corpus, tmp_path, *more),
         cwd=ROOT,
-        env={**os.environ, **OFFLINE},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         start_new_session=True,
@@ -230,11 +235,11 @@ BAD = {
 
 
 @pytest.mark.parametrize("kind", BAD)
-def test_a_bad_corpus_is_one_line(kind, train_here, tiny_base, tmp_path):
+def test_a_bad_corpus_is_one_line(kind, tiny_base, tmp_path):
     content, expected = BAD[kind]
     path = tmp_path / "bad.json"
     path.write_text(content)
-    done = train_here(*flags(tiny_base, path, tmp_path / "out"))
+    done = run_here(SCRIPT, *flags(tiny_base, path, tmp_path / "out"))
     assert_one_line(done, expected, str(path))
 
 
@@ -246,8 +251,8 @@ def test_a_bad_corpus_is_one_line(kind, train_here, tiny_base, tmp_path):
         (["--resume_from_checkpoint", "True"], "no complete checkpoint"),
     ],
 )
-def test_bad_flags_are_one_line(more, expected, train_here, tiny_base, corpus, tmp_path):
-    done = train_here(*flags(tiny_base, corpus, tmp_path / "out"), *more)
+def test_bad_flags_are_one_line(more, expected, tiny_base, corpus, tmp_path):
+    done = run_here(SCRIPT, *flags(tiny_base, corpus, tmp_path / "out"), *more)
     assert_one_line(done, expected)
 
 
@@ -268,8 +273,8 @@ def test_a_finished_adapter_is_not_overwritten_unasked(tmp_path):
         (["--eval_ratio", "2", "--lora_r", "0"], "--lora_r 0: expected at least 1"),
     ],
 )
-def test_usage_errors(more, expected, train_here, tiny_base, corpus, tmp_path):
-    done = train_here(*flags(tiny_base, corpus, tmp_path), *more)
+def test_usage_errors(more, expected, tiny_base, corpus, tmp_path):
+    done = run_here(SCRIPT, *flags(tiny_base, corpus, tmp_path), *more)
     assert done.returncode == 2
     assert expected in done.stderr
     assert "Traceback" not in done.stderr

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import OFFLINE, ROOT, deepspeed, shipped
+from conftest import ROOT, deepspeed, run_here, shipped
 from safetensors.torch import load_file
 
 from llama_lora.train.checkpoints import is_complete
@@ -38,12 +38,12 @@ def corpus(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def train(tiny_base, corpus, train_here):
+def train(tiny_base, corpus):
     """Train into a folder: the exit code, and what went to stdout and stderr."""
 
     def run(output, *more):
         own = ["--model_name_or_path", tiny_base, "--data_path", corpus, "--output_dir", output]
-        done = train_here(*own, *FLAGS, *more)
+        done = run_here(SCRIPT, *own, *FLAGS, *more)
         return done.returncode, done.stdout, done.stderr
 
     return run
@@ -51,14 +51,11 @@ def train(tiny_base, corpus, train_here):
 
 @pytest.fixture(scope="module")
 def uninterrupted(tiny_base, corpus, tmp_path_factory) -> Path:
-    """The adapter of a run that nothing disturbed, in a process of its own."""
+    """The adapter of a run that nothing disturbed."""
     folder = tmp_path_factory.mktemp("uninterrupted")
     own = ["--model_name_or_path", tiny_base, "--data_path", corpus, "--output_dir", folder]
-    command = [sys.executable, SCRIPT, *own, *FLAGS, "--save_strategy", "no"]
-    done = subprocess.run(
-        [str(word) for word in command], cwd=ROOT, env={**os.environ, **OFFLINE}, timeout=300
-    )
-    assert done.returncode == 0
+    done = run_here(SCRIPT, *own, *FLAGS, "--save_strategy", "no")
+    assert done.returncode == 0, done.stderr
     return folder
 
 
@@ -132,7 +129,6 @@ def test_kills_at_random_steps_change_no_bit(launcher, tiny_base, corpus, tmp_pa
         return subprocess.Popen(
             [str(word) for word in command],
             cwd=ROOT,
-            env={**os.environ, **OFFLINE},
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             start_new_session=True,
@@ -174,7 +170,6 @@ def test_a_full_disk_is_one_line_and_the_last_good_checkpoint_stands(
     done = subprocess.run(
         ["bash", "-c", f"ulimit -f 100; exec {shlex.join(map(str, words))}"],
         cwd=ROOT,
-        env={**os.environ, **OFFLINE},
         capture_output=True,
         text=True,
         timeout=300,
@@ -331,7 +326,6 @@ def test_a_card_that_is_too_small_trains_the_same_in_parts(launcher, tiny_base, 
         done = subprocess.run(
             [str(word) for word in command],
             cwd=ROOT,
-            env={**os.environ, **OFFLINE},
             capture_output=True,
             text=True,
             timeout=300,

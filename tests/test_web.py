@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.request
 from contextlib import contextmanager
 from itertools import zip_longest
 from pathlib import Path
@@ -24,6 +25,7 @@ from taught import (
     byte_level,
     config,
     fed,
+    generate,
     said,
     teach,
 )
@@ -32,6 +34,7 @@ from transformers import LlamaForCausalLM
 from llama_lora.chat import web
 from llama_lora.chat.adapters import Adapters, load_adapters
 from llama_lora.chat.sampling import Sampling, generator
+from llama_lora.cli import InputError
 from llama_lora.model.template import Template
 
 pytest_plugins = ["taught_models"]
@@ -153,27 +156,27 @@ def test_messages_are_escaped():
 # The script
 
 
-def test_port_in_use_is_one_line_before_a_model_is_loaded(generate, tmp_path):
+def test_port_in_use_is_one_line_before_a_model_is_loaded(tmp_path):
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()
         port = other.getsockname()[1]
-        code, out, err = generate("--base_model", tmp_path / "missing", "--web", "--port", port)
-    assert (code, out) == (1, "")
-    assert err == (
+        done = generate("--base_model", tmp_path / "missing", "--web", "--port", port)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == (
         f"error: --web: cannot listen on 127.0.0.1, port {port}: Address already in use; choose "
         "another --port\n"
     )
-    code, _, err = generate("--base_model", tmp_path, "--web", "--host", "203.0.113.1")
-    assert (code, len(err.splitlines())) == (1, 1)
-    assert "cannot listen on 203.0.113.1" in err
+    done = generate("--base_model", tmp_path, "--web", "--host", "203.0.113.1")
+    assert (done.returncode, len(done.stderr.splitlines())) == (1, 1)
+    assert "cannot listen on 203.0.113.1" in done.stderr
 
 
 @pytest.mark.skipif(importlib.util.find_spec("gradio") is not None, reason="gradio is installed")
-def test_missing_gradio_is_one_line(generate, tmp_path):
-    code, _, err = generate("--base_model", tmp_path, "--web", "--port", free_port())
-    assert code == 1
-    assert err == "error: --web needs gradio: pip install -r requirements-web.txt\n"
+def test_missing_gradio_is_one_line(tmp_path):
+    done = generate("--base_model", tmp_path, "--web", "--port", free_port())
+    assert done.returncode == 1
+    assert done.stderr == "error: --web needs gradio: pip install -r requirements-web.txt\n"
 
 
 def free_port() -> int:
@@ -183,20 +186,49 @@ def free_port() -> int:
 
 
 @needs_gradio
-def test_script_serves_on_loopback_until_ctrl_c(base):
-    port = free_port()
-    command = [sys.executable, SCRIPT, "--base_model", base, "--web", "--port", port]
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
+def test_script_serves_on_loopback_until_ctrl_c(base, host):
+    port, more = free_port(), []
+    if host == "::1":
+        interfaces = Path("/proc/net/if_inet6")
+        if not (interfaces.is_file() and interfaces.read_text()):
+            pytest.skip("no IPv6 here")
+        more = ["--host", host]
+    command = [sys.executable, SCRIPT, "--base_model", base, "--web", "--port", port, *more]
     run = subprocess.Popen(
         [*map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
-    assert run.stdout.readline() == f"http://127.0.0.1:{port}/ · Ctrl-C ends it\n"
-    listening = Path("/proc/net/tcp").read_text()
-    assert f"0100007F:{port:04X}" in listening
-    assert f"00000000:{port:04X}" not in listening
+    shown = f"[{host}]" if more else host
+    assert run.stdout.readline() == f"http://{shown}:{port}/ · Ctrl-C ends it\n"
+    assert listening(port) == [host]
+    with urllib.request.urlopen(f"http://{shown}:{port}/") as page:
+        assert "llama-lora" in page.read().decode()
     run.send_signal(signal.SIGINT)
     out, err = run.communicate(timeout=60)
     assert (run.returncode, out) == (0, "")
     assert "Traceback" not in err
+
+
+def listening(port: int) -> list[str]:
+    """The addresses on which something listens to that port."""
+    loopback = {"0100007F": "127.0.0.1", "0" * 24 + "01000000": "::1"}
+    sockets = [
+        line.split()[1].split(":")
+        for table in ("/proc/net/tcp", "/proc/net/tcp6")
+        for line in Path(table).read_text().splitlines()[1:]
+        if line.split()[3] == "0A"
+    ]
+    return [loopback.get(host, host) for host, number in sockets if int(number, 16) == port]
+
+
+@needs_gradio
+def test_port_taken_while_the_model_is_loaded_is_one_line(adapters):
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        with pytest.raises(InputError, match=f"cannot listen on 127.0.0.1, port {port}"):
+            web.launched(web.build(adapters, GREEDY, None), "127.0.0.1", port)
 
 
 # The page

@@ -55,8 +55,8 @@ def main(args: argparse.Namespace) -> None:
     logging.set_verbosity_error()
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
-    with page.opened(args.output_dir) as write:
-        found = evaluation.run(args)
+    with page.opened(args.output_dir, evaluation.settings_of(args)) as (kept, write):
+        found = evaluation.run(args, kept)
         write(found)
     print(evaluation.summary(found))
     print(f"\n{args.output_dir / page.HTML}\n{args.output_dir / page.JSON}")

@@ -1,8 +1,6 @@
 """Answers to a file of prompts, as a corpus file: written one by one, and gone on with."""
 
-import fcntl
 import os
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import astuple, fields, replace
@@ -19,9 +17,10 @@ from llama_lora.cli import InputError
 from llama_lora.corpus.account import listed
 from llama_lora.corpus.atomic import Outputs
 from llama_lora.corpus.conversation import GPT, HUMAN, Turn
+from llama_lora.corpus.partial import Partial, written
 from llama_lora.corpus.questions import Asked, read_questions
 from llama_lora.corpus.stage import spare, stop_on_sigterm
-from llama_lora.corpus.values import dump, parse
+from llama_lora.corpus.values import dump
 
 STOPS = "stop", "length"  # why an answer ended; every other reason is one for there being none
 
@@ -43,33 +42,15 @@ class AnswerFile:
         """
         self.path, self.asked = path, asked
         self._answers: list[list[tuple[str, str]]] = [[] for _ in asked]
-        self._partial = f"{path}.partial"
-        if os.path.exists(path) and not os.path.isfile(path):
-            raise InputError(f"{path}: cannot write there, it is not a regular file")
-        try:
-            self._file = open(self._partial, "a+b")  # noqa: SIM115  (closed in __exit__)
-        except OSError as error:
-            raise InputError(f"{path}: {error.strerror}; cannot write there") from None
-        try:
-            self._lock()
-            self._go_on(parse(dump({"prompts": fingerprint(asked), **settings}))[0])
-        except BaseException:
-            self._file.close()
-            raise
+        self._kept = Partial(path, {"prompts": fingerprint(asked), **settings}, "answers")
+        for number, answer in self._kept.items():
+            self._answers[number % len(asked)].append(tuple(answer))
 
     def __enter__(self) -> "AnswerFile":
         return self
 
     def __exit__(self, kind, error, trace) -> None:
-        self._file.close()
-        if kind and self.done:
-            print(
-                f"{self._partial}: {self.done:,} of {self.total:,} answers; the same command goes "
-                "on from there",
-                file=sys.stderr,
-            )
-        elif kind:
-            os.unlink(self._partial)
+        self._kept.__exit__(kind, error, trace)
 
     @property
     def total(self) -> int:
@@ -94,14 +75,8 @@ class AnswerFile:
 
     def put(self, number: int, text: str, finish_reason: str) -> None:
         """Keep an answer, for good."""
-        index = number % len(self.asked)
-        line = dump({"index": index, "answer": text, "finish_reason": finish_reason})
-        try:
-            self._file.write(line + b"\n")
-            self._file.flush()
-        except OSError as error:
-            raise InputError(f"{self._partial}: {error.strerror}") from None
-        self._answers[index].append((text, finish_reason))
+        self._kept[number] = text, finish_reason
+        self._answers[number % len(self.asked)].append((text, finish_reason))
 
     def finish(self) -> Counter:
         """Put the file in its place; how often answers ended for which reason."""
@@ -111,7 +86,7 @@ class AnswerFile:
                 reason = self._answers[index][-1][1]
                 answered = {"conversations": self._turns(index), "finish_reason": reason}
                 out.write(dump({"id": one.id, **one.about, **answered}))
-        os.unlink(self._partial)
+        self._kept.remove()
         return Counter(reason for answers in self._answers for _, reason in answers)
 
     def _goes_on(self, index: int) -> bool:
@@ -128,43 +103,6 @@ class AnswerFile:
                 break
             turns.append({"from": GPT, "value": answers[number][0]})
         return turns
-
-    def _lock(self) -> None:
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(f"{self.path}: another run is writing it") from None
-        except OSError:
-            pass  # a file system without locks
-
-    def _go_on(self, head: dict) -> None:
-        """Take over the answers that lie there, up to a line that was not written to its end."""
-        self._file.seek(0)
-        whole = 0
-        for line in self._file:
-            if not line.endswith(b"\n"):
-                break
-            try:
-                self._take(parse(line)[0], head if whole == 0 else None)
-            except (ValueError, KeyError, TypeError, AttributeError, IndexError):
-                raise InputError(
-                    f"{self._partial}: expected the answers of an earlier run, found something "
-                    "else; move it away"
-                ) from None
-            whole += len(line)
-        self._file.truncate(whole)
-        if whole == 0:
-            self._file.write(dump(head) + b"\n")
-            self._file.flush()
-
-    def _take(self, found: dict, head: dict | None) -> None:
-        if head is None:
-            self._answers[found["index"]].append((found["answer"], found["finish_reason"]))
-        elif differing := [key for key in head if found.get(key) != head[key]]:
-            raise InputError(
-                f"{self._partial}: unfinished answers with other {', '.join(differing)}; "
-                "remove it to begin anew"
-            )
 
 
 def answer_questions(args, load: Callable) -> str:
@@ -219,10 +157,7 @@ def answer_all(file: AnswerFile, model, template, sampling, batch_size: int | No
 def settings_of(args) -> dict[str, Any]:
     """What the answers depend on beside the prompts, in JSON's types."""
     names = ("template", "quantization", *(field.name for field in fields(Sampling)))
-    weights = {}
-    for folder in (args.base_model, *named_folders(args.lora_weights).values()):
-        written = (file.stat().st_mtime for file in folder.glob("*.safetensors"))
-        weights[str(folder.resolve())] = max(written, default=0)
+    weights = written(args.base_model, *named_folders(args.lora_weights).values())
     return {name: getattr(args, name) for name in names} | {"weights": weights}
 
 

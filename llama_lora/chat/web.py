@@ -38,9 +38,13 @@ def check_port(host: str, port: int) -> None:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(address)
     except OSError as error:
-        raise InputError(
-            f"--web: cannot listen on {host}, port {port}: {error.strerror}; choose another --port"
-        ) from None
+        raise refused(host, port, error.strerror) from None
+
+
+def refused(host: str, port: int, reason: str) -> InputError:
+    return InputError(
+        f"--web: cannot listen on {host}, port {port}: {reason}; choose another --port"
+    )
 
 
 def serve(args, load: Callable[..., Adapters]) -> None:
@@ -64,22 +68,29 @@ def serve(args, load: Callable[..., Adapters]) -> None:
 
 
 def launched(page, host: str, port: int):
-    """`page`, served from now on."""
+    """`page`, served from now on.
+
+    Raises:
+        InputError: the port has been taken since it was checked.
+    """
     import gradio
 
-    page.launch(
-        server_name=host,
-        server_port=port,
-        share=False,
-        quiet=True,
-        prevent_thread_lock=True,
-        footer_links=[],
-        run_history=False,
-        ssr_mode=False,
-        enable_monitoring=False,
-        theme=gradio.themes.Default(font="system-ui", font_mono="monospace"),
-        css=CSS,
-    )
+    try:
+        page.launch(
+            server_name=f"[{host}]" if ":" in host else host,  # as an address writes IPv6
+            server_port=port,
+            share=False,
+            quiet=True,
+            prevent_thread_lock=True,
+            footer_links=[],
+            run_history=False,
+            ssr_mode=False,
+            enable_monitoring=False,
+            theme=gradio.themes.Default(font="system-ui", font_mono="monospace"),
+            css=CSS,
+        )
+    except OSError:  # gradio's names neither host nor cause
+        raise refused(host, port, "taken, or not there within 5 seconds") from None
     return page
 
 

@@ -1,6 +1,6 @@
 """Answers with an adapter and without to a set of questions, and what can be counted in them."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, MutableMapping
 from dataclasses import dataclass
 
 from tqdm import tqdm
@@ -68,12 +68,14 @@ def ask(
     questions: list[Question],
     max_new_tokens: int,
     batch_size: int | None,
+    kept: MutableMapping,
 ) -> list[Exchange]:
     """The likeliest answers, turn after turn, each side with its own earlier answers before it.
 
     Args:
         sides: names of `adapters`; each is asked in its own template.
         batch_size: questions at a time; None: what fits.
+        kept: the answers by name; what it holds is not asked again.
     """
     settings = Sampling(temperature=0, max_new_tokens=max_new_tokens)
     asked = [Exchange(question, [{} for _ in question.turns]) for question in questions]
@@ -82,14 +84,22 @@ def ask(
         for side in sides:
             adapters.use(side)
             model, template = adapters.model, adapters.templates[side]
-            for one, number, found in in_turn(model, template, questions, settings, batch_size):
+            for one, number, found in in_turn(
+                side, model, template, questions, settings, batch_size, kept
+            ):
                 asked[one].answers[number][side] = found
                 bar.update()
     return asked
 
 
 def in_turn(
-    model, template, questions: list[Question], settings: Sampling, batch_size: int | None
+    side: str,
+    model,
+    template,
+    questions: list[Question],
+    settings: Sampling,
+    batch_size: int | None,
+    kept: MutableMapping,
 ) -> Iterator[tuple[int, int, Answer]]:
     """The answers of one side, each with the places of its question and of the turn in it."""
     chats = [list(question.before) for question in questions]
@@ -97,11 +107,20 @@ def in_turn(
         going_on = [i for i, question in enumerate(questions) if number < len(question.turns)]
         for i in going_on:
             chats[i].append({"from": "human", "value": questions[i].turns[number]})
-        batch = [chats[i] for i in going_on]
+        names = {i: f"answer of {side} to question {i}, turn {number}" for i in going_on}
+        known = [i for i in going_on if names[i] in kept]
+        waiting = [i for i in going_on if names[i] not in kept]
+        for i in known:
+            found = Answer(**kept[names[i]])
+            chats[i].append({"from": "gpt", "value": found.text})
+            yield i, number, found
+        batch = [chats[i] for i in waiting]
         for written in answers(model, template, batch, settings, batch_size):
-            i = going_on[written.index]
-            batch[written.index].append({"from": "gpt", "value": written.text})
-            yield i, number, answer(written, questions[i].language)
+            i = waiting[written.index]
+            found = answer(written, questions[i].language)
+            kept[names[i]] = vars(found)
+            chats[i].append({"from": "gpt", "value": found.text})
+            yield i, number, found
 
 
 def answer(written, wanted: str) -> Answer:

@@ -2,10 +2,12 @@
 
 import sys
 from argparse import Namespace
+from collections.abc import MutableMapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from llama_lora.chat.adapters import BASE, has_tokenizer, load_adapters, load_template
+from llama_lora.corpus.partial import written
 from llama_lora.eval import answers, heldout, overlap, questions
 from llama_lora.eval.charts import shown, signed
 from llama_lora.eval.heldout import ADAPTER, HeldOut
@@ -55,8 +57,19 @@ class Evaluation:
         return found
 
 
-def run(args: Namespace) -> Evaluation:
+def settings_of(args: Namespace) -> dict:
+    """What the measurements depend on, in JSON's types."""
+    names = "quantization", "max_length", "max_new_tokens", "eval_ratio", "limit", "seed"
+    paths = args.base_model, args.lora_weights, args.data_path, args.questions
+    files = written(*(path for path in paths if path))
+    return {name: getattr(args, name) for name in names} | {"files": files}
+
+
+def run(args: Namespace, kept: MutableMapping) -> Evaluation:
     """Measure what the arguments of evaluate.py ask for.
+
+    Args:
+        kept: measurements by name, those of an earlier run among them.
 
     Raises:
         InputError: what can be found wrong without the model is found before it is loaded.
@@ -70,8 +83,8 @@ def run(args: Namespace) -> Evaluation:
     examples, audit, seen = read_corpus(args) if args.data_path else (None, None, None)
     adapters, setting = load_adapters(args.base_model, folders, args.quantization)
     print(setting, file=sys.stderr)
-    held_out = heldout.measure(adapters, sides, examples, audit, args) if examples else None
-    limits = args.max_new_tokens, args.batch_size
+    held_out = heldout.measure(adapters, sides, examples, audit, args, kept) if examples else None
+    limits = args.max_new_tokens, args.batch_size, kept
     asked = answers.ask(adapters, sides, asking, *limits) if asking else []
     return Evaluation(args, sides, setting, adapters.templates, held_out, seen, asked)
 

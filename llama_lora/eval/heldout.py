@@ -123,10 +123,10 @@ def drawn(examples: Examples, limit: int, seed: int) -> Examples:
 
 
 def measure(
-    adapters: Adapters, sides: list[str], examples: Examples, audit: Audit, args
+    adapters: Adapters, sides: list[str], examples: Examples, audit: Audit, args, kept
 ) -> HeldOut:
-    """The losses of all sides on what `load` has read."""
-    sums = summed_losses(adapters, sides, examples, args.max_length)
+    """The losses of all sides on what `load` has read; `kept` as `summed_losses` takes it."""
+    sums = summed_losses(adapters, sides, examples, args.max_length, kept)
     counts = labelled_counts(examples)
     conversations = list(by_conversation(examples, sums, counts))
     weights = np.array([one.labelled for one in conversations], float)

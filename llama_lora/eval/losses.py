@@ -1,7 +1,7 @@
 """Held-out loss of each example, with an adapter and without, in packed forward passes."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, MutableMapping
 from contextlib import contextmanager
 
 import numpy as np
@@ -18,13 +18,14 @@ from llama_lora.train.packing import MicroBatches, check_isolation, collate
 
 
 def summed_losses(
-    adapters: Adapters, sides: list[str], examples: Examples, max_length: int
+    adapters: Adapters, sides: list[str], examples: Examples, max_length: int, kept: MutableMapping
 ) -> dict[str, np.ndarray]:
     """Summed cross-entropy (in nats, float64) over the labelled tokens of each example.
 
     Args:
         sides: names of `adapters`, to be measured one after the other.
         max_length: tokens that a forward pass may hold; no example has more.
+        kept: the losses of each pass by name; what it holds is not measured again.
 
     Returns:
         For each side an array of `len(examples)`.
@@ -45,10 +46,14 @@ def summed_losses(
         for side in sides:
             adapters.use(side)
             found[side] = np.zeros(len(examples))
-            for members in packs.members:
-                pack = [examples[i] for i in members]
-                found[side][members] = losses = pack_losses(model, pack)
-                check_finite(side, pack, losses)
+            for number, members in enumerate(packs.members):
+                name = f"losses of {side} in pass {number}"
+                if name not in kept:
+                    pack = [examples[i] for i in members]
+                    losses = pack_losses(model, pack)
+                    check_finite(side, pack, losses)
+                    kept[name] = losses
+                found[side][members] = kept[name]
                 bar.update()
     return found
 

@@ -5,9 +5,8 @@ models and the corpus reaches it escaped.
 """
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import contextmanager
-from importlib import resources
 from itertools import groupby
 from pathlib import Path
 
@@ -17,15 +16,14 @@ from llama_lora.chat.adapters import BASE
 from llama_lora.chat.text_stream import REPLACEMENT
 from llama_lora.cli import InputError
 from llama_lora.corpus.atomic import Outputs
+from llama_lora.corpus.partial import Partial
 from llama_lora.eval import charts
 from llama_lora.eval.answers import Exchange
 from llama_lora.eval.bootstrap import DRAWS, Estimate
 from llama_lora.eval.evaluation import Evaluation, percent
 from llama_lora.eval.heldout import ADAPTER, HeldOut, Look, perplexity
 from llama_lora.model.template import IGNORE
-from llama_lora.report.page import digest, environment
-from llama_lora.report.page import part as report_part
-from llama_lora.report.terminal import visible
+from llama_lora.report.frame import environment, part, policy
 
 HTML, JSON = "evaluation.html", "evaluation.json"
 LEVELS = 0.2, 1, 3  # nats from which on the change of a token's loss looks stronger
@@ -33,15 +31,28 @@ FEW = 20  # conversations, below which an interval is rather too narrow
 
 
 @contextmanager
-def opened(folder: Path) -> Iterator[Callable[[Evaluation], None]]:
-    """A function that writes both files; they take their places together when the block ends well.
+def opened(
+    folder: Path, settings: dict
+) -> Iterator[tuple[MutableMapping, Callable[[Evaluation], None]]]:
+    """Measurements by name, and a function that writes both files of what was measured.
 
-    What could be wrong with the folder is found now and not after the measuring.
+    The files take their places together when the block ends well. Until then the measurements lie
+    beside them, and the next run with these `settings` goes on behind the last. What could be wrong
+    with the folder is found now and not after the measuring.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"{folder}: {error.strerror}; cannot write there") from None
+    with Partial(str(folder / JSON), settings, "measurements") as kept:
+        with writing(folder) as write:
+            yield kept, write
+        kept.remove()
+
+
+@contextmanager
+def writing(folder: Path) -> Iterator[Callable[[Evaluation], None]]:
+    """A function that writes both files, which take their places together."""
     with Outputs() as outputs:
         page, account = (outputs.open(str(folder / name)) for name in (HTML, JSON))
 
@@ -54,10 +65,9 @@ def opened(folder: Path) -> Iterator[Callable[[Evaluation], None]]:
 
 def rendered(found: Evaluation) -> str:
     """The page."""
-    style = report_part("page.css") + part("page.css")
+    style = part("report/page.css") + part("eval/page.css")
     made = environment()
     made.filters.update(
-        visible=visible,
         share=percent,
         signed=charts.signed,
         estimate=charts.shown,
@@ -65,9 +75,8 @@ def rendered(found: Evaluation) -> str:
     )
     held_out = found.held_out
     compared = held_out is not None and held_out.change is not None
-    return made.from_string(part("page.html")).render(
-        policy=f"default-src 'none'; style-src '{digest(style)}'; img-src data:; "
-        "base-uri 'none'; form-action 'none'",
+    return made.get_template("eval/page.html").render(
+        policy=policy(style),
         style=style,
         name=name_of(found),
         found=found,
@@ -85,11 +94,6 @@ def rendered(found: Evaluation) -> str:
         categories=categories(found.asked),
         excerpt=lambda look: excerpt(look, found.templates[ADAPTER].tokenizer),
     )
-
-
-def part(name: str) -> str:
-    """A file of this package."""
-    return resources.files(__package__).joinpath(name).read_text(encoding="utf-8")
 
 
 def name_of(found: Evaluation) -> str:

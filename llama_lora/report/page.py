@@ -5,24 +5,21 @@ else; all text of the corpus reaches it escaped, or as JSON that only ever becom
 """
 
 import argparse
-import base64
-import hashlib
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
-from importlib import resources
 from typing import BinaryIO
 
-import jinja2
 import numpy as np
 
 from llama_lora.corpus import stage
 from llama_lora.corpus.atomic import replacing
 from llama_lora.corpus.values import dump
 from llama_lora.report import charts, flow
+from llama_lora.report.frame import environment, part, policy
 from llama_lora.report.survey import Survey
 from llama_lora.report.terminal import SHARES, measures, percentiles
 from llama_lora.report.view import KINDS, View, choose, sample
@@ -62,60 +59,31 @@ def opened(args: argparse.Namespace, stack: ExitStack) -> Callable[[Survey], Non
 def write(file: BinaryIO, args: argparse.Namespace, steps: list[flow.Step], survey: Survey) -> None:
     """Write the page."""
     chosen = choose(args.begin, survey.read, survey.unreadable_at, args.sample)
-    style, script = part("page.css"), part("page.js")
+    style, script = part("report/page.css"), part("report/page.js")
     packs = survey.packs(args.max_length) if survey.tokens else 0
-    pieces = (
-        environment()
-        .from_string(part("page.html"))
-        .generate(
-            name=os.path.basename(args.inputs),
-            policy=policy(style, script),
-            style=style,
-            script=script,
-            args=args,
-            survey=survey,
-            figures=figures(survey, packs),
-            packs=packs,
-            fill=survey.audit.tokens / max(packs * args.max_length, 1),
-            steps=steps,
-            charts=list(drawn(survey, args.max_length)),
-            languages=bars(survey.languages, MOST_LANGUAGES),
-            shares=[*SHARES, "mean"],
-            percentiles={name: percentiles(values) for name, values in measures(survey).items()},
-            kinds=KINDS,
-            shown=len(chosen),
-            views=map(embedded, sample(args, chosen)),
-        )
+    made = environment()
+    made.filters["bars"] = bars
+    pieces = made.get_template("report/page.html").generate(
+        name=os.path.basename(args.inputs),
+        policy=policy(style, script),
+        style=style,
+        script=script,
+        args=args,
+        survey=survey,
+        figures=figures(survey, packs),
+        packs=packs,
+        fill=survey.audit.tokens / max(packs * args.max_length, 1),
+        steps=steps,
+        charts=list(drawn(survey, args.max_length)),
+        languages=bars(survey.languages, MOST_LANGUAGES),
+        shares=[*SHARES, "mean"],
+        percentiles={name: percentiles(values) for name, values in measures(survey).items()},
+        kinds=KINDS,
+        shown=len(chosen),
+        views=map(embedded, sample(args, chosen)),
     )
     for piece in pieces:
         file.write(piece.encode())
-
-
-def part(name: str) -> str:
-    """A file of this package."""
-    return resources.files(__package__).joinpath(name).read_text(encoding="utf-8")
-
-
-def environment() -> jinja2.Environment:
-    """Jinja that escapes whatever it prints, and knows how numbers are written here."""
-    made = jinja2.Environment(
-        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
-    )
-    made.filters.update(number="{:,}".format, percent="{:.1%}".format, bars=bars)
-    return made
-
-
-def policy(style: str, script: str) -> str:
-    """The content security policy: this style and this script, and no address whatever."""
-    return (
-        f"default-src 'none'; style-src '{digest(style)}'; script-src '{digest(script)}'; "
-        "img-src data:; base-uri 'none'; form-action 'none'"
-    )
-
-
-def digest(text: str) -> str:
-    """How a policy names an inline style or script."""
-    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
 
 def figures(survey: Survey, packs: int) -> list[tuple[str, str]]:

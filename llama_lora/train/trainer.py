@@ -11,6 +11,7 @@ from accelerate.utils import gather_object
 from transformers import PrinterCallback, TrainerCallback
 
 from llama_lora.cli import InputError
+from llama_lora.model import adapter
 from llama_lora.model.hardware import device_name, dtype_name
 from llama_lora.model.template import IGNORE
 from llama_lora.train import checkpoints, loss, recompute
@@ -146,6 +147,8 @@ class LoraTrainer(transformers.Trainer):
             super()._save_checkpoint(model, trial)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
+            adapter.note_base(folder)
+            adapter.unlock(folder)
             checkpoints.finish(folder, self.settings, self.checkpoints_kept)
 
     def _load_optimizer_and_scheduler(self, checkpoint):

@@ -1,0 +1,46 @@
+"""What the tests of the evaluation share; a module names this one in `pytest_plugins`."""
+
+import functools
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import run_here, shipped
+from corpora import conversation, save
+from transformers import AutoModelForCausalLM
+
+from llama_lora.chat.adapters import BASE
+from llama_lora.model import adapter
+from llama_lora.model.template import Template, load_tokenizer
+
+SIDES = [BASE, "adapter"]
+evaluate = functools.partial(run_here, "fastchat/eval/evaluate.py")
+
+
+def adapted(base: Path, folder: Path) -> Path:
+    """An adapter on `base` that changes what it says, in `folder`."""
+    torch.manual_seed(1)
+    model = adapter.attach(AutoModelForCausalLM.from_pretrained(base), 4, 8, 0.0, ["all-linear"])
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "lora_B" in name:
+                weight.normal_(std=0.3)
+    adapter.save(model, Template(load_tokenizer(base)), folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_adapter(tiny_base, tmp_path_factory) -> Path:
+    return adapted(tiny_base, tmp_path_factory.mktemp("adapter"))
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory) -> Path:
+    """Conversations of several turns and lengths, one of them in two pieces."""
+    items = shipped("dummy_en.json")[:12]
+    items += [
+        conversation("long", "Tell me more.", "Gladly. " * 30, "And?", "No."),
+        conversation("p_0", "One?", "It is one of two.", piece_of="p"),
+        conversation("p_1", "Two?", "It is the other, then.", piece_of="p"),
+    ]
+    return save(tmp_path_factory.mktemp("corpus") / "heldout.json", items)
