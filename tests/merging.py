@@ -43,8 +43,8 @@ def make_adapter(folder: Path, base: Path, **settings) -> Path:
     config = LoraConfig(
         **{"r": 4, "lora_alpha": 8, "target_modules": TARGETS, "task_type": "CAUSAL_LM", **settings}
     )
-    model = get_peft_model(model, config)
     torch.manual_seed(1)
+    model = get_peft_model(model, config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_B" in name:

@@ -14,4 +14,6 @@ def give_back_large_blocks() -> None:
     its heap come to several times what is held. New blocks cost page faults instead.
     """
     if platform.libc_ver()[0] == "glibc":
-        ctypes.CDLL(None).mallopt(MMAP_THRESHOLD, LARGE)
+        libc = ctypes.CDLL(None)
+        libc.mallopt(MMAP_THRESHOLD, LARGE)
+        libc.malloc_trim(0)  # of what is free by now

@@ -19,7 +19,7 @@ from llama_lora.train import tiles
 from llama_lora.train.allocator import give_back_large_blocks
 from llama_lora.train.offload import Offload
 
-PROBE_TOKENS = 256
+PROBE_TOKENS = 128
 SHARE = 0.85  # of the free memory; the rest is for the kernels' workspaces and fragmentation
 SHARE_OF_HEAP = 0.6  # of the host's, where none recompute: its heap keeps holes, see `plan`
 TILE = 2048  # tokens that keep any card busy
@@ -42,12 +42,14 @@ def set_up(model, wanted: str, tokens: int, offload: str = "auto", mlp_tiles: st
     layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
     forget_inputs(model)
     every = len(layers)
-    needed = _needed(model, layers, tokens) if "auto" in (wanted, offload) else 0
+    on_card = model.device.type == "cuda"
+    asks = wanted == "auto" or (wanted == "True" and offload == "auto" and on_card)
+    needed = _needed(model, layers, tokens) if asks else 0
     few = every if offload == "True" else min(needed, every)
     count = {"True": every, "False": 0}.get(wanted, few)
     host = _offload(model, count * tokens, offload, crowded=needed > every)
     checkpoint(model, layers[:count], host)
-    if count and model.device.type == "cpu":
+    if count and not on_card:
         give_back_large_blocks()
     tile = TILE if mlp_tiles == "auto" else -(-tokens // int(mlp_tiles))
     tiled = tiles.set_up(model, layers[:count], tile) and tile < tokens
