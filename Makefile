@@ -106,7 +106,7 @@ $(D)/english.json: $(D)/clean.json
 
 $(D)/split.json: $(D)/english.json $(D)/base/config.json
 	python3 fastchat/data/split_long_conversation.py --in $< --out $@ --model-name $(D)/base --max-length 512
-	@rm -rf $(D)/adapter # trained on the split that this one replaces
+	@rm -rf $(D)/adapter $(D)/evaluation.json.partial # made with the split that this one replaces
 
 $(D)/report.html: $(D)/split.json
 	python3 fastchat/data/inspect_data.py --in $< --model-name $(D)/base --max-length 512 --html $@

@@ -277,6 +277,17 @@ def test_answers_to_something_else_are_not_gone_on_with(asked, tmp_path):
             AnswerFile(path, asked, {"temperature": 0})
 
 
+def test_a_run_that_was_killed_before_its_first_answer_is_in_nobodys_way(asked, tmp_path):
+    path = str(tmp_path / "out.jsonl")
+    killed = AnswerFile(path, asked, {"temperature": 0})
+    before = (tmp_path / "out.jsonl.partial").read_bytes()
+    killed.__exit__(KeyboardInterrupt, None, None)
+    (tmp_path / "out.jsonl.partial").write_bytes(before)
+    with AnswerFile(path, asked, {"temperature": 1}) as file:
+        file.put(3, "text", "stop")
+        assert file.done == 1
+
+
 @pytest.mark.parametrize("text", ["[1]\n", "hello\n", '{"a": 1}\n', "\n"])
 def test_another_file_is_left_alone(asked, tmp_path, text):
     partial = tmp_path / "out.jsonl.partial"

@@ -194,6 +194,11 @@ def test_another_torch_than_the_pinned_one_is_told_and_goes_on():
         (("Tesla P100-PCIE-16GB", (6, 0)), None, CU126),
         (("Tesla T4", (7, 5)), None, "pip install --force-reinstall torch==2.13.0"),
         (("Tesla T4", (7, 5)), "13.0", CU126),
+        (
+            ("NVIDIA GeForce RTX 5080", (12, 0)),
+            "13.0",
+            "update the NVIDIA driver, to 580 or newer",
+        ),
     ],
 )
 def test_a_card_that_torch_does_not_reach_stops(known, cuda, remedy):

@@ -144,3 +144,16 @@ def test_what_dora_keeps_besides(tmp_path, dropout):
     assert weights == (2 * 2 * 64 * 192 if dropout else 0)
     scales = 4 * 4 * sum(outputs for outputs, _ in targets.values())
     assert 0 <= frozen[1] - without[1] - weights <= scales
+
+
+def test_dora_is_measured_a_layer_at_a_time(tmp_path):
+    """With dropout it keeps unfolded weights, which no number of tokens makes more."""
+    shape, targets = SHAPES[1], {"gate_proj": (192, 64), "down_proj": (64, 192)}
+    setting = "4bit", torch.bfloat16, 0.1, targets
+    model = built(tmp_path, 3, setting, shape, use_dora=True)
+    per_token, fixed = recompute.layer_bytes(model.get_base_model(), layers_of(model))
+    expected = footprint.kept_per_token(*arguments(setting, shape))
+    expected += footprint.dora_per_token(targets, 2) - footprint.checkpoint_per_token(shape, 2)
+    assert per_token == pytest.approx(expected, rel=0.05)
+    weights = footprint.dora_weights(targets, "4bit", 2, 0.1)
+    assert weights <= fixed <= 1.2 * weights

@@ -1,6 +1,6 @@
 """Write lengths.json: how long real conversations are, and how much of each is answer.
 
-make .demo/base/config.json && python3 benchmarks/lengths.py
+make .demo/base/config.json && PYTHONPATH=benchmarks python3 -m gpu.lengths
 
 So that a machine without a network trains on pieces as long as real ones; their words do not matter
 to a benchmark. Drawn are the very pieces that train_speed.py trains on, and whole conversations.

@@ -49,8 +49,10 @@ def parse_args() -> argparse.Namespace:
 def main(args: argparse.Namespace) -> None:
     from transformers.utils import logging
 
+    from llama_lora.corpus.stage import stop_on_sigterm
     from llama_lora.eval import evaluation, page
 
+    stop_on_sigterm()
     warnings.simplefilter("ignore")  # the libraries' are for developers
     logging.set_verbosity_error()
     if not sys.stderr.isatty():

@@ -84,25 +84,33 @@ class Partial(UserDict):
     def _go_on(self, settings: dict) -> None:
         """Take over the results that lie there, up to a line that was not written to its end."""
         self._file.seek(0)
-        whole = 0
+        whole, found = 0, {}
         for line in self._file:
             if not line.endswith(b"\n"):
                 break
             try:
                 record = parse(line)[0]
                 if whole == 0:
-                    self._check(record, settings)
+                    found = dict(record)
                 else:
                     self.data[record["key"]] = record["value"]
             except (ValueError, KeyError, TypeError, AttributeError):
-                raise InputError(
-                    f"{self.path}: expected the {self.results} of an earlier run, found something "
-                    "else; move it away"
-                ) from None
+                raise self._not_ours() from None
             whole += len(line)
-        self._file.truncate(whole)
-        if whole == 0:
+        if self.data:
+            self._check(found, settings)
+            self._file.truncate(whole)
+        elif whole and found.keys() != settings.keys():
+            raise self._not_ours()
+        else:  # nothing is lost, whatever the settings were
+            self._file.truncate(0)
             self._write(settings)
+
+    def _not_ours(self) -> InputError:
+        return InputError(
+            f"{self.path}: expected the {self.results} of an earlier run, found something else; "
+            "move it away"
+        )
 
     def _check(self, found: dict, settings: dict) -> None:
         if differing := [key for key in settings if found.get(key) != settings[key]]:
@@ -113,12 +121,18 @@ class Partial(UserDict):
 
 
 def written(*paths: Path) -> dict[str, float]:
-    """When each of these files, and of the weights in these folders the last, was written.
+    """When each of these files was written, and of a model in one of these folders the last.
 
     0 where there is none.
     """
-    files = {path: [path] if path.is_file() else path.glob("*.safetensors") for path in paths}
+    files = {path: [path] if path.is_file() else _of_model(path) for path in paths}
     return {
         str(path.resolve()): max((one.stat().st_mtime for one in found), default=0)
         for path, found in files.items()
     }
+
+
+def _of_model(folder: Path) -> list[Path]:
+    """The files by which a model and its tokenizer answer."""
+    kinds = "*.safetensors", "adapter_model.bin", "tokenizer*.json", "chat_template.jinja"
+    return [path for kind in kinds for path in folder.glob(kind)]

@@ -124,7 +124,7 @@ def in_turn(
 
 
 def answer(written, wanted: str) -> Answer:
-    """What can be counted in an answer of `model.batch` that should be in the language `wanted`."""
+    """What can be counted in an answer of `chat.batch` that should be in the language `wanted`."""
     language = language_of([{"from": "gpt", "value": written.text}]) if written.text else UNKNOWN
     return Answer(
         text=written.text,

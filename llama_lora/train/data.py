@@ -15,7 +15,7 @@ def load(data, args, template: Template, tell: Callable[[str], None]) -> tuple[l
         tell: is given a line on what each file holds.
 
     Raises:
-        InputError: a file that is none, or in which nothing can be learned.
+        InputError: a file that is no corpus, or in which nothing can be learned.
     """
 
     def read(path: str):

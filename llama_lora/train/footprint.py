@@ -241,8 +241,8 @@ def dora_weights(targets, quantization: str, itemsize: int, dropout: float) -> i
 
 
 def dora_workspace(targets) -> int:
-    """Bytes to make the largest B·A, as a product with the identity."""
-    return FP32 * max(into * into + out * into for out, into in targets.values())
+    """Bytes to make the largest B·A, by a product with the identity, and add it to the weight."""
+    return FP32 * max(into * into + 3 * out * into for out, into in targets.values())
 
 
 def dequantized_bytes(config, quantization: str, itemsize: int) -> int:

@@ -13,7 +13,15 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
-from llama_lora.model.cards import GIB, INT8_CAPABILITY, TORCH_INDEX, Card, has_kernels, like
+from llama_lora.model.cards import (
+    BLACKWELL,
+    GIB,
+    INT8_CAPABILITY,
+    TORCH_INDEX,
+    Card,
+    has_kernels,
+    like,
+)
 from llama_lora.model.hardware import (
     compute_dtype,
     cores,
@@ -23,7 +31,6 @@ from llama_lora.model.hardware import (
 )
 
 OLDEST_PYTHON = 3, 11
-NEWEST_CUDA_12_6 = 9, 0  # the highest capability that torch's builds for CUDA 12.6 have
 BUILT_ON_THE_SPOT = {"pyicu", "pycld2"}
 INSTALL_ALL = "pip install -r requirements.txt"
 TO_BUILD = "apt-get install -y libicu-dev pkg-config g++ python3-dev"
@@ -179,7 +186,9 @@ def card_out_of_reach(
         why, remedy = "is a build without CUDA", torch_command(pin, capability)
     else:
         why = f"is built for CUDA {cuda}, which the driver is too old for or does not let it use"
-        remedy = torch_command(pin, min(capability, NEWEST_CUDA_12_6), oldest_cuda=True)
+        remedy = torch_command(pin, capability, oldest_cuda=True)
+        if capability >= BLACKWELL:  # for which there is no older build
+            remedy = "update the NVIDIA driver, to 580 or newer"
     found = f"{name}, but torch {torch_version} {why}"
     return Finding("device", found, False, remedy, stops=True)
 

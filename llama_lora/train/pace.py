@@ -8,7 +8,7 @@ import numpy as np
 from llama_lora.model.shape import Shape
 
 # Of the rate that matrix products alone reach, by precision of the base. Assumed, after the shares
-# in docs/training-speed.md; benchmarks/plan_accuracy.py holds them against what trainings take.
+# in docs/training-speed.md.
 EFFICIENCY = {"none": 0.5, "8bit": 0.4, "4bit": 0.4}
 PROBE_SECONDS = 0.5
 PROBE_TOKENS = 1024

@@ -151,19 +151,19 @@ def activation_bytes(setup: Setup, recomputed: int) -> float:
     kept = footprint.kept_per_token(*layer, setup.lora_dropout, setup.on_card)
     tiles = setup.tiles if recomputed else 1
     peak = footprint.layer_peak_per_token(*layer, setup.lora_dropout, setup.on_card, tiles)
-    unfolded = 0
+    weights = 0
     if setup.use_dora:
         scaled = footprint.dora_per_token(setup.targets, size)
         kept, peak = kept + scaled, peak + scaled
         of_layer = setup.targets, setup.quantization, size, setup.lora_dropout
-        unfolded = footprint.dora_weights(*of_layer) * max(setup.shape.layers - recomputed, 1)
+        weights = footprint.dora_weights(*of_layer) * max(setup.shape.layers - recomputed, 1)
     waiting = min(recomputed, IN_FLIGHT) if setup.offload else recomputed
     whole = setup.shape.layers - recomputed
     at_work = peak if recomputed else max(0, peak - kept)  # what is kept counts already
     held = whole * kept + waiting * footprint.checkpoint_per_token(config, size)
     at_the_loss = footprint.ends_per_token(config, size)
     in_a_layer = footprint.beside_layers_per_token(config, size) + at_work
-    return setup.part_tokens * (held + max(at_the_loss, in_a_layer)) + unfolded
+    return setup.part_tokens * (held + max(at_the_loss, in_a_layer)) + weights
 
 
 def optimizer_bytes(optim: str) -> int:

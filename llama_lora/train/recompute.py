@@ -21,7 +21,7 @@ from llama_lora.train.offload import Offload
 
 PROBE_TOKENS = 128
 SHARE = 0.85  # of the free memory; the rest is for the kernels' workspaces and fragmentation
-SHARE_OF_HEAP = 0.6  # of the host's, where none recompute: its heap keeps holes, see `plan`
+SHARE_OF_HEAP = 0.6  # of the host's, whose heap keeps holes, see `plan`
 TILE = 2048  # tokens that keep any card busy
 
 
@@ -122,24 +122,40 @@ def _needed(model, layers: list, tokens: int) -> int:
 
     More than there are if it does not fit even then.
     """
-    kept = activation_bytes(model) * tokens  # by all layers, if none recomputes
-    per_layer = kept / len(layers)
+    per_token, fixed = layer_bytes(model, layers)
+    per_layer = per_token * tokens + fixed
     inputs = tokens * model.config.hidden_size * model.dtype.itemsize
     share = SHARE if model.device.type == "cuda" else SHARE_OF_HEAP
     free = free_memory() * share - inputs * len(layers) - 2 * per_layer
     return len(layers) - max(-1, min(len(layers), int(free // per_layer)))
 
 
-def activation_bytes(model) -> float:
-    """Bytes that the layers of `model` keep for the backward pass, per token; measured."""
-    ids = torch.zeros((1, PROBE_TOKENS), dtype=torch.long, device=model.device)
+def layer_bytes(model, layers: list) -> tuple[float, float]:
+    """Bytes that a layer keeps for the backward pass, per token and whatever the tokens; measured.
+
+    One layer at a time keeps them: DoRA unfolds weights, of which there is room for few.
+    """
+    lengths = PROBE_TOKENS, 2 * PROBE_TOKENS
+    checkpoint(model, layers)
+    recomputing = [_kept(model, tokens) for tokens in lengths]
+    checkpoint(model, layers[1:])
+    short, long = (
+        _kept(model, tokens) - less for tokens, less in zip(lengths, recomputing, strict=True)
+    )
+    per_token = (long - short) / PROBE_TOKENS
+    return per_token, max(0, short - per_token * PROBE_TOKENS)
+
+
+def _kept(model, tokens: int) -> int:
+    """Bytes that wait for the backward pass of so many tokens."""
+    ids = torch.zeros((1, tokens), dtype=torch.long, device=model.device)
     cards = [model.device] if model.device.type == "cuda" else []
     with torch.random.fork_rng(cards), LiveBytes() as live:
         model.train()
         loss = model(input_ids=ids, labels=ids, use_cache=False).loss
         kept = live.bytes
         del loss
-    return kept / PROBE_TOKENS
+    return kept
 
 
 class LiveBytes(TorchDispatchMode):
