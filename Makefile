@@ -20,7 +20,7 @@ setup: .venv/complete  ## create .venv and install requirements.txt into it
 .venv/complete: requirements.txt pyproject.toml tools/setup.sh
 	@tools/setup.sh $(PYTHON)
 
-extras: .venv/extras  ## add the browser chat, serving and llama.cpp (7 minutes on 2 cores, it is compiled)
+extras: .venv/extras  ## add the browser chat, serving and llama.cpp (which is compiled)
 
 EXTRAS := requirements-web.txt requirements-serve.txt requirements-export.txt
 
@@ -37,7 +37,7 @@ test: .venv/complete  ## run the tests (under 10 minutes on 2 cores)
 	python3 -m pytest
 
 # `skipif`: the tests too that `make test` skips where the extras and Chromium are missing.
-test-slow: .venv/extras $(D)/SmolLM2-135M-Instruct.Q4_1.gguf $(D)/sharegpt.json $(D)/tokenizer.model  ## add the extras and Chromium, run the slow tests
+test-slow: .venv/extras $(D)/SmolLM2-135M-Instruct.Q4_1.gguf $(D)/sharegpt.json $(D)/tokenizer.model  ## add the extras and, where it may, Chromium; run the slow tests
 	@timeout 300 tools/browser.sh &> $(D)/browser.log || \
 	    echo "no Chromium, so its tests are skipped: $(D)/browser.log says why"
 	python3 -m pytest -m "slow or skipif"

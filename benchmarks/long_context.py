@@ -8,7 +8,6 @@ linear layers. Memory is what the step holds at most beside weights, beside the 
 
 import argparse
 import tempfile
-import time
 from pathlib import Path
 
 from machine import machine
@@ -87,12 +86,10 @@ def row(args: argparse.Namespace, model, name: str, mode: tuple) -> dict:
     tiles = tiles or args.tiles
     recompute.set_up(model.get_base_model(), wanted, args.tokens, offload, tiles)
     step(model, 64)  # what is made once
-    held, seconds = measured(model, args.tokens)
     return {
         "name": name.replace("in tiles", f"in {args.tiles} tiles"),
-        "held": held,
+        "held": measured(model, args.tokens),
         "foretold": foretold(args, model, wanted == "True", offload == "True", int(tiles)),
-        "seconds": seconds,
     }
 
 
@@ -104,8 +101,8 @@ def step(model, tokens: int):
     return torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad])
 
 
-def measured(model, tokens: int) -> tuple[float, float]:
-    """Bytes held at most, and seconds of a step (of another one: counting bytes takes time)."""
+def measured(model, tokens: int) -> int:
+    """Bytes held at most in a step."""
     import torch
 
     from llama_lora.train.recompute import LiveBytes
@@ -114,15 +111,13 @@ def measured(model, tokens: int) -> tuple[float, float]:
         step(model, tokens)
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
-        before, began = torch.cuda.memory_allocated(), time.perf_counter()
+        before = torch.cuda.memory_allocated()
         step(model, tokens)
         torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before, time.perf_counter() - began
+        return torch.cuda.max_memory_allocated() - before
     with LiveBytes() as live:
         step(model, tokens)
-    began = time.perf_counter()
-    step(model, tokens)
-    return live.peak, time.perf_counter() - began
+    return live.peak
 
 
 def foretold(args, model, recomputed: bool, offloaded: bool, tiles: int) -> float:
@@ -151,14 +146,14 @@ def page(args: argparse.Namespace, model, rows: list[dict]) -> str:
         f"{machine()}, in {dtype_name(model.dtype)}.",
         "",
         f"One step on a conversation of {args.tokens:,} tokens: what it holds at most besides the",
-        "weights, what the formulae of `llama_lora/train/footprint.py` say, and its time.",
+        "weights, and what the formulae of `llama_lora/train/footprint.py` say.",
         "",
-        "| | held at most | a token | formula | seconds |",
-        "|---|--:|--:|--:|--:|",
+        "| | held at most | a token | formula |",
+        "|---|--:|--:|--:|",
     ]
     lines += [
         f"| {one['name']} | {one['held'] / 1e6:,.0f} MB | {one['held'] / args.tokens / 1e3:.1f} KB "
-        f"| {one['foretold'] / 1e6:,.0f} MB | {one['seconds']:.1f} |"
+        f"| {one['foretold'] / 1e6:,.0f} MB |"
         for one in rows
     ]
     return "\n".join(lines + at_7b(args)) + "\n"

@@ -253,7 +253,7 @@ def page(args: argparse.Namespace, found: list[dict]) -> str:
         for row in found
     ]
     lines += [
-        f"\nNo value of peft's {row['base']} differs from ours by more than\n"
+        f"\nThe largest difference between a value of peft's {row['base']} and ours is\n"
         f"{row['different']:.2g} of its tensor's largest; float16 rounds to {2**-11:.1e}."
         for row in found
         if "different" in row

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Install Chromium, in which the tests look at the report's page. Usage: tools/browser.sh
+# Install Chromium, in which the tests look at the pages. Usage: tools/browser.sh
 set -euo pipefail
 
 if command -v chromium || command -v chromium-browser; then
