@@ -28,6 +28,7 @@ class Terminal:
         self.screen = ""
         self.pid, self.fd = pty.fork()
         if self.pid == 0:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # which a shell's background jobs ignore
             os.execv(sys.executable, [sys.executable, str(SCRIPT), *map(str, args)])
 
     def wait_for(self, text: str) -> None:
