@@ -64,7 +64,7 @@ def compare(chats: Path, setting: tuple, args: argparse.Namespace) -> dict:
         "recompute": recompute,
         "planned": runs.gib(planned["memory_bytes"]),
         "measured": runs.gib(run.peak_memory),
-        "ratio": round(planned["memory_bytes"] / run.peak_memory, 3),
+        "ratio": round(planned["memory_bytes"] / run.peak_memory, 2),
     }
 
 

@@ -14,9 +14,9 @@ FP32 = 4
 CUDA_CONTEXT = 0.45 * GIB  # kernels and handles that CUDA, cuBLAS and torch load, seen by nobody
 COMFORTABLE = 0.9  # share of the memory that what is chosen here leaves in use at most
 FRAGMENTATION = 0.04  # of what comes and goes
-# On a CPU, by benchmarks/plan_accuracy.py: glibc's heap keeps what lies between blocks; if layers
-# recompute, training has it give large ones back, see `allocator`.
-HOLES_IN_HEAP, HOLES_GIVEN_BACK = 0.4, 0.2
+# The same on a CPU, by benchmarks/plan_accuracy.py: glibc's heap keeps what lies between blocks,
+# unless layers recompute: then training has it give large ones back, see `allocator`.
+HOLES_IN_HEAP = 0.4
 IN_FLIGHT = 3  # layers whose inputs are on the card while the others' wait on the host
 
 
@@ -139,9 +139,7 @@ def memory(setup: Setup, recomputed: int) -> dict[str, float]:
 
 def fragmentation(setup: Setup, recomputed: int) -> float:
     """Of the memory that comes and goes, the share that is held besides and of no use."""
-    if setup.on_card:
-        return FRAGMENTATION
-    return HOLES_GIVEN_BACK if recomputed else HOLES_IN_HEAP
+    return FRAGMENTATION if setup.on_card or recomputed else HOLES_IN_HEAP
 
 
 def activation_bytes(setup: Setup, recomputed: int) -> float:
