@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import pytest
 import torch
 from conftest import ROOT, error_line, run_here
 from peft import LoraConfig, get_peft_model
@@ -53,6 +54,16 @@ def make_adapter(folder: Path, base: Path, **settings) -> Path:
                 parameter.mul_(1 + 0.2 * torch.rand_like(parameter))
     adapter.save(model, Template(load_tokenizer(base)), folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory, llama_tokenizer) -> Path:
+    return make_base(tmp_path_factory.mktemp("merge") / "base", llama_tokenizer)
+
+
+@pytest.fixture(scope="module")
+def lora(tmp_path_factory, base) -> Path:
+    return make_adapter(tmp_path_factory.mktemp("merge") / "lora", base)
 
 
 def logits(model) -> torch.Tensor:

@@ -1,26 +1,17 @@
 """Whether a base is the one that an adapter was trained on: by some of its weights, or its name."""
 
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
-from merging import make_adapter, make_base
+from merging import make_base
 from safetensors.torch import load_file, save_file
 
 from llama_lora.chat.adapters import load
 from llama_lora.model import adapter
 from llama_lora.weights.merge import merge
 
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory, llama_tokenizer) -> Path:
-    return make_base(tmp_path_factory.mktemp("values") / "base", llama_tokenizer)
-
-
-@pytest.fixture(scope="module")
-def lora(tmp_path_factory, base) -> Path:
-    return make_adapter(tmp_path_factory.mktemp("values") / "lora", base)
+pytest_plugins = ["merging"]
 
 
 def said(caplog) -> list[str]:

@@ -4,7 +4,6 @@ import json
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +17,8 @@ from llama_lora.chat.adapters import load
 from llama_lora.model import adapter
 from llama_lora.weights.merge import merge
 
+pytest_plugins = ["merging"]
+
 KINDS = {
     "LoRA": {},
     "all layers": {"target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj"]},
@@ -30,16 +31,6 @@ KINDS = {
     },
     "head": {"target_modules": [*TARGETS, "lm_head"]},
 }
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory, llama_tokenizer) -> Path:
-    return make_base(tmp_path_factory.mktemp("merge") / "base", llama_tokenizer)
-
-
-@pytest.fixture(scope="module")
-def lora(tmp_path_factory, base) -> Path:
-    return make_adapter(tmp_path_factory.mktemp("merge") / "lora", base)
 
 
 @pytest.mark.parametrize(

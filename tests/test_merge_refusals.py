@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from merging import logits, make_adapter, make_base, refused
+from merging import logits, make_base, refused
 from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -18,15 +18,7 @@ from llama_lora.cli import InputError
 from llama_lora.model import adapter
 from llama_lora.weights.merge import merge
 
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory, llama_tokenizer) -> Path:
-    return make_base(tmp_path_factory.mktemp("merge") / "base", llama_tokenizer)
-
-
-@pytest.fixture(scope="module")
-def lora(tmp_path_factory, base) -> Path:
-    return make_adapter(tmp_path_factory.mktemp("merge") / "lora", base)
+pytest_plugins = ["merging"]
 
 
 def test_neither_has_a_tokenizer(tmp_path, base, lora):
