@@ -57,13 +57,13 @@ def make_adapter(folder: Path, base: Path, **settings) -> Path:
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory, llama_tokenizer) -> Path:
+def random_base(tmp_path_factory, llama_tokenizer) -> Path:
     return make_base(tmp_path_factory.mktemp("merge") / "base", llama_tokenizer)
 
 
 @pytest.fixture(scope="module")
-def lora(tmp_path_factory, base) -> Path:
-    return make_adapter(tmp_path_factory.mktemp("merge") / "lora", base)
+def random_lora(tmp_path_factory, random_base) -> Path:
+    return make_adapter(tmp_path_factory.mktemp("merge") / "lora", random_base)
 
 
 def logits(model) -> torch.Tensor:

@@ -110,3 +110,17 @@ def test_imports_point_one_way():
             for module in modules:
                 if module.startswith("llama_lora."):
                     assert module.split(".")[1] in allowed, f"{path}: imports {module}"
+
+
+def test_shared_fixtures_have_names_of_their_own():
+    """`pytest_plugins` of a test module counts for all: of one name, the last module's is used."""
+    shared = [path for path in ROOT.glob("tests/*.py") if not path.name.startswith("test_")]
+    names = [
+        node.name
+        for path in shared
+        for node in ast.parse(path.read_text(encoding="utf-8")).body
+        if isinstance(node, ast.FunctionDef)
+        and any("fixture" in ast.unparse(decorator) for decorator in node.decorator_list)
+    ]
+    assert len(names) > 10
+    assert sorted(names) == sorted(set(names))

@@ -72,9 +72,9 @@ def test_sixteen_bits_stay_what_they_are(tmp_path, llama_tokenizer, stored):
     assert all(tensor.dtype == dtype for tensor in after.values())
 
 
-def test_shards_hold_the_same_and_transformers_reads_them(tmp_path, base, lora):
-    whole = merge(base, lora, tmp_path / "whole")
-    written = merge(base, lora, tmp_path / "cut", max_shard_size=10_000)
+def test_shards_hold_the_same_and_transformers_reads_them(tmp_path, random_base, random_lora):
+    whole = merge(random_base, random_lora, tmp_path / "whole")
+    written = merge(random_base, random_lora, tmp_path / "cut", max_shard_size=10_000)
     assert written.files > 3
     assert (written.parameters, written.bytes) == (whole.parameters, whole.bytes)
     files = sorted((tmp_path / "cut").glob("*.safetensors"))
@@ -96,9 +96,11 @@ def test_shards_hold_the_same_and_transformers_reads_them(tmp_path, base, lora):
     )
 
 
-def test_command_writes_a_folder_that_answers_as_base_and_adapter_do(tmp_path, base, lora):
+def test_command_writes_a_folder_that_answers_as_base_and_adapter_do(
+    tmp_path, random_base, random_lora
+):
     target = tmp_path / "new" / "merged"
-    done = command(base, lora, target, "--gguf", "F16", "Q8_0", "Q8_0")
+    done = command(random_base, random_lora, target, "--gguf", "F16", "Q8_0", "Q8_0")
     assert done.returncode == 0, done.stderr
     first, *others = done.stdout.splitlines()
     assert first.startswith(f"wrote {target}: 0.1 M parameters in float16, 0.00 GB in 1 file(s), ")
@@ -118,7 +120,7 @@ def test_command_writes_a_folder_that_answers_as_base_and_adapter_do(tmp_path, b
     config = json.loads((target / "config.json").read_text())
     assert config["architectures"] == ["LlamaForCausalLM"]
     assert config["dtype"] == "float16"
-    _, wanted, _ = load(base, lora)
+    _, wanted, _ = load(random_base, random_lora)
     model, template, _ = load(target)
     question = [{"from": "human", "value": "Who are you?"}]
     assert template.prompt_ids(question) == wanted.prompt_ids(question)
@@ -126,24 +128,24 @@ def test_command_writes_a_folder_that_answers_as_base_and_adapter_do(tmp_path, b
     assert model.generation_config.eos_token_id == wanted.stop_ids
 
 
-def test_generation_settings_come_along(tmp_path, base, lora):
+def test_generation_settings_come_along(tmp_path, random_base, random_lora):
     """Vicuna's and Llama 2's have a temperature and no do_sample, which transformers won't save."""
-    shutil.copytree(base, tmp_path / "base")
+    shutil.copytree(random_base, tmp_path / "base")
     settings = {"temperature": 0.9, "top_p": 0.6, "max_length": 4096, "eos_token_id": [7]}
     (tmp_path / "base" / "generation_config.json").write_text(json.dumps(settings))
-    merge(tmp_path / "base", lora, tmp_path / "out")
+    merge(tmp_path / "base", random_lora, tmp_path / "out")
     found = json.loads((tmp_path / "out" / "generation_config.json").read_text())
     assert found == {**settings, "eos_token_id": [2, 7], "bos_token_id": 1, "pad_token_id": 0}
 
 
-def test_adapter_without_a_tokenizer_takes_the_bases(tmp_path, base, lora):
+def test_adapter_without_a_tokenizer_takes_the_bases(tmp_path, random_base, random_lora):
     bare = tmp_path / "bare"
     bare.mkdir()
     for name in (adapter.CONFIG, adapter.WEIGHTS):
-        shutil.copy(lora / name, bare)
-    merge(base, bare, tmp_path / "out")
+        shutil.copy(random_lora / name, bare)
+    merge(random_base, bare, tmp_path / "out")
     assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (
-        base / "tokenizer.json"
+        random_base / "tokenizer.json"
     ).read_bytes()
     assert load(tmp_path / "out")[1].name == "model"  # with vicuna_v1.1 in it
 
@@ -164,13 +166,25 @@ print(written.files, written.bytes, growth * 1024)
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="reads a POSIX account")
-def test_memory_is_that_of_shards_not_of_the_model(tmp_path, llama_tokenizer, base, lora):
+def test_memory_is_that_of_shards_not_of_the_model(
+    tmp_path, llama_tokenizer, random_base, random_lora
+):
     size = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 16}
     big = make_base(tmp_path / "big", llama_tokenizer, torch.float16, **size)
     big_lora = make_adapter(tmp_path / "lora", big)
     shard = 10_000_000
     done = subprocess.run(
-        [sys.executable, "-c", PEAK, base, lora, big, big_lora, tmp_path / "out", str(shard)],
+        [
+            sys.executable,
+            "-c",
+            PEAK,
+            random_base,
+            random_lora,
+            big,
+            big_lora,
+            tmp_path / "out",
+            str(shard),
+        ],
         capture_output=True,
         text=True,
         cwd=ROOT,

@@ -21,8 +21,8 @@ from llama_lora.weights.merge import merge
 pytest_plugins = ["merging"]
 
 
-def test_neither_has_a_tokenizer(tmp_path, base, lora):
-    for source, name in ((base, "base"), (lora, "lora")):
+def test_neither_has_a_tokenizer(tmp_path, random_base, random_lora):
+    for source, name in ((random_base, "base"), (random_lora, "lora")):
         shutil.copytree(source, tmp_path / name, ignore=shutil.ignore_patterns("tok*", "chat*"))
     line = refused(tmp_path / "base", tmp_path / "lora", tmp_path / "out")
     assert f"{tmp_path}/base: no usable tokenizer here" in line
@@ -38,31 +38,31 @@ class Payload:
         return os.mkdir, (str(self.path),)
 
 
-def test_pickled_adapter_of_older_tools(tmp_path, base, lora):
+def test_pickled_adapter_of_older_tools(tmp_path, random_base, random_lora):
     old = tmp_path / "old"
-    shutil.copytree(lora, old)
+    shutil.copytree(random_lora, old)
     weights = load_file(old / adapter.WEIGHTS)
     (old / adapter.WEIGHTS).unlink()
     torch.save(weights, old / adapter.PICKLED)
-    merge(base, lora, tmp_path / "a")
-    merge(base, old, tmp_path / "b")
+    merge(random_base, random_lora, tmp_path / "a")
+    merge(random_base, old, tmp_path / "b")
     expected, found = (load_file(tmp_path / name / "model.safetensors") for name in "ab")
     assert all(torch.equal(expected[name], found[name]) for name in expected)
-    assert logits(load(base, old)[0]).shape
+    assert logits(load(random_base, old)[0]).shape
 
     torch.save({**weights, "extra": Payload(tmp_path / "executed")}, old / adapter.PICKLED)
-    line = refused(base, old, tmp_path / "out")
+    line = refused(random_base, old, tmp_path / "out")
     assert "expected tensors alone, found the code" in line
     assert "mkdir" in line
     (old / adapter.PICKLED).write_bytes(pickle.dumps(Payload(tmp_path / "executed")))
-    assert "not loaded" in refused(base, old, tmp_path / "out")
+    assert "not loaded" in refused(random_base, old, tmp_path / "out")
     with pytest.raises(InputError, match="not loaded"):
-        load(base, old)
+        load(random_base, old)
     assert not (tmp_path / "executed").exists()
     (old / adapter.PICKLED).write_bytes(b"PK\3\4 cut off")
-    assert "cannot be read" in refused(base, old, tmp_path / "out")
+    assert "cannot be read" in refused(random_base, old, tmp_path / "out")
     torch.save([1, 2], old / adapter.PICKLED)
-    assert "expected a dictionary of tensors" in refused(base, old, tmp_path / "out")
+    assert "expected a dictionary of tensors" in refused(random_base, old, tmp_path / "out")
 
 
 def changed(folder: Path, change) -> None:
@@ -113,11 +113,11 @@ DAMAGED = {
 
 
 @pytest.mark.parametrize("case", DAMAGED)
-def test_damaged_adapter_is_one_line_and_leaves_nothing(tmp_path, base, lora, case):
+def test_damaged_adapter_is_one_line_and_leaves_nothing(tmp_path, random_base, random_lora, case):
     damage, expected = DAMAGED[case]
-    shutil.copytree(lora, tmp_path / "lora")
+    shutil.copytree(random_lora, tmp_path / "lora")
     damage(tmp_path / "lora")
-    line = refused(base, tmp_path / "lora", tmp_path / "a" / "out")
+    line = refused(random_base, tmp_path / "lora", tmp_path / "a" / "out")
     assert line.startswith(f"error: {tmp_path}/lora")
     assert re.search(expected, line), line
     assert {path.name for path in tmp_path.iterdir()} == {"lora"}
@@ -132,75 +132,79 @@ OTHER_BASES = {
 
 
 @pytest.mark.parametrize("case", OTHER_BASES)
-def test_another_base_is_one_line(tmp_path, llama_tokenizer, lora, case):
+def test_another_base_is_one_line(tmp_path, llama_tokenizer, random_lora, case):
     changes, expected = OTHER_BASES[case]
     other = make_base(tmp_path / "other", llama_tokenizer, **changes)
-    line = refused(other, lora, tmp_path / "out")
-    assert f"{lora}: this adapter was not made for the base {other}: " in line
+    line = refused(other, random_lora, tmp_path / "out")
+    assert f"{random_lora}: this adapter was not made for the base {other}: " in line
     assert re.search(expected, line), line
     with pytest.raises(InputError) as error:  # the same line in generate.py
-        load(other, lora)
+        load(other, random_lora)
     assert line == f"error: {error.value}"
 
 
-def test_another_architecture_is_one_line(tmp_path, llama_tokenizer, lora):
+def test_another_architecture_is_one_line(tmp_path, llama_tokenizer, random_lora):
     config = GPT2Config(vocab_size=2000, n_embd=32, n_layer=2, n_head=4)
     GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
     llama_tokenizer.save_pretrained(tmp_path / "gpt2")
-    line = refused(tmp_path / "gpt2", lora, tmp_path / "out")
+    line = refused(tmp_path / "gpt2", random_lora, tmp_path / "out")
     assert "expected layers named down_proj, q_proj, v_proj, found" in line
 
 
-def test_another_vocabulary_of_the_same_size_is_one_line(tmp_path, base, lora):
-    shutil.copytree(base, tmp_path / "other")
+def test_another_vocabulary_of_the_same_size_is_one_line(tmp_path, random_base, random_lora):
+    shutil.copytree(random_base, tmp_path / "other")
     file = tmp_path / "other" / "tokenizer.json"
     state = json.loads(file.read_text(encoding="utf-8"))
     vocabulary = state["model"]["vocab"]
     first, second = list(vocabulary)[-2:]
     vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
     file.write_text(json.dumps(state, ensure_ascii=False), encoding="utf-8")
-    line = refused(tmp_path / "other", lora, tmp_path / "out")
+    line = refused(tmp_path / "other", random_lora, tmp_path / "out")
     assert f"expected token 1998 to be '{first}', found '{second}'" in line
 
 
-def test_quantized_base_is_one_line(tmp_path, base, lora):
-    shutil.copytree(base, tmp_path / "base")
-    config = json.loads((base / "config.json").read_text())
+def test_quantized_base_is_one_line(tmp_path, random_base, random_lora):
+    shutil.copytree(random_base, tmp_path / "base")
+    config = json.loads((random_base / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_8bit": True}
     (tmp_path / "base" / "config.json").write_text(json.dumps(config))
-    line = refused(tmp_path / "base", lora, tmp_path / "out")
+    line = refused(tmp_path / "base", random_lora, tmp_path / "out")
     assert "expected 16-bit weights, found weights quantized with bitsandbytes" in line
 
 
-def test_incomplete_base_is_one_line(tmp_path, base, lora):
-    shutil.copytree(base, tmp_path / "base")
+def test_incomplete_base_is_one_line(tmp_path, random_base, random_lora):
+    shutil.copytree(random_base, tmp_path / "base")
     file = tmp_path / "base" / "model.safetensors"
     weights = load_file(file)
     save_file({name: weights[name] for name in weights if name != "model.norm.weight"}, file)
     assert "expected the tensor model.norm.weight, found none" in refused(
-        tmp_path / "base", lora, tmp_path / "out"
+        tmp_path / "base", random_lora, tmp_path / "out"
     )
     weights["model.norm.weight"] = torch.ones(31)
     save_file(weights, file)
     assert "expected model.norm.weight of shape (32,), found (31,)" in refused(
-        tmp_path / "base", lora, tmp_path / "out"
+        tmp_path / "base", random_lora, tmp_path / "out"
     )
     os.truncate(file, 999)
-    assert "model.safetensors: cannot be read" in refused(tmp_path / "base", lora, tmp_path / "out")
+    assert "model.safetensors: cannot be read" in refused(
+        tmp_path / "base", random_lora, tmp_path / "out"
+    )
     file.unlink()
     assert "expected model.safetensors or model.safetensors.index.json" in refused(
-        tmp_path / "base", lora, tmp_path / "out"
+        tmp_path / "base", random_lora, tmp_path / "out"
     )
 
 
-def test_old_output_stays_whole_until_the_new_one_is(tmp_path, base, lora):
-    merge(base, lora, tmp_path / "out")
+def test_old_output_stays_whole_until_the_new_one_is(tmp_path, random_base, random_lora):
+    merge(random_base, random_lora, tmp_path / "out")
     before = {path: path.read_bytes() for path in (tmp_path / "out").iterdir()}
-    assert "--overwrite replaces it" in refused(base, lora, tmp_path / "out")
-    shutil.copytree(lora, tmp_path / "lora")
+    assert "--overwrite replaces it" in refused(random_base, random_lora, tmp_path / "out")
+    shutil.copytree(random_lora, tmp_path / "lora")
     changed(tmp_path / "lora", lambda w: {k: v * 1e6 for k, v in w.items()})  # beyond float16
-    line = refused(base, tmp_path / "lora", tmp_path / "out", "--overwrite")
+    line = refused(random_base, tmp_path / "lora", tmp_path / "out", "--overwrite")
     assert "values beyond float16" in line
     assert {path: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
     assert {path.name for path in tmp_path.iterdir()} == {"out", "lora"}
-    assert "expected another folder" in refused(base, lora, base, "--overwrite")
+    assert "expected another folder" in refused(
+        random_base, random_lora, random_base, "--overwrite"
+    )
