@@ -1,50 +1,32 @@
-"""The chat in the browser, in real headless Chromium, and what it does with nobody there."""
+"""The chat in the browser without its page: the answers of both sides, and the script."""
 
 import importlib.util
-import json
-import os
 import signal
 import socket
 import subprocess
 import sys
-import time
 import urllib.request
-from contextlib import contextmanager
+from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 
 import pytest
-import torch
-from browser import needs_chromium, opened
 from taught import (
     ADAPTER_ANSWERS,
     BASE_ANSWERS,
     GREEDY,
     SCRIPT,
     WINDOW,
-    byte_level,
-    config,
     fed,
     generate,
     said,
-    teach,
 )
-from transformers import LlamaForCausalLM
+from web_chat import FIRST, SECOND, alone, free_port, needs_gradio
 
 from llama_lora.chat import web
-from llama_lora.chat.adapters import Adapters, load_adapters
-from llama_lora.chat.sampling import Sampling, generator
 from llama_lora.cli import InputError
-from llama_lora.model.template import Template
 
 pytest_plugins = ["taught_models"]
-
-needs_gradio = pytest.mark.skipif(
-    importlib.util.find_spec("gradio") is None,
-    reason="gradio is not installed: pip install -r requirements-web.txt",
-)
-FIRST, SECOND, THIRD = BASE_ANSWERS
-HOSTILE = "<script>alert(1)</script> <img src=x onerror=alert(2)> ![a](http://127.0.0.1:9/b) &lt;"
 
 
 # The answers, without a page
@@ -61,13 +43,6 @@ def last(updates) -> tuple:
 @pytest.fixture
 def answering(adapters) -> web.Answering:
     return web.Answering(adapters, GREEDY)
-
-
-def alone(adapters, name: str, turns: list[dict]) -> str:
-    """The answer that these turns get in a chat."""
-    decoder = adapters.decoder(name)
-    prompt = decoder.prompter.ids(turns)
-    return "".join(decoder.stream(prompt, GREEDY, generator(adapters.model, 0)))
 
 
 def test_both_sides_answer_and_remember(answering, adapters):
@@ -179,12 +154,6 @@ def test_missing_gradio_is_one_line(tmp_path):
     assert done.stderr == "error: --web needs gradio: pip install -r requirements-web.txt\n"
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 @needs_gradio
 @pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
 def test_script_serves_on_loopback_until_ctrl_c(base, host):
@@ -196,7 +165,11 @@ def test_script_serves_on_loopback_until_ctrl_c(base, host):
         more = ["--host", host]
     command = [sys.executable, SCRIPT, "--base_model", base, "--web", "--port", port, *more]
     run = subprocess.Popen(
-        [*map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [*map(str, command)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
     )
     shown = f"[{host}]" if more else host
     assert run.stdout.readline() == f"http://{shown}:{port}/ · Ctrl-C ends it\n"
@@ -229,181 +202,3 @@ def test_port_taken_while_the_model_is_loaded_is_one_line(adapters):
         port = other.getsockname()[1]
         with pytest.raises(InputError, match=f"cannot listen on 127.0.0.1, port {port}"):
             web.launched(web.build(adapters, GREEDY, None), "127.0.0.1", port)
-
-
-# The page
-
-
-class Chatting:
-    """A page with the chat, and what one does with it."""
-
-    def __init__(self, page):
-        self.page = page
-
-    def answers(self, side: int = 0) -> list[str]:
-        """The texts of the assistant on the left, or on the right."""
-        return json.loads(
-            self.page.run(
-                "JSON.stringify([...document.querySelectorAll('[role=log]')].map("
-                "log => [...log.querySelectorAll('.bot .message-content')].map(m => m.innerText)))"
-            )
-        )[side]
-
-    def wait(self, condition) -> None:
-        deadline = time.monotonic() + 60
-        while not condition():
-            assert time.monotonic() < deadline, self.page.run("document.body.innerText")
-            time.sleep(0.05)
-
-    def wait_for(self, answers: list[str], side: int = 0) -> None:
-        """Until the assistant's texts are these."""
-        self.wait(lambda: self.answers(side) == answers)
-
-    def type(self, question: str) -> None:
-        self.page.run("document.querySelector('#question textarea').focus()")
-        self.page.call("Input.insertText", text=question)
-
-    def click(self, button: str) -> None:
-        self.page.run(f"document.querySelector('#{button}').click()")
-
-    def ask(self, question: str) -> None:
-        self.type(question)
-        self.click("send")
-
-    def choose(self, dropdown: str, option: str) -> None:
-        self.page.run(f"document.querySelector('#{dropdown} input').focus()")
-        found = f"[...document.querySelectorAll('#{dropdown} [role=option]')]"
-        found += f".find(o => o.innerText.trim().replace('✓', '').trim() == {json.dumps(option)})"
-        self.wait(lambda: self.page.run(f"!!{found}"))
-        self.page.run(f"{found}.dispatchEvent(new MouseEvent('mousedown', {{bubbles: true}}))")
-
-
-@contextmanager
-def chatting(adapters, sampling, profile):
-    port = free_port()
-    served = web.launched(web.build(adapters, sampling, None), "127.0.0.1", port)
-    try:
-        with opened(f"http://127.0.0.1:{port}/", profile) as page:
-            chat = Chatting(page)
-            for part in ("#question textarea", "#new"):
-                chat.wait(lambda part=part: page.run(f"!!document.querySelector('{part}')"))
-            yield chat
-            outside = [
-                url
-                for url in page.requests
-                if not url.startswith((served.local_url, "data:", "blob:"))
-            ]
-            assert outside == []
-    finally:
-        served.close(verbose=False)
-
-
-CONNECTED: list[str] = []  # hosts that this process has connected to, once it is watched
-
-
-@pytest.fixture(scope="module")
-def watched():
-    sys.addaudithook(
-        lambda event, args: (
-            CONNECTED.append(str(args[1][0]))
-            if event == "socket.connect" and isinstance(args[1], tuple)
-            else None
-        )
-    )
-    return CONNECTED
-
-
-@needs_chromium
-@needs_gradio
-def test_chat_in_the_browser(adapters, tmp_path, watched):
-    with chatting(adapters, GREEDY, tmp_path / "profile") as chat:
-        chat.ask(FIRST)
-        chat.wait_for([ADAPTER_ANSWERS[FIRST]])
-        chat.wait_for([BASE_ANSWERS[FIRST]], side=1)
-        left = [said("human", FIRST), said("gpt", ADAPTER_ANSWERS[FIRST]), said("human", SECOND)]
-        two = alone(adapters, "two", left)
-        chat.choose("left-name", "two")
-        chat.ask(SECOND)
-        chat.wait_for([ADAPTER_ANSWERS[FIRST], two])
-        chat.wait_for([BASE_ANSWERS[FIRST], BASE_ANSWERS[SECOND]], side=1)
-        chat.choose("left-name", "one")
-        chat.click("retry")
-        chat.wait_for([ADAPTER_ANSWERS[FIRST], ADAPTER_ANSWERS[SECOND]])
-        if folder := os.environ.get("SCREENSHOTS"):
-            chat.page.screenshot(Path(folder) / "web.png", 1200, 900)
-            chat.page.screenshot(Path(folder) / "web-dark-narrow.png", 420, 900, dark=True)
-        chat.click("new")
-        chat.wait_for([])
-        chat.choose("right-name", web.NOTHING)
-        chat.ask(THIRD)
-        chat.wait_for([ADAPTER_ANSWERS[THIRD]])
-        chat.ask(" \n")
-        chat.choose("right-name", "two")
-        chat.wait(lambda: chat.page.run("document.querySelectorAll('[role=log]').length == 2"))
-        assert chat.answers() == [ADAPTER_ANSWERS[THIRD]]
-        assert not [text for text in chat.page.complaints if "dialog" in text]
-    assert set(watched) <= {"127.0.0.1", "::1", "localhost"}
-
-
-@pytest.fixture(scope="module")
-def hostile() -> Adapters:
-    torch.manual_seed(0)
-    template = Template(byte_level())
-    model = LlamaForCausalLM(config(max_position_embeddings=512))
-    teach(model, template, {FIRST: HOSTILE, SECOND: HOSTILE, THIRD: HOSTILE}, 1e-2)
-    return Adapters(model, {"base": template})
-
-
-@needs_chromium
-@needs_gradio
-def test_what_a_model_writes_is_text(hostile, tmp_path):
-    sampling = Sampling(temperature=0, max_new_tokens=120)
-    with chatting(hostile, sampling, tmp_path / "profile") as chat:
-        chat.ask(FIRST)
-        chat.wait_for([HOSTILE])
-        chat.ask(HOSTILE)
-        chat.wait(lambda: len(chat.answers()) == 2)
-        inside = "document.querySelectorAll('.message script, .message img').length"
-        assert chat.page.run(inside) == 0
-        assert not [text for text in chat.page.complaints if "dialog" in text]
-        asked = "[...document.querySelectorAll('.user .message-content')].map(m => m.innerText)"
-        assert chat.page.run(f"{asked}[1]") == HOSTILE
-
-
-@pytest.fixture
-def endless_adapters(endless) -> Adapters:
-    return load_adapters(endless, {})[0]
-
-
-def at_rest(passes: list) -> bool:
-    before = len(passes)
-    time.sleep(1)
-    return len(passes) == before
-
-
-ENDLESS = Sampling(temperature=0, max_new_tokens=60_000)
-
-
-@needs_chromium
-@needs_gradio
-def test_stop_ends_the_answer_and_keeps_it(endless_adapters, tmp_path):
-    passes = fed(endless_adapters.model)
-    with chatting(endless_adapters, ENDLESS, tmp_path / "profile") as chat:
-        for number in (1, 2):
-            chat.ask(FIRST)
-            chat.wait(lambda n=number: len(chat.answers()) == n and len(chat.answers()[-1]) > 40)
-            assert not at_rest(passes)
-            chat.click("stop")
-            chat.wait(lambda: at_rest(passes))
-            assert len(chat.answers()[-1]) > 40
-
-
-@needs_chromium
-@needs_gradio
-def test_nobody_is_answered_who_has_gone(endless_adapters, tmp_path):
-    passes = fed(endless_adapters.model)
-    with chatting(endless_adapters, ENDLESS, tmp_path / "profile") as chat:
-        chat.ask(FIRST)
-        chat.wait(lambda: len(passes) > 30)
-        chat.page.call("Page.navigate", url="about:blank")
-        chat.wait(lambda: at_rest(passes))

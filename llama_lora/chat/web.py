@@ -139,17 +139,21 @@ def build(adapters: Adapters, sampling: Sampling, system: str | None):
             **one_at_a_time,
         )
         retried = retry.click(answering.retry, state, outputs, **one_at_a_time)
-        stop.click(None, cancels=[asked, retried], api_visibility="private")
-        new.click(lambda: ([], [], [], [], ""), None, outputs, cancels=[asked, retried], **at_once)
-        for chat, kept in zip(chats, turns, strict=True):
-            chat.clear(list, None, kept, **at_once)
-        left_name.change(lambda name: gr.Chatbot(label=name), left_name, chats[0], **at_once)
-        right_name.change(
+        # An answer that goes on has to end first, or its last piece would come back.
+        stopping = {"cancels": [asked, retried], "api_visibility": "private"}
+        stop.click(None, **stopping)
+        new.click(None, **stopping).then(lambda: ([], [], [], [], ""), None, outputs, **at_once)
+        left_name.change(None, **stopping).then(
+            lambda name: gr.Chatbot(label=name), left_name, chats[0], **at_once
+        )
+        right_name.change(None, **stopping).then(
             lambda name: (gr.Chatbot([], label=name, visible=name != NOTHING), []),
             right_name,
             [chats[1], turns[1]],
             **at_once,
         )
+        for chat, kept in zip(chats, turns, strict=True):
+            chat.clear(list, None, kept, **at_once)
     return page
 
 
