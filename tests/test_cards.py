@@ -351,3 +351,26 @@ def test_every_flag_of_the_recipes_exists(script):
         for flag in re.findall(r"--[\w-]+", line.partition(script)[2].partition("&&")[0])
     }
     assert used <= known, used - known
+
+
+def test_deepspeed_trains_in_fp16_on_a_p100(monkeypatch, tmp_path):
+    """It refuses compute capability 6 unless it is told that this is meant."""
+    from deepspeed.accelerator.cuda_accelerator import CUDA_Accelerator
+
+    monkeypatch.delenv("DS_ALLOW_DEPRECATED_FP16", raising=False)
+    arguments.TrainingArguments(output_dir=str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (6, 0))
+    assert CUDA_Accelerator().is_fp16_supported()
+
+
+@pytest.mark.parametrize("own", [None, "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
+def test_the_cards_blocks_grow_unless_the_user_has_said_otherwise(monkeypatch, tmp_path, own):
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.delenv(name, raising=False)
+    if own:
+        monkeypatch.setenv(own, "max_split_size_mb:128")
+    arguments.TrainingArguments(output_dir=str(tmp_path))
+    grow = os.environ.get("PYTORCH_ALLOC_CONF") == "expandable_segments:True"
+    assert grow == (own is None)
+    monkeypatch.delenv("PYTORCH_ALLOC_CONF", raising=False)

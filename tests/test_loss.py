@@ -90,35 +90,40 @@ class SmallMemory(torch.autograd.Function):
     """Breaks off a backward pass, as a card does, where more than `most` tokens are in it."""
 
     @staticmethod
-    def forward(ctx, value, tokens, most):
-        ctx.full = tokens > most
+    def forward(ctx, value, tokens, most, error):
+        ctx.error = error if tokens > most else None
         return value.clone()
 
     @staticmethod
     def backward(ctx, upstream):
-        if ctx.full:
-            raise torch.OutOfMemoryError("no memory left on this simulated card")
-        return upstream, None, None
+        if ctx.error:
+            raise ctx.error
+        return upstream, None, None, None
 
 
-def linear_loss(first, second, most):
+TORCHS = torch.OutOfMemoryError("no memory left on this simulated card")
+CUBLAS = RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
+
+
+def linear_loss(first, second, most, error=TORCHS):
     def loss_of(part):
         values = part["input_ids"].flatten().float()
         # The gradient of `second` is there before that of `first` breaks off.
-        hidden = SmallMemory.apply(values * first, len(values), most)
+        hidden = SmallMemory.apply(values * first, len(values), most, error)
         return (hidden * second).pow(2).sum()
 
     return loss_of
 
 
-def test_out_of_memory_halves_the_micro_batch_and_changes_nothing():
+@pytest.mark.parametrize("error", [TORCHS, CUBLAS], ids=["torch", "cuBLAS"])
+def test_out_of_memory_halves_the_micro_batch_and_changes_nothing(error):
     first, second = (torch.nn.Parameter(torch.tensor(v)) for v in (0.5, 2.0))
     batch = batch_of([5, 9, 3, 7, 8, 2])
     roomy = Gradients([first, second], pytest.fail)
     loss_whole, whole = roomy.compute(linear_loss(first, second, 1000), batch, scale=8.0)
     said = []
     small = Gradients([first, second], said.append)
-    loss_parts, parts = small.compute(linear_loss(first, second, 10), batch, scale=8.0)
+    loss_parts, parts = small.compute(linear_loss(first, second, 10, error), batch, scale=8.0)
     assert loss_parts.item() == pytest.approx(loss_whole.item())
     assert [g.item() for g in parts] == pytest.approx([g.item() for g in whole])
     assert (first.grad, second.grad) == (None, None)
@@ -127,6 +132,14 @@ def test_out_of_memory_halves_the_micro_batch_and_changes_nothing():
     # What is handed over has just these gradients.
     small.as_loss(parts).backward()
     assert [first.grad.item(), second.grad.item()] == pytest.approx([g.item() for g in whole])
+
+
+def test_another_fault_of_the_card_is_not_taken_for_a_lack_of_memory():
+    first, second = (torch.nn.Parameter(torch.tensor(v)) for v in (0.5, 2.0))
+    fault = RuntimeError("CUDA error: an illegal memory access was encountered")
+    small = Gradients([first, second], pytest.fail)
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        small.compute(linear_loss(first, second, 10, fault), batch_of([4, 30, 2]), scale=1.0)
 
 
 def test_an_example_that_does_not_fit_alone_ends_in_one_line():

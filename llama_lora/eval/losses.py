@@ -61,7 +61,7 @@ def summed_losses(
 @contextmanager
 def packing(model) -> Iterator[None]:
     """Examples of a row are kept apart in `model`, and both that and the loss are checked first."""
-    whole = vars(model).get("forward")
+    whole, attention = vars(model).get("forward"), model.config._attn_implementation
     loss.compute_in_chunks(model)
     model.set_attn_implementation(BY_EXAMPLE)
     try:
@@ -69,7 +69,7 @@ def packing(model) -> Iterator[None]:
         check_isolation(model)
         yield
     finally:
-        model.set_attn_implementation("sdpa")
+        model.set_attn_implementation(attention)
         # `generate` looks at the signature of the model's own.
         del model.forward
         if whole is not None:

@@ -5,7 +5,7 @@ import logging
 from pathlib import Path
 
 from llama_lora.cli import InputError
-from llama_lora.model.hardware import compute_dtype
+from llama_lora.model.hardware import compute_dtype, present
 
 
 def load_base(folder, quantization: str = "none", dtype=None, device=None):
@@ -25,6 +25,8 @@ def load_base(folder, quantization: str = "none", dtype=None, device=None):
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
+    from llama_lora.model import attention
+
     check_folder(Path(folder))
     # One warning per linear layer and step, about a cast that is int8's normal way of working.
     logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
@@ -36,7 +38,7 @@ def load_base(folder, quantization: str = "none", dtype=None, device=None):
             dtype=dtype,
             quantization_config=_quantization_config(quantization, dtype),
             device_map={"": device},
-            attn_implementation="sdpa",
+            attn_implementation=attention.implementation(present()),
             local_files_only=True,
         )
     except torch.OutOfMemoryError:

@@ -1,6 +1,7 @@
-"""The C library's allocator, from which a training without a card has its activations."""
+"""The allocators that activations come from: CUDA's of torch, or without a card the C library's."""
 
 import ctypes
+import os
 import platform
 
 MMAP_THRESHOLD = -3  # M_MMAP_THRESHOLD of glibc's malloc.h
@@ -17,3 +18,12 @@ def give_back_large_blocks() -> None:
         libc = ctypes.CDLL(None)
         libc.mallopt(MMAP_THRESHOLD, LARGE)
         libc.malloc_trim(0)  # of what is free by now
+
+
+def expect_all_sizes() -> None:
+    """Let CUDA's blocks grow instead of laying aside one of each size; before the first of them.
+
+    Micro-batches have hardly ever the same number of tokens, and blocks of one serve no other.
+    """
+    if not os.environ.keys() & {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"}:
+        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"

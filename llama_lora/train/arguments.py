@@ -9,6 +9,7 @@ import transformers
 from transformers.trainer_utils import IntervalStrategy
 
 from llama_lora.model.hardware import QUANTIZATIONS, compute_dtype, cores, device_name, dtype_name
+from llama_lora.train import allocator
 
 
 @dataclass
@@ -175,6 +176,9 @@ class TrainingArguments(transformers.TrainingArguments):
         self.recompute, self.gradient_checkpointing = self.gradient_checkpointing, None
         # Without it accelerate sees one process on machines that have no card, however many run.
         self.use_cpu = not torch.cuda.is_available()
+        # DeepSpeed refuses fp16 on a P100 otherwise, which computes it without tensor cores.
+        os.environ.setdefault("DS_ALLOW_DEPRECATED_FP16", "1")
+        allocator.expect_all_sizes()
         self.remove_unused_columns = False
         self.train_sampling_strategy = "sequential"  # the rows come in the order to train on
         self.prediction_loss_only = True

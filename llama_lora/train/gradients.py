@@ -8,6 +8,7 @@ optimizer, in as many parts as memory asks for, and handed over when all of them
 import torch
 
 from llama_lora.cli import LocalError
+from llama_lora.model.hardware import out_of_memory
 
 
 def split(batch: dict, parts: int) -> list[dict]:
@@ -53,7 +54,9 @@ class Gradients:
         while True:
             try:
                 return self._in_parts(loss_of, split(batch, self.parts), scale)
-            except torch.OutOfMemoryError:
+            except RuntimeError as error:
+                if not out_of_memory(error):
+                    raise
                 if self.parts >= len(batch["example_lengths"]):
                     longest = max(batch["example_lengths"])
                     raise LocalError(

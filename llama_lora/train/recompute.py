@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from llama_lora.cli import InputError
+from llama_lora.model.cards import GIB
 from llama_lora.train import tiles
 from llama_lora.train.allocator import give_back_large_blocks
 from llama_lora.train.offload import Offload
@@ -25,7 +26,9 @@ SHARE_OF_HEAP = 0.6  # of the host's, whose heap keeps holes, see `plan`
 TILE = 2048  # tokens that keep any card busy
 
 
-def set_up(model, wanted: str, tokens: int, offload: str = "auto", mlp_tiles: str = "auto") -> str:
+def set_up(
+    model, wanted: str, tokens: int, offload="auto", mlp_tiles="auto", reserved: float = 0
+) -> str:
     """Turn checkpointing on for the layers that need it, and say for how many.
 
     Args:
@@ -35,6 +38,7 @@ def set_up(model, wanted: str, tokens: int, offload: str = "auto", mlp_tiles: st
             all are and it does not fit otherwise.
         mlp_tiles: in how many pieces the MLPs of checkpointed layers take that many tokens; "auto":
             pieces of `TILE`.
+        reserved: bytes that training will allocate besides.
 
     Raises:
         InputError: offloading is asked for, and the host has too little memory.
@@ -44,7 +48,7 @@ def set_up(model, wanted: str, tokens: int, offload: str = "auto", mlp_tiles: st
     every = len(layers)
     on_card = model.device.type == "cuda"
     asks = wanted == "auto" or (wanted == "True" and offload == "auto" and on_card)
-    needed = _needed(model, layers, tokens) if asks else 0
+    needed = _needed(model, layers, tokens, reserved) if asks else 0
     few = every if offload == "True" else min(needed, every)
     count = {"True": every, "False": 0}.get(wanted, few)
     host = _offload(model, count * tokens, offload, crowded=needed > every)
@@ -72,8 +76,8 @@ def _offload(model, vectors: int, wanted: str, crowded: bool) -> Offload | None:
     if wanted == "auto":
         return None
     raise InputError(
-        f"--offload_activations True: needs {size / 2**30:.1f} GiB of the host's memory, "
-        f"{room / 2**30:.1f} GiB are free; use a shorter --model_max_length"
+        f"--offload_activations True: needs {size / GIB:.1f} GiB of the host's memory, "
+        f"{room / GIB:.1f} GiB are free; use a shorter --model_max_length"
     )
 
 
@@ -117,7 +121,7 @@ def _forget_input(module, args, output) -> None:
         output.grad_fn.tensors = None, None, None  # of MatMul8bitLt, on a card
 
 
-def _needed(model, layers: list, tokens: int) -> int:
+def _needed(model, layers: list, tokens: int, reserved: float) -> int:
     """How many layers have to recompute for a micro-batch of `tokens` to fit.
 
     More than there are if it does not fit even then.
@@ -126,7 +130,7 @@ def _needed(model, layers: list, tokens: int) -> int:
     per_layer = per_token * tokens + fixed
     inputs = tokens * model.config.hidden_size * model.dtype.itemsize
     share = SHARE if model.device.type == "cuda" else SHARE_OF_HEAP
-    free = free_memory() * share - inputs * len(layers) - 2 * per_layer
+    free = free_memory() * share - reserved - inputs * len(layers) - 2 * per_layer
     return len(layers) - max(-1, min(len(layers), int(free // per_layer)))
 
 

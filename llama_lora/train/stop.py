@@ -65,11 +65,20 @@ class Overflow(TrainerCallback):
     Now and then a gradient overflows, and the loss scaler answers by scaling less.
     """
 
-    def __init__(self, was_skipped):
-        self.was_skipped, self.in_a_row = was_skipped, 0
+    def __init__(self, accelerator):
+        self.accelerator = accelerator
+        self.scale, self.in_a_row = 0.0, 0
+
+    def _was_skipped(self) -> bool:
+        scaler = getattr(self.accelerator, "scaler", None)
+        if scaler is None:
+            return self.accelerator.optimizer_step_was_skipped  # as DeepSpeed says
+        # Fused optimizers skip inside of their kernel, which accelerate does not see.
+        before, self.scale = self.scale, scaler.get_scale()
+        return self.scale < before
 
     def on_step_end(self, args, state, control, **kwargs):
-        self.in_a_row = self.in_a_row + 1 if self.was_skipped() else 0
+        self.in_a_row = self.in_a_row + 1 if self._was_skipped() else 0
         if self.in_a_row == MOST_SKIPPED:
             what = f"the gradients of {MOST_SKIPPED} steps in a row overflowed"
             raise Diverged(state.global_step, what, [])

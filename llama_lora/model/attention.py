@@ -1,0 +1,51 @@
+"""Attention with grouped queries for devices whose fused kernels take none.
+
+Of torch's kernels only FlashAttention does (compute capability 8.0 and up). Elsewhere transformers'
+own "sdpa" falls back to plain products, which hold heads × tokens × tokens scores: 2 GB a layer in
+fp16 for a prompt of 8,192 tokens and 32 heads. Keys and values repeated for each query take 0.1.
+"""
+
+from types import SimpleNamespace
+
+import torch
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from llama_lora.model.cards import Card
+
+UNGROUPED = "sdpa_ungrouped"
+GROUPS = (8, 0)  # the compute capability from which a fused kernel takes grouped queries
+
+
+def implementation(card: Card) -> str:
+    """What a model on `card` is to attend with while it answers."""
+    fused = card.capability is not None and card.capability >= GROUPS
+    return "sdpa" if fused else UNGROUPED
+
+
+def attend(module, query, key, value, attention_mask, **others) -> tuple[torch.Tensor, None]:
+    """transformers' "sdpa" with as many keys and values as queries.
+
+    Args:
+        query: [rows, heads, tokens, size]; key and value with as many heads or a divisor of them.
+        attention_mask: [rows, 1, tokens, tokens], or None: causal.
+
+    Returns:
+        [rows, tokens, heads, size], and no attention weights.
+    """
+    rows, heads, tokens, size = query.shape
+    groups = heads // key.shape[1]
+    plain = SimpleNamespace()  # a module in which "sdpa" finds no groups
+    if tokens > 1:
+        key, value = repeat_kv(key, groups), repeat_kv(value, groups)
+        return sdpa_attention_forward(plain, query, key, value, attention_mask, **others)
+    # A single token: the queries of a group are rows that share keys, and nothing is repeated.
+    query = query.reshape(rows, key.shape[1], groups, size)
+    others["is_causal"] = False
+    attended, _ = sdpa_attention_forward(plain, query, key, value, attention_mask, **others)
+    return attended.transpose(1, 2).reshape(rows, 1, heads, size), None
+
+
+AttentionInterface.register(UNGROUPED, attend)
+AttentionMaskInterface.register(UNGROUPED, sdpa_mask)
