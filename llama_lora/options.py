@@ -30,6 +30,14 @@ def between(low, high=math.inf, kind=float, above=False):
     return parse
 
 
+def fraction(text: str) -> float:
+    """An argparse type: numbers between 0 and 1, neither of these."""
+    value = float(text)
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f"expected a number between 0 and 1, found {text}")
+    return value
+
+
 def flag(text: str) -> bool:
     """An argparse type: True or False, as `--flag True`."""
     if text.lower() not in ("true", "false"):

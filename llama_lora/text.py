@@ -1,4 +1,4 @@
-"""Text that any UTF-8 file and any tokenizer can take."""
+"""Text that any UTF-8 file and any tokenizer can take, and that stays on one line."""
 
 import re
 
@@ -10,3 +10,9 @@ def sound_text(text: str) -> str:
     if text.isascii() or not SURROGATE.search(text):
         return text
     return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+
+
+def brief(error: BaseException) -> str:
+    """What a library's error says, without the lines that go on about it: its first two, in one."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines[:2])[:300]

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from adapted import adapted_llama, layers_of, trainable
+from transformers import LlamaConfig
 
 from llama_lora.train import footprint, recompute, tiles
 
@@ -40,6 +41,10 @@ SETTINGS = [
 ]
 R = 4
 POSITION = 8  # bytes
+
+
+def config_of(shape: dict) -> LlamaConfig:
+    return LlamaConfig(**shape)
 
 
 def built(folder, layers, setting, shape, use_dora=False):
@@ -83,7 +88,7 @@ def per_token(measure, model, tokens: int = 400) -> float:
 
 def arguments(setting, shape):
     quantization, dtype, dropout, targets = setting
-    return shape, targets, R, quantization, dtype.itemsize, dropout, False
+    return config_of(shape), targets, R, quantization, dtype.itemsize, dropout, False
 
 
 EVERY = [(setting, shape) for setting in SETTINGS for shape in SHAPES]
@@ -99,14 +104,16 @@ def test_what_waits_for_the_backward_pass(tmp_path, setting, shape):
     expected = footprint.kept_per_token(*arguments(setting, shape))
     found = per_token(held, two, 50)
     assert per_token(held, three, 50) - found == expected
-    ends = footprint.ends_per_token(shape, itemsize) - footprint.IDS  # which the test made
+    ends = (
+        footprint.ends_per_token(config_of(shape), itemsize) - footprint.IDS
+    )  # which the test made
     if itemsize < footprint.FP32:  # which otherwise the first norm keeps
-        ends += footprint.checkpoint_per_token(shape, itemsize)  # the embeddings
+        ends += footprint.checkpoint_per_token(config_of(shape), itemsize)  # the embeddings
     assert found == 2 * expected + ends
     for model in (two, three):
         recompute.checkpoint(model.get_base_model(), layers_of(model))
     found = per_token(held, three, 50) - per_token(held, two, 50)
-    assert found == footprint.checkpoint_per_token(shape, itemsize)
+    assert found == footprint.checkpoint_per_token(config_of(shape), itemsize)
 
 
 @every_kind
@@ -115,8 +122,8 @@ def test_the_peak_while_a_layer_recomputes(tmp_path, setting, shape):
     model = built(tmp_path, 3, setting, shape)
     base, layers = model.get_base_model(), layers_of(model)
     recompute.checkpoint(base, layers)
-    outside = 3 * footprint.checkpoint_per_token(shape, itemsize) + POSITION
-    outside += footprint.beside_layers_per_token(shape, itemsize) - footprint.IDS
+    outside = 3 * footprint.checkpoint_per_token(config_of(shape), itemsize) + POSITION
+    outside += footprint.beside_layers_per_token(config_of(shape), itemsize) - footprint.IDS
     for count in (1, 5):
 
         def measure(model, tokens, count=count):
@@ -153,7 +160,19 @@ def test_dora_is_measured_a_layer_at_a_time(tmp_path):
     model = built(tmp_path, 3, setting, shape, use_dora=True)
     per_token, fixed = recompute.layer_bytes(model.get_base_model(), layers_of(model))
     expected = footprint.kept_per_token(*arguments(setting, shape))
-    expected += footprint.dora_per_token(targets, 2) - footprint.checkpoint_per_token(shape, 2)
+    expected += footprint.dora_per_token(targets, 2)
+    expected -= footprint.checkpoint_per_token(config_of(shape), 2)
     assert per_token == pytest.approx(expected, rel=0.05)
     weights = footprint.dora_weights(targets, "4bit", 2, 0.1)
     assert weights <= fixed <= 1.2 * weights
+
+
+def test_what_the_first_step_allocates_and_keeps_is_left_free(tmp_path, monkeypatch):
+    model = built(tmp_path, 3, SETTINGS[1], SHAPES[0]).get_base_model()
+    monkeypatch.setattr(recompute, "free_memory", lambda: 10_000_000)
+
+    def layers(reserved):
+        return recompute.set_up(model, "auto", 100, reserved=reserved)
+
+    assert "checkpointing in 0 of 3 layers" in layers(0)
+    assert "checkpointing in 3 of 3 layers" in layers(10_000_000)

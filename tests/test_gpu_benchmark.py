@@ -87,8 +87,8 @@ def test_every_row_has_a_name_and_a_job_of_its_own(benchmark):
     for job in jobs:
         assert len({row.job for row in job}) == 1
     for contender in ("ours", "reference"):
-        found = {(row.precision, row.window) for row in rows if row.contender == contender}
-        assert found >= {(p, size) for p in gpu_rows.PRECISIONS for size, _ in gpu_rows.FULL}
+        found = {(row.quantization, row.window) for row in rows if row.contender == contender}
+        assert found >= {(one, size) for one in gpu_rows.PRECISIONS for size, _ in gpu_rows.FULL}
     assert rows[0] == gpu_rows.Row.of(json.loads(json.dumps(rows[0].as_dict())))
 
 
@@ -173,8 +173,8 @@ def test_the_search_ends_at_what_just_fits(benchmark, limit):
 def test_aims_are_judged(benchmark):
     page = benchmark("gpu.page")
 
-    def row(name, contender, precision="int8", window=2048, **values):
-        asked = {"name": name, "contender": contender, "precision": precision}
+    def row(name, contender, quantization="8bit", window=2048, **values):
+        asked = {"name": name, "contender": contender, "quantization": quantization}
         asked |= {"window": window, "batch": 4, "kernel": "any", "search": False}
         return {"row": asked, "status": "measured", **values}
 
@@ -192,10 +192,51 @@ def test_aims_are_judged(benchmark):
     assert met["int8, 2,048 tokens: 3× reference's labelled tokens/s"] is False
     assert met["int8, 2,048 tokens: 1× unsloth's labelled tokens/s"] is True
     assert met["int8, 2,048 × 4 in the memory"] is True
-    assert met["README's command, int8: at most 11 GB"] is True
+    assert met["README's command, int8: at most 11 GB (10.24 GiB)"] is True
     assert met["half of the device's matrix-product peak"] is True
     assert met["the plan within 10% of the peak"] is False
     assert met["NF4, r=32: 40,000 tokens of context"] is None
+
+
+def test_the_plan_of_the_command_is_told_as_it_is(benchmark, tmp_path):
+    from transformers import LlamaConfig
+
+    from llama_lora.model.shape import shape_of
+    from llama_lora.train import plan
+
+    gpu_rows = benchmark("gpu.rows")
+    kind = gpu_rows.KINDS["7b"]
+    command = gpu_rows.all_rows(kind)[0]
+    LlamaConfig(architectures=["LlamaForCausalLM"], **kind.config).save_pretrained(tmp_path)
+    shape = shape_of(tmp_path)
+    setup = plan.Setup(
+        shape=shape,
+        quantization=command.quantization,
+        itemsize=2,
+        targets=shape.targets(list(command.targets)),
+        lora_r=command.rank,
+        lora_dropout=benchmark("gpu.contender").DROPOUT,
+        use_dora=False,
+        optim=command.optim,
+        tokens=command.length * command.batch,
+        longest=command.length,
+        recompute=command.recompute,
+    )
+    planned = benchmark("pages").gib(plan.plan(setup, 16 * 2**30).total)
+    assert f"(the plan says {planned})" in (ROOT / "docs/results/README.md").read_text()
+
+
+def test_a_command_writes_between_its_marks_alone(benchmark, tmp_path, monkeypatch, capsys):
+    pages = benchmark("pages")
+    page = tmp_path / "page.md"
+    mine, other = (f"<!-- {x}.py writes from here -->\nold\n<!-- to here -->\n" for x in "ab")
+    page.write_text(f"before\n{mine}between\n{other}after\n")
+    monkeypatch.setattr("sys.argv", ["/somewhere/a.py", "--write"])
+    pages.publish_part(Namespace(page=page, write=False), "new")
+    assert page.read_text() == f"before\n{mine}between\n{other}after\n"
+    pages.publish_part(Namespace(page=page, write=True), "new", "```\na\n\nb\n```")
+    part = mine.replace("\nold\n", "\n\nnew\n\n```\na\n\nb\n```\n\n")
+    assert page.read_text() == f"before\n{part}between\n{other}after\n"
 
 
 def test_without_a_card_it_says_what_to_do(tmp_path):

@@ -15,6 +15,7 @@ import torch
 from conftest import OFFLINE, ROOT, run_script
 from safetensors.torch import load_file
 
+from llama_lora.chat.adapters import attached
 from llama_lora.chat.sampling import Sampling
 from llama_lora.chat.session import Chat
 from llama_lora.model import adapter
@@ -115,7 +116,7 @@ def expected(home) -> dict[str, list[str]]:
     for name in ("tuned", "base"):
         model = load_base(home / "base", dtype=torch.float32)
         if name == "tuned":
-            model = adapter.load_adapter(model, home / "output")
+            model = attached(model, [home / "output"], [adapter.read_weights(home / "output")])
         sampling = Sampling(temperature=0, max_new_tokens=GREEDY["max_tokens"])
         chat = Chat(model, Template(load_tokenizer(home / "base")), sampling)
         found[name] = ["".join(chat.stream(question)) for question in QUESTIONS]

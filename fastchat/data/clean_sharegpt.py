@@ -9,6 +9,7 @@ from functools import partial
 from llama_lora.cli import one_line_errors
 from llama_lora.corpus import stage
 from llama_lora.corpus.account import listed
+from llama_lora.options import fraction
 
 
 def parse_args() -> argparse.Namespace:
@@ -21,7 +22,7 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument(
         "--near-duplicates",
-        type=stage.fraction,
+        type=fraction,
         metavar="SIMILARITY",
         help="also drop what is at least this similar to a conversation that stays, such as 0.85: "
         "the Jaccard similarity, which is the share of all runs of five words in the two (in "

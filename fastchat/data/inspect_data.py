@@ -10,6 +10,7 @@ from contextlib import ExitStack
 
 from llama_lora.cli import one_line_errors
 from llama_lora.corpus import stage
+from llama_lora.options import between
 
 
 def parse_args() -> argparse.Namespace:
@@ -22,7 +23,12 @@ def parse_args() -> argparse.Namespace:
         metavar="DIR",
         help="folder of the base model, for its tokenizer; without it nothing is told of tokens",
     )
-    add("--max-length", type=stage.positive, default=512, help="tokens that training will read")
+    add(
+        "--max-length",
+        type=between(1, kind=int),
+        default=512,
+        help="tokens that training will read",
+    )
     add("--template", default="vicuna_v1.1", help="prompt template: vicuna_v1.1, or model")
     add(
         "--show",
@@ -33,7 +39,7 @@ def parse_args() -> argparse.Namespace:
     add("--html", metavar="FILE", help="also write the report as one page for a browser")
     add(
         "--sample",
-        type=stage.natural,
+        type=between(0, kind=int),
         default=1000,
         metavar="N",
         help="conversations on that page, at most; chosen at random",

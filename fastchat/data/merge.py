@@ -8,15 +8,18 @@ import argparse
 from llama_lora.cli import one_line_errors
 from llama_lora.corpus import merge, stage
 from llama_lora.corpus.account import listed
+from llama_lora.options import between, fraction
 
 
 def parse_args() -> argparse.Namespace:
     parser = stage.parser(__doc__, several=True)
     parser.add_argument("--shuffle", type=int, metavar="SEED", help="put them in a random order")
-    parser.add_argument("--limit", type=stage.positive, metavar="N", help="keep the first N only")
+    parser.add_argument(
+        "--limit", type=between(1, kind=int), metavar="N", help="keep the first N only"
+    )
     parser.add_argument(
         "--split-eval",
-        type=stage.fraction,
+        type=fraction,
         metavar="FRACTION",
         help="hold this share out, in a file beside the output (OUT.eval.json); conversations that "
         "are equal or alike stay on one side",

@@ -10,6 +10,7 @@ from functools import partial
 
 from llama_lora.cli import one_line_errors
 from llama_lora.corpus import stage
+from llama_lora.options import between
 
 
 def parse_args() -> argparse.Namespace:
@@ -23,7 +24,7 @@ def parse_args() -> argparse.Namespace:
         metavar="DIR",
         help="folder of the base model, for its tokenizer",
     )
-    add("--max-length", type=stage.positive, default=512, help="tokens in a piece, at most")
+    add("--max-length", type=between(1, kind=int), default=512, help="tokens in a piece, at most")
     add("--template", default="vicuna_v1.1", help="prompt template: vicuna_v1.1, or model")
     add(
         "--overlong",

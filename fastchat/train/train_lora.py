@@ -5,7 +5,6 @@ deepspeed --num_gpus=1 fastchat/train/train_lora.py --deepspeed ./deepspeed-conf
     --num_train_epochs 1 --per_device_train_batch_size 14 --gradient_checkpointing True
 """
 
-import json
 import os
 from functools import partial
 from pathlib import Path
@@ -38,7 +37,8 @@ def parse_args():
 @one_line_errors
 def main(model_args, data_args, lora_args, args):
     from llama_lora.train import checkpoints, lora_model
-    from llama_lora.train.trainer import LoraTrainer, quieten
+    from llama_lora.train.logs import quieten
+    from llama_lora.train.trainer import LoraTrainer
 
     quieten(args)
     resume = args.output_dir, args.resume_from_checkpoint, args.overwrite_output_dir
@@ -154,35 +154,14 @@ def tell_how_to_resume(args, trainer):
 
 
 def save(trainer, template, quantization, forecast, data_args):
-    """Save the adapter, verify it, and leave an account of the run and a model card."""
-    from llama_lora.model import adapter, model_card
+    """Save the adapter with a model card and an account of the run."""
     from llama_lora.report import flow
-    from llama_lora.train import checkpoints
+    from llama_lora.train import result
 
-    args = trainer.args
-    summary = {
-        **trainer.summary(quantization),
-        "planned": forecast.summary(),
-        "settings": settings_told(data_args, args),
-        "data": [{"file": step.out, **step.account} for step in flow.steps(data_args.data_path)],
-    }
-    folder = Path(args.output_dir)
-    if args.should_save:
-        with checkpoints.writing(folder):
-            adapter.save(trainer.model, template, folder)
-            trainer.state.save_to_json(str(folder / "trainer_state.json"))
-            (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-            model_card.write(folder)
-    tell(args, f"the adapter is complete and verified: {args.output_dir}")
-
-
-def settings_told(data_args, args):
-    """Flags by name, of which the adapter's evaluation needs those of the data."""
-    told = (
-        (data_args, ["data_path", "eval_data_path", "eval_ratio", "model_max_length"]),
-        (args, ["learning_rate", "num_train_epochs", "gradient_accumulation_steps", "seed"]),
-    )
-    return {name: getattr(part, name) for part, names in told for name in names}
+    stages = [{"file": step.out, **step.account} for step in flow.steps(data_args.data_path)]
+    summary = result.summary(trainer, quantization, forecast, data_args, stages)
+    result.save(trainer, template, summary)
+    tell(trainer.args, f"the adapter is complete and verified: {trainer.args.output_dir}")
 
 
 def tell(args, *lines):

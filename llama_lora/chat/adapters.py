@@ -8,7 +8,7 @@ from llama_lora.cli import InputError
 from llama_lora.model.adapter import check_fits, load_adapter, read_weights
 from llama_lora.model.base import check_folder, load_base
 from llama_lora.model.hardware import device_name, dtype_name, resolve_quantization
-from llama_lora.model.template import Template, load_tokenizer
+from llama_lora.model.template import Template, has_tokenizer, load_template
 
 BASE = "base"  # the name of the base alone
 
@@ -124,28 +124,14 @@ def attached(model, folders: list[Path], weights: list[dict]):
     """`model` with the adapters of `folders` on it, all of which are made for it."""
     for folder, tensors in zip(folders, weights, strict=True):
         check_fits(folder, tensors, model)
-    for number, folder in enumerate(folders):
-        if number == 0:
-            model = load_adapter(model, folder)
-        else:
-            model.load_adapter(str(folder), in_peft(number), is_trainable=False)
+    for number, (folder, tensors) in enumerate(zip(folders, weights, strict=True)):
+        model = load_adapter(model, folder, tensors, in_peft(number))
     return model.eval()
 
 
 def in_peft(number: int) -> str:
     """peft's name for the `number`-th adapter, in which people's names could not all stand."""
     return "default" if number == 0 else f"adapter{number}"
-
-
-def has_tokenizer(folder) -> bool:
-    return (Path(folder) / "tokenizer_config.json").is_file()
-
-
-def load_template(folder, name: str) -> Template:
-    tokenizer = load_tokenizer(folder)
-    if name == "auto":
-        name = "model" if tokenizer.chat_template else "vicuna_v1.1"
-    return Template(tokenizer, name)
 
 
 def template_of_base(folder, name: str, *of_adapters: Template) -> Template:

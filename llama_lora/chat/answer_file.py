@@ -17,10 +17,11 @@ from llama_lora.cli import InputError
 from llama_lora.corpus.account import listed
 from llama_lora.corpus.atomic import Outputs
 from llama_lora.corpus.conversation import GPT, HUMAN, Turn
-from llama_lora.corpus.partial import Partial, written
+from llama_lora.corpus.partial import Partial
 from llama_lora.corpus.questions import Asked, read_questions
 from llama_lora.corpus.stage import spare, stop_on_sigterm
 from llama_lora.corpus.values import dump
+from llama_lora.model.written import written
 
 STOPS = "stop", "length"  # why an answer ended; every other reason is one for there being none
 

@@ -14,6 +14,8 @@ from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaLis
 from llama_lora.chat.prompt import Prompter, TooLong
 from llama_lora.chat.sampling import Sampling, generator, processors, stop_ids
 from llama_lora.chat.text_stream import text_of
+from llama_lora.model.hardware import out_of_memory
+from llama_lora.model.shape import head_size
 
 logger = logging.getLogger(__name__)
 
@@ -92,8 +94,8 @@ def answers(
             prompts[index] = prompter.fit(conversations[index], settings.max_new_tokens).ids
         try:
             written = writer.write(prompts, numbers or range(len(conversations)))
-        except torch.OutOfMemoryError:
-            if len(batch) == 1:
+        except RuntimeError as error:
+            if len(batch) == 1 or not out_of_memory(error):
                 raise
             batch_size = len(batch) // 2
             torch.cuda.empty_cache()
@@ -110,8 +112,7 @@ def rows_that_fit(model, prompt_length: int, settings: Sampling) -> int:
     if model.device.type != "cuda":
         return CPU_ROWS
     config = model.config
-    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * head
+    per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * head_size(config)
     per_row = per_token * model.dtype.itemsize * (prompt_length + settings.max_new_tokens)
     free, _ = torch.cuda.mem_get_info()
     cached = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()

@@ -25,7 +25,7 @@ def as_it_is(conversation: Conversation) -> Kept:
 
 
 @dataclass
-class Arrange:
+class Selection:
     """Shuffles with `seed`, cuts to `limit`, and holds the share `held_out` out.
 
     Conversations that are equal or alike, or of which one goes on with the other, stay on one side.
@@ -56,11 +56,11 @@ class Arrange:
         return Arrangement(outputs, dict.fromkeys(over, Gone("over the limit")))
 
 
-def arrangement(args: argparse.Namespace) -> Arrange | None:
+def arrangement(args: argparse.Namespace) -> Selection | None:
     """How the merged conversations are arranged; None if they stay in the order they came in."""
     if args.shuffle is None and args.limit is None and args.split_eval is None:
         return None
-    return Arrange(args.out, args.shuffle, args.limit, args.split_eval)
+    return Selection(args.out, args.shuffle, args.limit, args.split_eval)
 
 
 def no_fingerprint(turns: list[Turn]) -> Fingerprint:

@@ -4,7 +4,6 @@ import fcntl
 import os
 import sys
 from collections import UserDict
-from pathlib import Path
 from typing import Any
 
 from llama_lora.cli import InputError
@@ -118,21 +117,3 @@ class Partial(UserDict):
                 f"{self.path}: unfinished {self.results} with other {', '.join(differing)}; "
                 "remove it to begin anew"
             )
-
-
-def written(*paths: Path) -> dict[str, float]:
-    """When each of these files was written, and of a model in one of these folders the last.
-
-    0 where there is none.
-    """
-    files = {path: [path] if path.is_file() else _of_model(path) for path in paths}
-    return {
-        str(path.resolve()): max((one.stat().st_mtime for one in found), default=0)
-        for path, found in files.items()
-    }
-
-
-def _of_model(folder: Path) -> list[Path]:
-    """The files by which a model and its tokenizer answer."""
-    kinds = "*.safetensors", "adapter_model.bin", "tokenizer*.json", "chat_template.jinja"
-    return [path for kind in kinds for path in folder.glob(kind)]

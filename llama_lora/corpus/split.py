@@ -28,7 +28,7 @@ from llama_lora.corpus.conversation import (
 from llama_lora.corpus.tokens import Measured, Ruler
 from llama_lora.model.template import Template, load_tokenizer
 
-CONTINUE, TRUNCATE, DROP = OVERLONG = ("continue", "truncate", "drop")
+CONTINUE, TRUNCATE, DROP = ("continue", "truncate", "drop")
 # Tokens of new answer for which every piece has room. With much fewer, an answer would go on in
 # pieces of a few characters, and new text that begins inside a token has nothing left to learn.
 LEAST_ANSWER = 24

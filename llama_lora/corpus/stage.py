@@ -33,6 +33,7 @@ from llama_lora.corpus.pool import Died, Pool
 from llama_lora.corpus.shelf import Fingerprint
 from llama_lora.corpus.values import dump, parse
 from llama_lora.model.hardware import cores
+from llama_lora.options import Help, between
 
 # Of a chunk: enough that handing it over costs little, and little enough to keep memory flat.
 CHUNK_BYTES = 256 << 10
@@ -60,14 +61,6 @@ class Result:
         about = {"reason": why.reason, "detail": why.detail, "file": path}
         about |= {"index": record.index, "byte": record.offset}
         self.rejected.append(rejected_line(about, record.raw, one.found))
-
-
-class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Shows defaults where there are any, and the command as it can be pasted."""
-
-    def _get_help_string(self, action):
-        silent = action.default is None or action.default is False
-        return action.help if silent else super()._get_help_string(action)
 
 
 def parser(doc: str, several: bool = False, writes: bool = True) -> argparse.ArgumentParser:
@@ -99,32 +92,22 @@ def parser(doc: str, several: bool = False, writes: bool = True) -> argparse.Arg
         add(
             "--rejected", metavar="FILE", help="file for what was rejected, with the reason of each"
         )
-    add("--workers", type=positive, default=cores(), help="processes")
+    add("--workers", type=between(1, kind=int), default=cores(), help="processes")
     add("--salvage", action="store_true", help="keep what is complete in a damaged file")
-    add("--begin", type=natural, default=0, metavar="N", help="skip the first N conversations")
-    add("--end", type=natural, metavar="N", help="stop before conversation N, counted from 0")
+    add(
+        "--begin",
+        type=between(0, kind=int),
+        default=0,
+        metavar="N",
+        help="skip the first N conversations",
+    )
+    add(
+        "--end",
+        type=between(0, kind=int),
+        metavar="N",
+        help="stop before conversation N, counted from 0",
+    )
     return parser
-
-
-def natural(text: str, least: int = 0) -> int:
-    """A whole number from `least` on, for argparse."""
-    number = int(text)
-    if number < least:
-        raise argparse.ArgumentTypeError(f"{number} is not at least {least}")
-    return number
-
-
-def positive(text: str) -> int:
-    """A whole number from 1 on, for argparse."""
-    return natural(text, least=1)
-
-
-def fraction(text: str) -> float:
-    """A number between 0 and 1, for argparse."""
-    number = float(text)
-    if not 0 < number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
-    return number
 
 
 def run(

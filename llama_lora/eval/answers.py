@@ -14,7 +14,7 @@ from llama_lora.eval.rates import loops, repetition
 
 
 @dataclass(frozen=True)
-class Answer:
+class MeasuredAnswer:
     """An answer; `stopped` is whether it ended by itself and not at a limit.
 
     `in_language` is whether it is in the language of the question, None where that cannot be told;
@@ -35,7 +35,7 @@ class Exchange:
     """A question and, for each of its turns, the answer of each side."""
 
     question: Question
-    answers: list[dict[str, Answer]]
+    answers: list[dict[str, MeasuredAnswer]]
 
     def as_json(self) -> dict:
         turns = zip(self.question.turns, self.answers, strict=True)
@@ -100,7 +100,7 @@ def in_turn(
     settings: Sampling,
     batch_size: int | None,
     kept: MutableMapping,
-) -> Iterator[tuple[int, int, Answer]]:
+) -> Iterator[tuple[int, int, MeasuredAnswer]]:
     """The answers of one side, each with the places of its question and of the turn in it."""
     chats = [list(question.before) for question in questions]
     for number in range(max(len(question.turns) for question in questions)):
@@ -111,7 +111,7 @@ def in_turn(
         known = [i for i in going_on if names[i] in kept]
         waiting = [i for i in going_on if names[i] not in kept]
         for i in known:
-            found = Answer(**kept[names[i]])
+            found = MeasuredAnswer(**kept[names[i]])
             chats[i].append({"from": "gpt", "value": found.text})
             yield i, number, found
         batch = [chats[i] for i in waiting]
@@ -123,10 +123,10 @@ def in_turn(
             yield i, number, found
 
 
-def answer(written, wanted: str) -> Answer:
+def answer(written, wanted: str) -> MeasuredAnswer:
     """What can be counted in an answer of `chat.batch` that should be in the language `wanted`."""
     language = language_of([{"from": "gpt", "value": written.text}]) if written.text else UNKNOWN
-    return Answer(
+    return MeasuredAnswer(
         text=written.text,
         tokens=len(written.tokens),
         stopped=written.finish_reason == "stop",

@@ -6,14 +6,14 @@ from collections.abc import MutableMapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from llama_lora.chat.adapters import BASE, has_tokenizer, load_adapters, load_template
-from llama_lora.corpus.partial import written
+from llama_lora.chat.adapters import BASE, load_adapters
 from llama_lora.eval import answers, heldout, overlap, questions
 from llama_lora.eval.charts import shown, signed
 from llama_lora.eval.heldout import ADAPTER, HeldOut
 from llama_lora.model.adapter import read_weights
 from llama_lora.model.base import check_folder
-from llama_lora.model.template import Template
+from llama_lora.model.template import Template, has_tokenizer, load_template
+from llama_lora.model.written import written
 from llama_lora.train.examples import Audit, Examples
 
 
@@ -94,7 +94,7 @@ def read_corpus(args: Namespace) -> tuple[Examples, Audit, set[str] | None]:
     args.max_length = min(args.max_length, window_of(args.base_model))
     lora = args.lora_weights
     # Both sides are measured on the very same tokens.
-    template = load_template(lora if lora and has_tokenizer(lora) else args.base_model, "auto")
+    template = load_template(lora if lora and has_tokenizer(lora) else args.base_model)
     examples, audit = heldout.load(args, template)
     print(f"{args.data_path}: {audit}", file=sys.stderr)
     training = overlap.training_examples(lora, template) if lora else None

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from llama_lora.cli import InputError
 from llama_lora.model import base_values
+from llama_lora.text import brief
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -112,7 +113,7 @@ def read_config(folder):
     try:
         config = PeftConfig.from_pretrained(str(folder))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{path}: not an adapter's config: {_first_line(error)}") from error
+        raise InputError(f"{path}: not an adapter's config: {brief(error)}") from error
     if config.peft_type != "LORA":
         kind = str(getattr(config.peft_type, "value", config.peft_type))
         raise InputError(f"{path}: expected a LoRA adapter, found {kind}")
@@ -156,28 +157,35 @@ def _read_tensors(path: Path) -> dict:
         found = f"the code {forbidden[1]}" if forbidden else "another pickle"
         raise InputError(f"{path}: not loaded: expected tensors alone, found {found}") from error
     except Exception as error:  # safetensors raises its own kinds for a damaged header or body
-        raise InputError(f"{path}: cannot be read: {_first_line(error)}") from error
+        raise InputError(f"{path}: cannot be read: {brief(error)}") from error
     tensors = isinstance(weights, dict) and all(map(torch.is_tensor, weights.values()))
     if not tensors:
         raise InputError(f"{path}: expected a dictionary of tensors, found something else")
     return weights
 
 
-def load_adapter(model, folder):
+def load_adapter(model, folder, weights: dict, name: str = "default"):
     """`model` with the adapter of `folder` on it, for inference.
 
+    Args:
+        model: a base that the adapter fits (`check_fits`), or one with other adapters on it.
+        weights: what `read_weights` finds in `folder`.
+        name: of the adapter in peft.
+
     Raises:
-        InputError: the folder holds no adapter, or one made for another base.
+        InputError: the adapter is made for another base.
     """
     from peft import PeftModel, get_peft_model_state_dict
 
-    weights = read_weights(folder)
-    check_fits(folder, weights, model)
     try:
-        adapted = PeftModel.from_pretrained(model, folder, is_trainable=False)
+        if isinstance(model, PeftModel):
+            model.load_adapter(str(folder), name, is_trainable=False)
+            adapted = model
+        else:
+            adapted = PeftModel.from_pretrained(model, folder, name, is_trainable=False)
     except (RuntimeError, ValueError, KeyError) as error:
-        raise _misfit(folder, model, _first_line(error)) from error
-    if differing := set(weights) ^ set(get_peft_model_state_dict(adapted)):
+        raise _misfit(folder, model, brief(error)) from error
+    if differing := set(weights) ^ set(get_peft_model_state_dict(adapted, adapter_name=name)):
         problem = f"{len(differing)} matrices fit no layer of it, first {min(differing)}"
         raise _misfit(folder, model, problem)
     return adapted.eval()
@@ -315,8 +323,3 @@ def _targets(model, wanted: list[str]) -> list[str]:
 
 def _is_int8(model) -> bool:
     return getattr(model, "is_loaded_in_8bit", False)
-
-
-def _first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return " ".join(lines[:2])[:300]

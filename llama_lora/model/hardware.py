@@ -18,14 +18,17 @@ def present() -> Card:
     return like(found.name, (found.major, found.minor), found.total_memory)
 
 
-def capability() -> tuple[int, int] | None:
-    """Compute capability of the current CUDA device, or None on CPU."""
-    return present().capability
-
-
 def device_name() -> str:
     """The name by which people know the device, with its capability."""
     return present().shown
+
+
+def out_of_memory(error: RuntimeError) -> bool:
+    """Whether a computation ended for lack of the card's memory, torch's or cuBLAS' own."""
+    import torch
+
+    lacking = isinstance(error, torch.OutOfMemoryError)
+    return lacking or "CUBLAS_STATUS_ALLOC_FAILED" in str(error)
 
 
 def cores() -> int:

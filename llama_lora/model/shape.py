@@ -6,6 +6,7 @@ from pathlib import Path
 
 from llama_lora.cli import InputError
 from llama_lora.model.base import check_folder
+from llama_lora.text import brief
 
 NF4_BYTES = 1 / 2 + (1 + 4 / 256) / 64  # blocks of 64 share a scale, 256 scales share another
 
@@ -63,6 +64,12 @@ class Shape:
         return self.layers * one_layer
 
 
+def head_size(config) -> int:
+    """Numbers of a query of one attention head, by a config of transformers."""
+    own = getattr(config, "head_dim", None)  # absent or None: the hidden size is shared out
+    return own or config.hidden_size // config.num_attention_heads
+
+
 def shape_of(folder) -> Shape:
     """The shape of the base model in `folder`, read from its config.json.
 
@@ -81,8 +88,7 @@ def shape_of(folder) -> Shape:
         config.num_hidden_layers = layers
         layer = model.base_model.layers[0]
     except (ValueError, KeyError, AttributeError, TypeError) as error:
-        reason = str(error).split("\n")[0]
-        raise InputError(f"{folder}: not a base of Llama's architecture: {reason}") from error
+        raise InputError(f"{folder}: not a base of Llama's architecture: {brief(error)}") from error
     linears = {
         name.rpartition(".")[2]: tuple(module.weight.shape)
         for name, module in layer.named_modules()

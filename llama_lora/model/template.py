@@ -186,6 +186,19 @@ class Template:
         return labels
 
 
+def has_tokenizer(folder) -> bool:
+    """Whether a model or adapter folder brings one."""
+    return (Path(folder) / "tokenizer_config.json").is_file()
+
+
+def load_template(folder, name: str = "auto") -> Template:
+    """The prompt format of a folder with a tokenizer; "auto": that in it, else vicuna_v1.1."""
+    tokenizer = load_tokenizer(folder)
+    if name == "auto":
+        name = "model" if tokenizer.chat_template else "vicuna_v1.1"
+    return Template(tokenizer, name)
+
+
 def load_tokenizer(folder):
     """The tokenizer of a model or adapter folder, with a padding token that is never eos."""
     if not Path(folder).is_dir():

@@ -15,7 +15,7 @@ EXCERPT = 280  # characters of each
 
 
 @dataclass
-class Example:
+class RejectedExample:
     """A rejected conversation: what was found wrong, and how it begins."""
 
     id: str
@@ -29,7 +29,7 @@ class Step:
 
     out: str
     account: dict[str, Any]
-    examples: dict[str, list[Example]] = field(default_factory=dict)
+    examples: dict[str, list[RejectedExample]] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -89,9 +89,9 @@ def read_account(path: str) -> dict[str, Any]:
     return account
 
 
-def examples(path: str) -> dict[str, list[Example]]:
+def examples(path: str) -> dict[str, list[RejectedExample]]:
     """The first of the conversations in a `--rejected` file, by reason."""
-    found: dict[str, list[Example]] = {}
+    found: dict[str, list[RejectedExample]] = {}
     if not os.path.isfile(path):
         return found
     for item in rejected_items(path):
@@ -117,7 +117,7 @@ def rejected_items(path: str) -> Iterator[dict]:
             yield item
 
 
-def example(item: dict) -> Example:
+def example(item: dict) -> RejectedExample:
     """An item of a `--rejected` file, cut to a readable length."""
     conversation = item.get("conversation")
     name, text = "", item.get("text") or conversation
@@ -129,8 +129,9 @@ def example(item: dict) -> Example:
         text = dump(text).decode()
     where = text.find(detail) if len(detail := str(item.get("detail") or "")) > 3 else -1
     start = max(where - EXCERPT // 2, 0)
-    excerpt = ("… " if start else "") + text[start : start + EXCERPT]
-    return Example(str(name or ""), detail, excerpt + (" …" if start + EXCERPT < len(text) else ""))
+    end = start + EXCERPT
+    excerpt = ("… " if start else "") + text[start:end] + (" …" if end < len(text) else "")
+    return RejectedExample(str(name or ""), detail, excerpt)
 
 
 def turn_text(turn: Any) -> str:

@@ -7,6 +7,8 @@ micro-batch; what does not grow with its tokens has functions of its own.
 
 from dataclasses import dataclass
 
+from llama_lora.model.shape import head_size
+
 FP32 = 4
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP = ("gate_proj", "up_proj", "down_proj")
@@ -39,14 +41,19 @@ class Layer:
 
     @classmethod
     def of(cls, config, targets, *others) -> "Layer":
-        """Of a transformers config, or of the dict in a config.json."""
-        values = config if isinstance(config, dict) else config.to_dict()
-        hidden, heads = values["hidden_size"], values["num_attention_heads"]
-        head = values.get("head_dim") or hidden // heads
-        kv_heads = values.get("num_key_value_heads") or heads
+        """Of a transformers config."""
+        heads, head = config.num_attention_heads, head_size(config)
+        kv_heads = config.num_key_value_heads or heads
         targets = ATTENTION + MLP if "all-linear" in targets else tuple(targets)
-        sizes = hidden, values["intermediate_size"], heads, heads * head, kv_heads * head
-        return cls(*sizes, targets, *others)
+        return cls(
+            config.hidden_size,
+            config.intermediate_size,
+            heads,
+            heads * head,
+            kv_heads * head,
+            targets,
+            *others,
+        )
 
     def width(self, name: str) -> int:
         """Numbers that a linear layer takes in."""
@@ -180,7 +187,7 @@ def kept_per_token(config, targets, lora_r, quantization, itemsize, dropout, on_
     products with int8 weights keep no more than others.
 
     Args:
-        config: a Llama's, of transformers, or the dict in its config.json.
+        config: a Llama's, of transformers.
         targets: names of the linear layers with LoRA matrices, or ["all-linear"].
         itemsize: bytes of a number of the activations.
     """
@@ -201,14 +208,12 @@ def layer_peak_per_token(
 
 def checkpoint_per_token(config, itemsize: int) -> int:
     """Bytes per token that one layer with checkpointing keeps: its input."""
-    return itemsize * _value(config, "hidden_size")
+    return itemsize * config.hidden_size
 
 
 def beside_layers_per_token(config, itemsize: int) -> int:
     """Bytes per token that are there while layers go backward: rotary angles, ids and labels."""
-    hidden, heads = _value(config, "hidden_size"), _value(config, "num_attention_heads")
-    head = _value(config, "head_dim") or hidden // heads
-    return 2 * itemsize * head + IDS
+    return 2 * itemsize * head_size(config) + IDS
 
 
 def ends_per_token(config, itemsize: int) -> int:
@@ -217,7 +222,7 @@ def ends_per_token(config, itemsize: int) -> int:
     Besides the above the last norm's input in fp32, and the gradient of the hidden states that the
     loss in chunks computes; `layer_peak_per_token` has the gradient that these become.
     """
-    hidden = _value(config, "hidden_size")
+    hidden = config.hidden_size
     last = FP32 * hidden + FP32 + itemsize * hidden
     return beside_layers_per_token(config, itemsize) + last
 
@@ -249,8 +254,4 @@ def dequantized_bytes(config, quantization: str, itemsize: int) -> int:
     """Bytes of the largest weight in the compute dtype, made for a product with it; any tokens."""
     if quantization == "none":
         return 0
-    return itemsize * _value(config, "hidden_size") * _value(config, "intermediate_size")
-
-
-def _value(config, name: str):
-    return config.get(name) if isinstance(config, dict) else getattr(config, name, None)
+    return itemsize * config.hidden_size * config.intermediate_size

@@ -9,11 +9,11 @@ import psutil
 from transformers.training_args import OptimizerNames
 
 from llama_lora.cli import InputError
-from llama_lora.model.cards import CARDS, Card, card_named
+from llama_lora.model.cards import CARDS, GIB, Card, card_named
 from llama_lora.model.hardware import compute_dtype, present
 from llama_lora.model.shape import Shape
 from llama_lora.train import advice, pace
-from llama_lora.train.plan import CUDA_CONTEXT, GIB, Plan, Setup, plan
+from llama_lora.train.plan import CUDA_CONTEXT, CUDA_LIBRARIES, Plan, Setup, plan
 
 REACHED = 0.6  # of a card's published peak, by its matrix products: assumed, not measured
 ENOUGH_TOKENS = 1024  # in one part to keep a device busy
@@ -99,7 +99,7 @@ class Forecast:
             "activations": f"a micro-batch{parts} {setup.part_tokens:,} tokens; "
             f"{found.recomputed} of {shape.layers} layers recompute{offloaded}{tiles}",
         }
-        return [(name, size, notes.get(name, "")) for name, size in found.parts.items()]
+        return [(name, size, notes.get(name, "")) for name, size in found.bytes_by_use.items()]
 
     def _time(self) -> list[str]:
         labelled = self.work.labelled / max(self.work.tokens, 1)
@@ -242,7 +242,7 @@ def room(card: Card, here: bool, processes: int) -> tuple[float, float]:
         return card.memory, CUDA_CONTEXT
     import torch
 
-    return torch.cuda.mem_get_info()[0], 0
+    return torch.cuda.mem_get_info()[0], CUDA_LIBRARIES
 
 
 def rate_of(card: Card, here: bool, shape: Shape, dtype) -> tuple[float, str]:
@@ -258,6 +258,7 @@ def gib(size: float) -> str:
 
 
 def duration(hours: float) -> str:
-    if hours < 1 / 60:
-        return "a minute"
-    return f"{hours:,.1f} hours" if hours >= 1 else f"{60 * hours:,.0f} minutes"
+    if hours >= 1:
+        return f"{hours:,.1f} hours"
+    minutes = round(60 * hours)
+    return f"{minutes} minutes" if minutes > 1 else "a minute"

@@ -3,12 +3,17 @@
 import json
 import math
 import resource
+import sys
 import time
+import warnings
 from pathlib import Path
 
 import torch
+import transformers
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
+
+from llama_lora.model.cards import GIB
 
 LOG = "trainer_log.jsonl"
 PICTURE = "loss.png"
@@ -65,7 +70,7 @@ class LogLine(TrainerCallback):
                 f"lr {logs['learning_rate']:.2e}",
                 f"grad {logs.get('grad_norm', 0.0):.3f}",
                 f"{self._tokens_per_second():,.0f} labelled tokens/s",
-                f"{peak_memory() / 2**30:.1f} GiB",
+                f"{peak_memory() / GIB:.1f} GiB",
                 f"{self._time_left(state)} left",
             ]
             print(" | ".join(parts), flush=True)
@@ -173,3 +178,13 @@ def peak_memory() -> int:
     if torch.cuda.is_available():
         return torch.cuda.max_memory_reserved()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def quieten(args) -> None:
+    """Keep the log to what the user can act on, and each thing in it once."""
+    # Libraries telling each other of names that they will change.
+    warnings.filterwarnings(
+        "ignore", category=FutureWarning, module=r"transformers|torch|accelerate"
+    )
+    if args.process_index > 0 or not sys.stderr.isatty():
+        transformers.utils.logging.disable_progress_bar()

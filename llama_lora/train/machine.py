@@ -29,6 +29,7 @@ from llama_lora.model.hardware import (
     present,
     resolve_quantization,
 )
+from llama_lora.text import brief
 
 OLDEST_PYTHON = 3, 11
 BUILT_ON_THE_SPOT = {"pyicu", "pycld2"}
@@ -228,7 +229,7 @@ def bases(pin: str) -> Iterator[Finding]:
         except (RuntimeError, ImportError, probe.Wrong) as fault:
             remedy = f"pip install --force-reinstall --no-deps bitsandbytes=={pin}"
             stops = quantization in (default, "none")
-            yield Finding(what, f"does not train: {_first_line(fault)}", False, remedy, stops)
+            yield Finding(what, f"does not train: {brief(fault)}", False, remedy, stops)
             continue
         allowed = probe.TOLERANCES[quantization]
         found = f"trains in {dtype_name(dtype)}, {error:.2%} from fp32 (at most {allowed:.0%})"
@@ -244,7 +245,7 @@ def optimizer(pin: str) -> Finding:
         error = probe.optimizer_error(device)
     except (RuntimeError, ImportError, probe.Wrong) as fault:
         remedy = f"pip install --force-reinstall --no-deps bitsandbytes=={pin}"
-        return Finding("8-bit AdamW", f"does not step: {_first_line(fault)}", False, remedy)
+        return Finding("8-bit AdamW", f"does not step: {brief(fault)}", False, remedy)
     return Finding("8-bit AdamW", f"steps, {error:.2%} from fp32 (at most {probe.STEP_ERROR:.0%})")
 
 
@@ -275,7 +276,7 @@ def imports(what: str, modules: tuple[str, ...], remedy: str, stops: bool = Fals
         try:
             importlib.import_module(module)
         except (ImportError, RuntimeError, AttributeError) as fault:  # of versions that do not fit
-            found = f"{module} cannot be imported: {_first_line(fault)}"
+            found = f"{module} cannot be imported: {brief(fault)}"
             return Finding(what, found, False, remedy, stops)
     return Finding(what, f"imports {', '.join(modules)}")
 
@@ -345,7 +346,3 @@ def _nvidia_smi(field: str) -> list[str]:
 def _as_root(install: str) -> str:
     command = f"apt-get update && {install}"
     return command if os.geteuid() == 0 else f"sudo sh -c '{command}'"
-
-
-def _first_line(fault: Exception) -> str:
-    return str(fault).strip().partition("\n")[0]

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from llama_lora.model.shape import Shape
+from llama_lora.model.shape import Shape, head_size
 
 # Of the rate that matrix products alone reach, by precision of the base. Assumed, after the shares
 # in docs/training-speed.md.
@@ -39,7 +39,7 @@ def operations(shape: Shape, work: Work, lora_parameters: int, recomputed: float
     recomputes it (Dao et al. 2022), so that it costs 2.5 times the forward pass.
     """
     config = shape.config
-    size = config.num_attention_heads * getattr(config, "head_dim", 0) or config.hidden_size
+    size = config.num_attention_heads * head_size(config)
     forward = 2 * (shape.linear + lora_parameters) * work.tokens
     attention = 2 * shape.layers * size * work.attended
     backward = 2 * (shape.linear + 2 * lora_parameters) * work.tokens + 2.5 * attention

@@ -6,12 +6,15 @@ memory is here. Nothing is loaded, so that the answer costs seconds and the card
 
 from dataclasses import dataclass
 
+from llama_lora.model.cards import GIB
 from llama_lora.model.shape import Shape
 from llama_lora.train import footprint, loss, recompute
+from llama_lora.train.footprint import FP32
 
-GIB = 2**30
-FP32 = 4
-CUDA_CONTEXT = 0.45 * GIB  # kernels and handles that CUDA, cuBLAS and torch load, seen by nobody
+# What CUDA and the libraries on it take, unseen by torch: assumed, not measured. The context is
+# there at once; kernels, the workspaces of cuBLAS and NCCL and DeepSpeed's buffers come later.
+CUDA_LIBRARIES = 0.25 * GIB
+CUDA_CONTEXT = 0.2 * GIB + CUDA_LIBRARIES
 COMFORTABLE = 0.9  # share of the memory that what is chosen here leaves in use at most
 FRAGMENTATION = 0.04  # of what comes and goes
 # The same on a CPU, by benchmarks/plan_accuracy.py: glibc's heap keeps what lies between blocks,
@@ -83,11 +86,11 @@ class Plan:
     setup: Setup
     available: float
     recomputed: int
-    parts: dict[str, float]
+    bytes_by_use: dict[str, float]
 
     @property
     def total(self) -> float:
-        return sum(self.parts.values())
+        return sum(self.bytes_by_use.values())
 
     @property
     def spare(self) -> float:

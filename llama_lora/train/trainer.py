@@ -1,24 +1,21 @@
 """The Hugging Face Trainer with our data, our gradients and an account of what was trained on."""
 
-import os
-import sys
-import warnings
 from pathlib import Path
 
 import torch
 import transformers
 from accelerate.utils import gather_object
-from transformers import PrinterCallback, TrainerCallback
+from transformers import PrinterCallback
 
 from llama_lora.cli import InputError
 from llama_lora.model import adapter
-from llama_lora.model.hardware import device_name, dtype_name
 from llama_lora.model.template import IGNORE
-from llama_lora.train import checkpoints, loss, recompute
+from llama_lora.train import checkpoints
 from llama_lora.train.best import Best, trainable
 from llama_lora.train.gradients import Gradients
-from llama_lora.train.logs import LogFile, LogLine, Totals, peak_memory
-from llama_lora.train.packing import MicroBatches, check_isolation, collate
+from llama_lora.train.logs import LogFile, LogLine, Totals
+from llama_lora.train.packing import MicroBatches, collate
+from llama_lora.train.preparation import Preparation
 from llama_lora.train.stop import Diverged, Overflow, Stop, is_finite
 
 
@@ -64,7 +61,7 @@ class LoraTrainer(transformers.Trainer):
             LogFile(self.totals),
             self.best,
             self.stop,
-            Overflow(lambda: self.accelerator.optimizer_step_was_skipped),
+            Overflow(self.accelerator),
         ):
             self.add_callback(callback)
 
@@ -216,68 +213,3 @@ class LoraTrainer(transformers.Trainer):
             self.best.restore(self.args, self.model)
             if self.is_world_process_zero():
                 self.tell(f"the best adapter is that of step {self.best.step}; it is the one saved")
-
-    def summary(self, quantization: str) -> dict:
-        """What the run came to, over all processes and resumes."""
-        trained, total = self.model.get_nb_trainable_parameters()
-        held_out = [log["eval_loss"] for log in self.state.log_history if "eval_loss" in log]
-        return {
-            "steps": self.state.global_step,
-            "trainable_parameters": trained,
-            "parameters": total,
-            "labelled_tokens": self.totals.labelled,
-            "held_out_loss_before": held_out[0] if held_out else None,
-            "held_out_loss_after": self.best.loss if held_out else None,
-            "best_step": self.best.step if held_out else None,
-            "minutes": self.totals.seconds() / 60,
-            "peak_memory_bytes": peak_memory(),
-            "processes": self.args.world_size,
-            "device": device_name(),
-            "compute_dtype": dtype_name(self.args.compute_dtype),
-            "quantization": quantization,
-        }
-
-
-class Preparation(TrainerCallback):
-    """Checks packing and sets checkpointing up before the first step, and not before a checkpoint
-    is loaded: bitsandbytes' int8 layers accept no state after their first forward pass.
-    """
-
-    def __init__(self, tokens: int, autocast):
-        """`autocast` makes the context in which training computes."""
-        self.tokens, self.autocast = tokens, autocast
-
-    def on_train_begin(self, args, state, control, model=None, **kwargs):
-        base = model.get_base_model()
-        with self.autocast():
-            check_isolation(model)
-            loss.check(base)
-            said = recompute.set_up(
-                base, args.recompute, self.tokens, args.offload_activations, args.mlp_tiles
-            )
-        if state.is_world_process_zero:
-            print(said, flush=True)
-        unlink_shared_memory(args.process_index)
-
-
-def unlink_shared_memory(process: int) -> None:
-    """Take the name from what DeepSpeed shares between processes without a card, 69 MB each.
-
-    It stays for those who have it open, and goes with them; DeepSpeed itself would leave it.
-    """
-    if not torch.distributed.is_initialized():
-        return
-    torch.distributed.barrier()  # all have opened all
-    where = os.getuid(), os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"], process
-    name = "_".join(map(str, ("deepspeed_allreduce_buffer", *where)))
-    Path("/dev/shm", name).unlink(missing_ok=True)
-
-
-def quieten(args) -> None:
-    """Keep the log to what the user can act on, and each thing in it once."""
-    # Libraries telling each other of names that they will change.
-    warnings.filterwarnings(
-        "ignore", category=FutureWarning, module=r"transformers|torch|accelerate"
-    )
-    if args.process_index > 0 or not sys.stderr.isatty():
-        transformers.utils.logging.disable_progress_bar()

@@ -199,7 +199,8 @@ def write_weights(
 ) -> int:
     """Write the safetensors files and, if there are several, their index; return their number."""
     weight_map, total = {}, 0
-    with tqdm(desc="weights", total=sum(map(len, shards)), unit="tensor", leave=False) as progress:
+    count = sum(map(len, shards))
+    with tqdm(desc="weights", total=count, unit="tensor", leave=False, disable=None) as progress:
         for number, names in enumerate(shards, start=1):
             file = "model.safetensors"
             if len(shards) > 1:

@@ -12,7 +12,7 @@ import torch
 from llama_lora.cli import InputError
 from llama_lora.model import adapter, model_card
 from llama_lora.model.hardware import dtype_name
-from llama_lora.model.template import Template, load_tokenizer
+from llama_lora.model.template import has_tokenizer, load_template
 from llama_lora.weights import gguf_export
 from llama_lora.weights.hf_folder import Checkpoint, Written, building, plan_shards, write_weights
 from llama_lora.weights.hf_weights import FolderWeights
@@ -104,7 +104,7 @@ def open_merged(
     """The merged model, whose tensors are computed when loaded, and their shapes by name."""
     weights = FolderWeights(base)
     changes = read_changes(lora, weights.model)
-    template = _template(base, lora)
+    template = load_template(lora if has_tokenizer(lora) else base)
     dtype, config, shapes = dtype or weights.dtype, weights.config, dict(weights.shapes)
     if HEAD.removesuffix(".weight") in changes and HEAD not in shapes:
         # A changed output layer can no longer be the embeddings.
@@ -182,13 +182,6 @@ def _scale(folder: Path, config, layer: str, rank: int) -> float:
         raise InputError(f"{folder}: expected rank {expected} of {layer}, found {rank}")
     alpha = of(config.alpha_pattern, config.lora_alpha)
     return alpha / math.sqrt(rank) if config.use_rslora else alpha / rank
-
-
-def _template(base: Path, lora: Path) -> Template:
-    """The prompt format that goes with the adapter, as generate.py finds it."""
-    brings = (lora / "tokenizer_config.json").is_file()
-    tokenizer = load_tokenizer(lora if brings else base)
-    return Template(tokenizer, "model" if tokenizer.chat_template else "vicuna_v1.1")
 
 
 def _write_configs(folder: Path, merged: Checkpoint, base: Path) -> None:

@@ -12,6 +12,7 @@ import torch
 from transformers import LlamaConfig
 
 from llama_lora.cli import InputError
+from llama_lora.text import brief
 from llama_lora.weights.hf_folder import Checkpoint, parameter_shapes, split_rotary_halves
 from llama_lora.weights.llama_tokenizer import read_tokenizer_model
 
@@ -144,9 +145,8 @@ def _open_shard(path: Path) -> Shard:
     try:
         shard = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except (RuntimeError, ValueError, EOFError, OSError, KeyError, pickle.UnpicklingError) as error:
-        reason = str(error).split("\n")[0][:200]
         raise InputError(
-            f"{path}: expected a PyTorch checkpoint, found damage: {reason}"
+            f"{path}: expected a PyTorch checkpoint, found damage: {brief(error)}"
         ) from error
     tensors = isinstance(shard, dict) and all(torch.is_tensor(value) for value in shard.values())
     if not tensors:

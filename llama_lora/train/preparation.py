@@ -1,0 +1,63 @@
+"""What is checked and set up in a loaded model before its first training step."""
+
+import os
+from pathlib import Path
+
+import torch
+from transformers import TrainerCallback
+from transformers.training_args import OptimizerNames
+
+from llama_lora.train import loss, recompute
+from llama_lora.train.best import trainable
+from llama_lora.train.footprint import FP32
+from llama_lora.train.packing import check_isolation
+from llama_lora.train.plan import optimizer_bytes
+
+
+class Preparation(TrainerCallback):
+    """Checks packing and sets checkpointing up before the first step, and not before a checkpoint
+    is loaded: bitsandbytes' int8 layers accept no state after their first forward pass.
+    """
+
+    def __init__(self, tokens: int, autocast):
+        """`autocast` makes the context in which training computes."""
+        self.tokens, self.autocast = tokens, autocast
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        base = model.get_base_model()
+        reserved = bytes_to_come(args, trainable(model))
+        with self.autocast():
+            check_isolation(model)
+            loss.check(base)
+            said = recompute.set_up(
+                base,
+                args.recompute,
+                self.tokens,
+                args.offload_activations,
+                args.mlp_tiles,
+                reserved,
+            )
+        if state.is_world_process_zero:
+            print(said, flush=True)
+        unlink_shared_memory(args.process_index)
+
+
+def bytes_to_come(args, trained) -> int:
+    """What the first step will allocate for the trained parameters, by name, and keep."""
+    gradients = 2 * FP32  # computed apart from those that the optimizer reads
+    # DeepSpeed has made the optimizer's states by now.
+    states = 0 if args.deepspeed else optimizer_bytes(OptimizerNames(args.optim).value)
+    return (gradients + states) * sum(parameter.numel() for _, parameter in trained)
+
+
+def unlink_shared_memory(process: int) -> None:
+    """Take the name from what DeepSpeed shares between processes without a card, 69 MB each.
+
+    It stays for those who have it open, and goes with them; DeepSpeed itself would leave it.
+    """
+    if not torch.distributed.is_initialized():
+        return
+    torch.distributed.barrier()  # all have opened all
+    where = os.getuid(), os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"], process
+    name = "_".join(map(str, ("deepspeed_allreduce_buffer", *where)))
+    Path("/dev/shm", name).unlink(missing_ok=True)
