@@ -48,18 +48,19 @@ lint: .venv/complete  ## check style and format
 
 bench: .venv/complete $(D)/adapter/summary.json  ## measure every figure in docs/ again (4 hours on 2 cores)
 	pip install --quiet -r benchmarks/requirements.txt
-	python3 benchmarks/markdown_fidelity.py --out docs/markdown.md
-	python3 benchmarks/markdown_speed.py --out docs/markdown.md
-	python3 benchmarks/language.py --out docs/language.md
+	python3 benchmarks/markdown_fidelity.py --write
+	python3 benchmarks/markdown_speed.py --write
+	python3 benchmarks/language.py --write
 	python3 benchmarks/corpus.py --write
-	python3 benchmarks/loss_memory.py --out docs/loss-memory.md
+	python3 benchmarks/rounding.py --write
+	python3 benchmarks/loss_memory.py --write
 	python3 benchmarks/train_speed.py --write
 	python3 benchmarks/learning.py --write
 	python3 benchmarks/plan_accuracy.py --write
 	python3 benchmarks/card_plans.py --write
-	python3 benchmarks/long_context.py --out docs/long-context-memory.md
-	python3 benchmarks/merge_memory.py --out docs/merge-memory.md
-	python3 benchmarks/first_token.py --out docs/first-token.md
+	python3 benchmarks/long_context.py --write
+	python3 benchmarks/merge_memory.py --write
+	python3 benchmarks/first_token.py --write
 
 clean:  ## remove what the demo and the tools wrote; .venv stays
 	rm -rf $(D) build *.egg-info .pytest_cache .ruff_cache .hypothesis

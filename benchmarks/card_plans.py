@@ -11,15 +11,15 @@ import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
+import pages
 import training_runs as runs
 
-PAGE = "card-plans.md"
 CARDS = ["T4", "2xT4", "P100", "V100", "RTX A4000", "RTX 4080", "RTX 5060 Ti", "RTX 3090", "A100"]
 LENGTHS = [512, 2048]
 
 
 def parse_args() -> argparse.Namespace:
-    return runs.parser(__doc__).parse_args()
+    return runs.parser(__doc__, "card-plans.md").parse_args()
 
 
 def main(args: argparse.Namespace) -> None:
@@ -31,23 +31,30 @@ def main(args: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as folder:
         LlamaConfig(architectures=["LlamaForCausalLM"]).save_pretrained(folder)  # 7B by default
         shape = shape_of(Path(folder))
-    rows, epoch = [], ""
+    chats, _ = runs.real_corpus(args.cache)
+    rows = []
     for length in LENGTHS:
-        examples = load(length, args)
+        examples = load(chats, length, args)
         rows += [row(shape, examples, length, card) for card in CARDS]
-        epoch = f"{int(examples.lengths.sum()):,} tokens, {examples.labelled():,} of them labelled"
-    text = [EXPLANATION.format(parameters=shape.parameters / 1e9, epoch=epoch), runs.table(rows)]
-    runs.report(args, "Plans for a 7B Llama", text, rows, PAGE)
+    explanation = EXPLANATION.format(
+        parameters=shape.parameters / 1e9,
+        chats=len(set(examples.sources)),
+        length=length,
+        tokens=int(examples.lengths.sum()),
+        labelled=examples.labelled(),
+    )
+    pages.publish(
+        args, "Plans for a 7B Llama", f"{pages.origin()}.", explanation, pages.table(rows)
+    )
 
 
-def load(length: int, args: argparse.Namespace):
+def load(chats: Path, length: int, args: argparse.Namespace):
     """Real chats as examples of at most `length` tokens."""
     from llama_lora.model.template import Template, load_tokenizer
     from llama_lora.train.examples import load_examples
 
-    chats, _ = runs.real_corpus(args.cache)
-    path = args.cache / f"plans-{length}.json"
-    runs.write(runs.pieces(chats, args.base, length, args.cache), path)
+    pieces = runs.pieces(chats, args.base, length, args.cache)
+    path = runs.write(pieces, args.cache / f"plans-{length}.json")
     return load_examples(str(path), Template(load_tokenizer(args.base)), length)[0]
 
 
@@ -79,8 +86,8 @@ def row(shape, examples, length: int, card: str) -> dict:
         "card": card,
         "length": length,
         "base": quantization,
-        "memory": runs.gib(told.plan.total),
-        "available": runs.gib(told.plan.available),
+        "memory": pages.gib(told.plan.total),
+        "available": pages.gib(told.plan.available),
         "fits": "yes" if told.plan.fits else "no",
         "computed at once": f"{setup.part_tokens:,} tokens",
         "recompute": f"{told.plan.recomputed} of {shape.layers} layers",
@@ -92,8 +99,10 @@ EXPLANATION = """\
 Reckoned, not measured: {parameters:.2f} B parameters, LoRA with the default flags (all linear
 layers, rank 16), micro-batches of 4 × the length, computed in the parts that fit
 (`--per_device_train_batch_size auto`), layers recomputed where memory asks for it. Hours are for
-an epoch of {epoch}, at the assumed share of each card's published peak; two epochs take twice as
-long. `--dry_run True` says the same of your corpus, and on the card itself measures its rate."""
+an epoch of {chats:,} real English chats, at a length of {length:,} in all {tokens:,} tokens,
+{labelled:,} of them labelled, at the assumed share of each card's published peak; two epochs take
+twice as long. `--dry_run True` says the same of your corpus, and on the card itself measures its
+rate."""
 
 
 if __name__ == "__main__":

@@ -16,11 +16,13 @@ from importlib.metadata import version
 from pathlib import Path
 
 import orjson
+import pages
 import split_coverage
 from chatgpt_vintages import VINTAGES, chatgpt_html, renderer
 from machine import today
 from measured_command import Cost, measured
-from training_runs import PACKAGE, ROOT, package, report, stage, table
+from pages import ROOT, table
+from training_runs import PACKAGE, package, stage
 
 from llama_lora.model.hardware import cores
 
@@ -39,18 +41,14 @@ HELP_RUNS = 3
 
 
 def parse_args() -> argparse.Namespace:
-    told = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    add = told.add_argument
+    parser = pages.parser(__doc__, "corpus.md")
+    add = parser.add_argument
     add("--base", type=Path, default=ROOT / ".demo/base", help="base model folder; made if missing")
     add("--cache", type=Path, default=ROOT / ".bench/corpus", help="for downloads and runs")
-    add("--json", type=Path, metavar="FILE", help="also write the results here")
-    add("--write", action="store_true", help="also write docs/corpus.md")
     add("--share", type=float, default=1.0, help="of the conversations, for a quick look")
-    add("--repeats", type=int, default=2, help="runs of each stage, in turn; the fastest counts")
+    add("--repeats", type=int, default=1, help="runs of each stage, in turn; the fastest counts")
     add("--parts", nargs="+", choices=PARTS, default=PARTS, help="to run; others as last time")
-    return told.parse_args()
+    return parser.parse_args()
 
 
 def main(args: argparse.Namespace) -> None:
@@ -66,7 +64,8 @@ def main(args: argparse.Namespace) -> None:
             found = run(part, args, folder, raw)
             results[part] = {"found": found, "date": today(), "repeats": args.repeats}
             memory.write_text(json.dumps(results, indent=1))
-    report(args, "The corpus path", list(sections(results, args, raw)), results, "corpus.md")
+    origin = f"{pages.origin()}, one run after the other."
+    pages.publish(args, "The corpus path", origin, *sections(results, raw))
 
 
 def run(part: str, args: argparse.Namespace, folder: Path, raw: Path) -> dict:
@@ -192,15 +191,16 @@ def windows(args: argparse.Namespace, folder: Path, raw: Path) -> dict:
 # ---- The page ----
 
 
-def sections(results: dict, args: argparse.Namespace, raw: Path) -> Iterator[str]:
-    what = (
-        f"The packaged real conversations of {PACKAGE.replace('==', ' ')} with the answers as "
-        f"ChatGPT's HTML, {raw.stat().st_size >> 20} MiB, through the scripts of fschat "
-        f"{version('fschat')} as pip installs them and through ours, {cores()} cores each. Runs "
-        "take turns, the fastest counts. Memory is the most that all processes of a script hold "
-        "at once; what they share counts once."
-    )
+def sections(results: dict, raw: Path) -> Iterator[str]:
     if stages := [name for name in STAGES if name in results]:
+        several = any(results[name]["repeats"] > 1 for name in stages)
+        what = (
+            f"The packaged real conversations of {PACKAGE.replace('==', ' ')} with the answers as "
+            f"ChatGPT's HTML, {raw.stat().st_size >> 20} MiB, through the scripts of fschat "
+            f"{version('fschat')} as pip installs them and through ours, {cores()} cores each. "
+            f"{'Runs take turns, the fastest counts. ' if several else ''}Memory is the most that "
+            "all processes of a script hold at once; what they share counts once."
+        )
         yield from ("## Time and memory", what, table(list(costs(results, stages))))
     if FIVE in results:
         text = f"Of one run, {results[FIVE]['date']}."
@@ -222,7 +222,8 @@ def costs(results: dict, stages: list[str]) -> Iterator[dict]:
     sides = list(results[stages[0]]["found"])
     for name in stages:
         part = results[name]
-        measured_on = f"{part['date']}, {part['repeats']} runs"
+        count = part["repeats"]
+        measured_on = f"{part['date']}, {count} {'run' if count == 1 else 'runs'}"
         cells = {side: row(Cost(**part["found"][side])) for side in sides}
         yield {"stage": name, **cells, "measured": measured_on}
     totals = {}

@@ -1,6 +1,6 @@
 """How soon an answer begins, how fast it goes on, and what batches make of it.
 
-make demo && python3 benchmarks/first_token.py --out docs/first-token.md
+make demo && python3 benchmarks/first_token.py --write
 
 A chat asks question after question, all of which stay in its context; the first token of each
 answer is awaited. Then as many questions are answered one by one and in a batch.
@@ -11,21 +11,23 @@ import statistics
 import time
 from pathlib import Path
 
-import training_runs as runs
-from machine import machine
+import pages
+from pages import ROOT
 
 TOPICS = ["rain", "bread", "trains", "glass", "bees", "chess", "salt", "clouds"]
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = pages.parser(__doc__, "first-token.md")
     add = parser.add_argument
-    add("--base_model", type=Path, default=".demo/base", help="Hugging Face model folder")
-    add("--lora_weights", type=Path, default=".demo/adapter", help="adapter folder")
+    add(
+        "--base_model",
+        type=Path,
+        default=ROOT / ".demo/base",
+        help="Hugging Face model folder",
+    )
+    add("--lora_weights", type=Path, default=ROOT / ".demo/adapter", help="adapter folder")
     add("--tokens", type=int, default=48, help="of each answer, at most")
-    add("--out", type=Path, help="page to write")
     return parser.parse_args()
 
 
@@ -41,10 +43,12 @@ def main(args: argparse.Namespace) -> None:
     model, template, summary = load(args.base_model, args.lora_weights)
     waits, rate = chat(model, template, sampling)
     rates = {size: batch(model, template, sampling, size) for size in (1, len(TOPICS))}
-    text = page(args, model, summary, waits, rate, rates)
-    print(text)
-    if args.out:
-        args.out.write_text(text)
+    pages.publish(
+        args,
+        "How soon an answer begins",
+        meaning(args, model, summary),
+        pages.table(figures(waits, rate, rates), left=1),
+    )
 
 
 def chat(model, template, sampling) -> tuple[list[float], float]:
@@ -76,29 +80,25 @@ def batch(model, template, sampling, size: int) -> float:
     return written / (time.perf_counter() - began)
 
 
-def page(args, model, summary: str, waits: list[float], rate: float, rates: dict) -> str:
+def meaning(args: argparse.Namespace, model, summary: str) -> str:
     size = sum(parameter.numel() for parameter in model.parameters()) / 1e6
-    rows = {
+    return f"""\
+{pages.origin()}:
+{summary.replace(f"{ROOT}/", "")}; {size:,.0f} M weights.
+A chat of {len(TOPICS)} questions, all of which stay in its context, answers of at most
+{args.tokens} tokens, the likeliest ones; then the same questions as a file of prompts.
+The aim is a first token within a second."""
+
+
+def figures(waits: list[float], rate: float, rates: dict[int, float]) -> list[dict]:
+    found = {
         "first token of the first answer": f"{waits[0]:.2f} s",
         "of later answers, median": f"{statistics.median(waits[1:]):.2f} s",
         "of later answers, longest": f"{max(waits[1:]):.2f} s",
         "the rest of an answer": f"{rate:.1f} tokens/s",
         **{f"a file of prompts, {n} at a time": f"{r:.1f} tokens/s" for n, r in rates.items()},
     }
-    lines = [
-        "# How soon an answer begins",
-        "",
-        f"`{runs.command()}` on {machine()}:",
-        f"{summary}; {size:,.0f} M weights.",
-        f"A chat of {len(TOPICS)} questions, all of which stay in its context, answers of at most",
-        f"{args.tokens} tokens, the likeliest ones; then the same questions as a file of prompts.",
-        "The aim is a first token within a second.",
-        "",
-        "| | |",
-        "|---|--:|",
-        *(f"| {name} | {figure} |" for name, figure in rows.items()),
-    ]
-    return "\n".join(lines) + "\n"
+    return [{"": name, " ": figure} for name, figure in found.items()]
 
 
 def question(topic: str) -> str:

@@ -1,6 +1,6 @@
 """How often the language of a text is told right, beside polyglot's plain Detector.
 
-python3 benchmarks/language.py --out docs/language.md
+python3 benchmarks/language.py --write
 """
 
 import argparse
@@ -13,7 +13,6 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from itertools import chain, islice
 from pathlib import Path
-from textwrap import fill
 
 from llama_lora.corpus import files, formats
 from llama_lora.corpus.language import Filter, language_of
@@ -21,11 +20,11 @@ from llama_lora.corpus.markdown import is_chatgpt_html, to_markdown
 from llama_lora.corpus.prose import prose
 from llama_lora.corpus.values import parse
 
-sys.path.insert(0, str(Path(__file__).parent))
-from machine import machine
+sys.path.insert(0, str(Path(__file__).parent))  # a test loads this file by its path
+import pages
+from pages import ROOT
 from training_runs import PACKAGE, package
 
-ROOT = Path(__file__).parents[1]
 LENGTHS = 200, 40
 LATIN = "en", "es", "fr", "it", "pt", "de", "nl", "gl", "ca", "ro", "af", "da", "sv"
 SPACELESS = "zh", "zh-Hant", "ja"
@@ -44,34 +43,17 @@ Windows = dict[str, list[str]]
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = pages.parser(__doc__, "language.md")
     parser.add_argument("--cache", type=Path, default=ROOT / ".bench", help="folder of downloads")
-    parser.add_argument("--out", metavar="FILE", help="also write the tables here")
     return parser.parse_args()
 
 
 def main(args: argparse.Namespace) -> None:
     logging.disable(logging.WARNING)  # polyglot warns of every text that takes it a second look
-    report = "\n\n".join(map(wrapped, sections(args.cache)))
-    print(report)
-    if args.out:
-        Path(args.out).write_text(report + "\n", encoding="utf-8")
-
-
-def wrapped(section: str) -> str:
-    """The paragraphs in lines; headings and tables as they are."""
-    return "\n\n".join(
-        part
-        if part.startswith(("#", "|"))
-        else fill(part, 100, break_on_hyphens=False, break_long_words=False)
-        for part in section.split("\n\n")
-    )
+    pages.publish(args, "Telling languages", *sections(args.cache))
 
 
 def sections(cache: Path) -> Iterator[str]:
-    yield "# Telling languages"
     yield (
         "polyglot's detector (CLD2) compares runs of four letters. Of a text of over 100 "
         "characters its reliable answer stands; of a shorter one it is asked again with hints at "
@@ -88,7 +70,7 @@ def sections(cache: Path) -> Iterator[str]:
         "formula, inline code. Right is who names the window's own language. `Detector` is "
         "polyglot's, used as in fschat's `optional_clean.py`, on the same texts."
     )
-    yield "`python3 benchmarks/language.py --out docs/language.md`, " + machine() + "."
+    yield f"{pages.origin()}."
     yield "## The set that the rules were made with\n\n" + table(TUNING)
     yield "## The set held out while they were made\n\n" + table(HELD_OUT)
     yield (

@@ -1,7 +1,7 @@
 """What equal time teaches: held-out loss after training with ours, FastChat's recipe and TRL.
 
 make .demo/base/config.json && pip install -r benchmarks/requirements.txt
-python3 benchmarks/learning.py --minutes 20 --write
+python3 benchmarks/learning.py --write
 
 Each contender trains with its own defaults, from the same base in the same precision, on the same
 conversations. A probe of a few steps first measures its pace, so that its learning rate's schedule
@@ -15,15 +15,16 @@ import json
 import sys
 from pathlib import Path
 
+import pages
 import training_runs as runs
 
-PAGE = "learning.md"
 TRAINING_PIECES = 6000  # more than two cores get through
 
 
 def parse_args() -> argparse.Namespace:
-    parser = runs.parser(__doc__)
+    parser = runs.parser(__doc__, "learning.md")
     add = parser.add_argument
+    add("--quantization", choices=pages.PRECISIONS, default="8bit", help="precision of the base")
     add("--minutes", type=float, default=20, help="of training, each")
     add("--contenders", nargs="+", choices=CONTENDERS, default=DEFAULTS, help="who trains")
     add("--length", type=int, default=512, help="tokens of a piece, at most")
@@ -38,8 +39,13 @@ def main(args: argparse.Namespace) -> None:
     trainings = {name: trained(name, data, args) for name in args.contenders}
     before, after = measure(held_out, trainings, args)
     results = [row(name, trainings[name], before, after[name]) for name in trainings]
-    text = [EXPLANATION.format(args=args, held_out=len(held_out)), runs.table(results)]
-    runs.report(args, "Learning in equal time", text, results, PAGE)
+    pages.publish(
+        args,
+        "Learning in equal time",
+        f"{pages.origin()}, one run after the other.",
+        EXPLANATION.format(args=args, held_out=len(held_out)),
+        pages.table(results),
+    )
 
 
 def prepare(args: argparse.Namespace) -> tuple[Path, list[dict]]:
@@ -65,12 +71,11 @@ def fill_token_cache(path: Path, args: argparse.Namespace) -> None:
 
 
 def ours(data: Path, out: Path, args: argparse.Namespace, steps: int, flags: list) -> runs.Run:
-    quantization = runs.PRECISIONS[args.precision]
     return runs.ours(
         args.base,
         data,
         out,
-        *("--model_max_length", args.length, "--quantization", quantization),
+        *("--model_max_length", args.length, "--quantization", args.quantization),
         *("--max_steps", steps),
         *flags,
     )
@@ -93,7 +98,7 @@ def recipe(script: str, data: Path, out: Path, args: argparse.Namespace, steps: 
         out,
         runs.BENCHMARKS / f"{script}.py",
         *("--base", args.base, "--data", data, "--out", out, "--steps", steps),
-        *("--quantization", runs.PRECISIONS[args.precision]),
+        *("--quantization", args.quantization),
         *flags,
     )
 
@@ -111,7 +116,8 @@ NAMES = {
 def trained(name: str, data: Path, args: argparse.Namespace) -> runs.Run:
     """A contender's training, of an earlier run of this benchmark with the same flags or anew."""
     record = args.cache / f"learning-{name}" / "benchmark.json"
-    flags = {key: str(getattr(args, key)) for key in ("minutes", "length", "precision", "base")}
+    told = "minutes", "length", "quantization", "base"
+    flags = {key: str(getattr(args, key)) for key in told}
     if record.exists() and not args.again:
         kept = json.loads(record.read_text())
         if kept["flags"] == flags:
@@ -204,20 +210,21 @@ def row(name: str, training: runs.Run, before: float, after: float) -> dict:
         "labelled tokens seen": f"{last['labelled_tokens']:,}",
         "held-out loss before": f"{before:.4f}",
         "after": f"{after:.4f}",
-        "peak memory": runs.gib(training.peak_memory),
+        "peak memory": pages.gib(training.peak_memory),
     }
 
 
 EXPLANATION = """\
-{args.minutes:g} minutes of training each, from the same base (precision: {args.precision}), on the
-same pieces of English ShareGPT chats of at most {args.length} tokens. Loading the model and
-tokenizing are nobody's time. The number of steps follows from each contender's own pace in a probe,
-so that the schedule of its learning rate ends with the time. The held-out loss is per token of an
-answer, over {held_out} pieces of conversations that no one trained on, each by itself, by one
-function for all: the base in fp32 with the adapter through peft, the plain loss. All use the Vicuna
-prompt. FastChat's recipe has the flags of its README (14 conversations a step, padded). TRL learns
-all tokens of a conversation by default, so that what it sees labelled includes the questions; with
-"the LoRA command in its docs" it packs, with rank 32 and learning rate 2e-4."""
+{args.minutes:g} minutes of training each, from the same base (`--quantization
+{args.quantization}`), on the same pieces of English ShareGPT chats of at most {args.length} tokens.
+Loading the model and tokenizing are nobody's time. The number of steps follows from each
+contender's own pace in a probe, so that the schedule of its learning rate ends with the time. The
+held-out loss is per token of an answer, over {held_out} pieces of conversations that no one trained
+on, each by itself, by one function for all: the base in fp32 with the adapter through peft, the
+plain loss. All use the Vicuna prompt. FastChat's recipe has the flags of its README (14
+conversations a step, padded). TRL learns all tokens of a conversation by default, so that what it
+sees labelled includes the questions; with "the LoRA command in its docs" it packs, with rank 32 and
+learning rate 2e-4."""
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Memory and time of a training step with what makes room for long conversations, one by one.
 
-python3 benchmarks/long_context.py --out docs/long-context-memory.md
+python3 benchmarks/long_context.py --write
 
 One conversation of `--tokens` goes through a Llama of random weights with LoRA matrices on all its
 linear layers. Memory is what the step holds at most beside weights, beside the plan's figure.
@@ -8,9 +8,8 @@ linear layers. Memory is what the step holds at most beside weights, beside the 
 
 import argparse
 import tempfile
-from pathlib import Path
 
-from machine import machine
+import pages
 
 MODES = {
     "all layers keep their activations": ("False", "False", "1"),
@@ -21,18 +20,15 @@ MODES = {
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = pages.parser(__doc__, "long-context-memory.md")
     parser.add_argument("--tokens", type=int, default=4_096)
     parser.add_argument("--hidden", type=int, default=512, help="size of the hidden states")
     parser.add_argument("--intermediate", type=int, default=1_376, help="width of the MLPs")
     parser.add_argument("--heads", type=int, default=8)
     parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--quantization", choices=["8bit", "4bit", "none"], default="4bit")
+    parser.add_argument("--quantization", choices=pages.PRECISIONS, default="4bit")
     parser.add_argument("--dropout", type=float, default=0.05)
     parser.add_argument("--tiles", default="8", help="of the MLPs")
-    parser.add_argument("--out", type=Path, help="page to write")
     return parser.parse_args()
 
 
@@ -43,10 +39,15 @@ def main(args: argparse.Namespace) -> None:
     model = llama(args, device)
     modes = MODES if device == "cuda" else {k: v for k, v in MODES.items() if v[1] == "False"}
     rows = [row(args, model, name, mode) for name, mode in modes.items()]
-    text = page(args, model, rows)
-    print(text)
-    if args.out:
-        args.out.write_text(text)
+    pages.publish(
+        args,
+        "Memory of long conversations",
+        meaning(args, model),
+        pages.table(rows, left=1),
+        "## A layer of LLaMA-7B",
+        "By the formulae, in 16 bits on a card, LoRA of rank 32 on all linear layers, a token:",
+        pages.table(at_7b(), left=1),
+    )
 
 
 def llama(args: argparse.Namespace, device: str):
@@ -86,10 +87,13 @@ def row(args: argparse.Namespace, model, name: str, mode: tuple) -> dict:
     tiles = tiles or args.tiles
     recompute.set_up(model.get_base_model(), wanted, args.tokens, offload, tiles)
     step(model, 64)  # what is made once
+    held = measured(model, args.tokens)
+    formula = foretold(args, model, wanted == "True", offload == "True", int(tiles))
     return {
-        "name": name.replace("in tiles", f"in {args.tiles} tiles"),
-        "held": measured(model, args.tokens),
-        "foretold": foretold(args, model, wanted == "True", offload == "True", int(tiles)),
+        "": name.replace("in tiles", f"in {args.tiles} tiles"),
+        "held at most": f"{held / 1e6:,.0f} MB",
+        "a token": f"{held / args.tokens / 1e3:.1f} KB",
+        "formula": f"{formula / 1e6:,.0f} MB",
     }
 
 
@@ -135,57 +139,46 @@ def foretold(args, model, recomputed: bool, offloaded: bool, tiles: int) -> floa
     return args.tokens * (layers * waiting + at_work + beside)
 
 
-def page(args: argparse.Namespace, model, rows: list[dict]) -> str:
+def meaning(args: argparse.Namespace, model) -> str:
     from llama_lora.model.hardware import dtype_name
 
-    command = " ".join(f"--{k} {v}" for k, v in vars(args).items() if k != "out")
-    lines = [
-        "# Memory of long conversations",
-        "",
-        f"`python3 benchmarks/long_context.py {command}` on",
-        f"{machine()}, in {dtype_name(model.dtype)}.",
-        "",
-        f"One step on a conversation of {args.tokens:,} tokens: what it holds at most besides the",
-        "weights, and what the formulae of `llama_lora/train/footprint.py` say.",
-        "",
-        "| | held at most | a token | formula |",
-        "|---|--:|--:|--:|",
-    ]
-    lines += [
-        f"| {one['name']} | {one['held'] / 1e6:,.0f} MB | {one['held'] / args.tokens / 1e3:.1f} KB "
-        f"| {one['foretold'] / 1e6:,.0f} MB |"
-        for one in rows
-    ]
-    return "\n".join(lines + at_7b(args)) + "\n"
+    return f"""\
+{pages.origin()}, in
+{dtype_name(model.dtype)}. {args.layers} layers with hidden states of {args.hidden:,}, {args.heads}
+heads and MLPs of {args.intermediate:,}; `--quantization {args.quantization}`, LoRA of rank 16 on
+all linear layers, dropout {args.dropout:g}.
+
+One step on a conversation of {args.tokens:,} tokens: what it holds at most besides the
+weights, and what the formulae of `llama_lora/train/footprint.py` say."""
 
 
-def at_7b(args: argparse.Namespace) -> list[str]:
+def at_7b() -> list[dict]:
+    """What the formulae say of a layer of LLaMA-7B, by dropout."""
+    from transformers import LlamaConfig
+
     from llama_lora.train import footprint
 
-    llama = {"hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32}
+    llama = LlamaConfig()  # LLaMA-7B's sizes by default
 
-    def kilobytes(figure, *layer) -> str:
-        return f"{figure(llama, *layer) / 1e3:,.0f} KB"
+    def row(name: str, figure, *more) -> dict:
+        cells = {"": name}
+        for dropout in (0.05, 0.0):
+            size = figure(llama, ["all-linear"], 32, "4bit", 2, dropout, True, *more)
+            cells[f"`--lora_dropout {dropout:g}`"] = f"{size / 1e3:,.0f} KB"
+        return cells
 
-    lines = [
-        "",
-        "## A layer of LLaMA-7B",
-        "",
-        "By the formulae, in 16 bits on a card, LoRA of rank 32 on all linear layers, a token:",
-        "",
-        "| | `--lora_dropout 0.05` | `--lora_dropout 0` |",
-        "|---|--:|--:|",
+    def checkpoint(config: LlamaConfig, *layer) -> float:
+        return footprint.checkpoint_per_token(config, 2)
+
+    tiled = {1: "MLP whole", 2: "MLP in 2 tiles", 4: "MLP in 4 tiles", 8: "MLP in 8 tiles"}
+    return [
+        row("kept for the backward pass", footprint.kept_per_token),
+        row("kept if it recomputes: its input", checkpoint),
+        *(
+            row(f"held at most while it goes backward, {name}", footprint.layer_peak_per_token, n)
+            for n, name in tiled.items()
+        ),
     ]
-    layers = [(["all-linear"], 32, "4bit", 2, dropout, True) for dropout in (0.05, 0.0)]
-    kept = [kilobytes(footprint.kept_per_token, *layer) for layer in layers]
-    lines.append(f"| kept for the backward pass | {' | '.join(kept)} |")
-    kept = kilobytes(footprint.checkpoint_per_token, 2)
-    lines.append(f"| kept if it recomputes: its input | {kept} | {kept} |")
-    for tiles in (1, 2, 4, 8):
-        peaks = [kilobytes(footprint.layer_peak_per_token, *layer, tiles) for layer in layers]
-        name = f"MLP in {tiles} tiles" if tiles > 1 else "MLP whole"
-        lines.append(f"| held at most while it goes backward, {name} | {' | '.join(peaks)} |")
-    return lines
 
 
 if __name__ == "__main__":

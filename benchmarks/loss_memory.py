@@ -1,6 +1,6 @@
 """Memory and time of the loss at a batch of 14 × 2,048 tokens: plain, and in chunks.
 
-python3 benchmarks/loss_memory.py --out docs/loss-memory.md
+python3 benchmarks/loss_memory.py --write
 
 Each runs in a process of its own, forward and backward, on hidden states of which all or
 `--labelled` are learned. Extra memory is the peak above what the inputs take.
@@ -12,23 +12,19 @@ import resource
 import subprocess
 import sys
 import time
-from pathlib import Path
 
+import pages
 import psutil
-from machine import machine
 
 from llama_lora.model.template import IGNORE
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = pages.parser(__doc__, "loss-memory.md")
     parser.add_argument("--tokens", type=int, default=28_672)
     parser.add_argument("--words", type=int, default=32_000, help="of the vocabulary")
     parser.add_argument("--hidden", type=int, default=1_024, help="size of the hidden states")
     parser.add_argument("--labelled", type=float, default=1.0, help="share of the tokens")
-    parser.add_argument("--out", type=Path, help="page to write")
     parser.add_argument("--kind", choices=["plain", "chunks"], help=argparse.SUPPRESS)
     return parser.parse_args()
 
@@ -38,10 +34,7 @@ def main(args: argparse.Namespace) -> None:
         print(json.dumps(measure(args)))
         return
     results = {kind: in_own_process(kind) for kind in ("plain", "chunks")}
-    text = page(args, results)
-    print(text)
-    if args.out:
-        args.out.write_text(text)
+    pages.publish(args, "Memory of the loss", meaning(args), pages.table(rows(results), left=1))
 
 
 def in_own_process(kind: str) -> dict:
@@ -95,24 +88,25 @@ def peak(device: str) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def page(args: argparse.Namespace, results: dict) -> str:
-    lines = [
-        "# Memory of the loss",
-        "",
-        f"`python3 benchmarks/{' '.join([Path(sys.argv[0]).name, *sys.argv[1:]])}` on {machine()}:",
-        f"{args.tokens:,} tokens, hidden states of {args.hidden:,} in fp32, {args.words:,} words, "
-        f"{args.labelled:.0%} of the tokens labelled; forward and backward, each in a process of",
-        "its own. The gradient of the hidden states, which both hold, is part of the extra.",
-        "",
-        "| loss | extra peak memory | seconds | loss per token | norm of the gradient |",
-        "|---|--:|--:|--:|--:|",
-    ]
-    lines += [
-        f"| {kind} | {one['extra'] / 1e6:,.0f} MB | {one['seconds']:.1f} | {one['loss']:.6f} | "
-        f"{one['gradient']:.6f} |"
+def meaning(args: argparse.Namespace) -> str:
+    return f"""\
+{pages.origin()}:
+{args.tokens:,} tokens, hidden states of {args.hidden:,} in fp32, {args.words:,} words,
+{args.labelled:.0%} of the tokens labelled; forward and backward, each in a process of its own. The
+gradient of the hidden states, which both hold, is part of the extra."""
+
+
+def rows(results: dict) -> list[dict]:
+    return [
+        {
+            "loss": kind,
+            "extra peak memory": f"{one['extra'] / 1e6:,.0f} MB",
+            "seconds": f"{one['seconds']:.1f}",
+            "loss per token": f"{one['loss']:.6f}",
+            "norm of the gradient": f"{one['gradient']:.6f}",
+        }
         for kind, one in results.items()
     ]
-    return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":

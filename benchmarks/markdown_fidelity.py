@@ -1,6 +1,6 @@
 """Known Markdown rendered into ChatGPT's HTML, cleaned, and compared with what it was.
 
-python3 benchmarks/markdown_fidelity.py --out docs/markdown.md
+python3 benchmarks/markdown_fidelity.py --write
 
 The Markdown has seen no cleaner: the descriptions of the packages in requirements.txt, Markdown
 files among them, and the documentation in a few source packages. The installed fschat's own
@@ -21,16 +21,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 
+import pages
 from chatgpt_vintages import VINTAGES, chatgpt_html, renderer
 from machine import machine
+from pages import ROOT
 
 from llama_lora.corpus.markdown import to_markdown
 
-ROOT = Path(__file__).parents[1]
 FORMULAS = Path(__file__).with_name("formulas.txt")
 SPECIFICATION = "markdown-it-py==4.3.0"
 DOCUMENTATION = ["hatch==1.14.1", "Markdown==3.10", SPECIFICATION]
-START, END = "<!-- {} writes from here -->", "<!-- to here -->"
 LONGEST = 1000  # characters of a piece, unless one block is longer
 RAW_HTML = {"HTML blocks", "Raw HTML"}
 BLOCK = r"(?:p|h[1-6]|ul|ol|li|blockquote|table|thead|tbody|tr|th|td|hr|div|pre)"
@@ -48,60 +48,62 @@ def main(args: argparse.Namespace) -> None:
     pieces = list(dict.fromkeys(piece for text in texts for piece in cut(text)))
     examples = specification(args.cache)
     cleaners = {"this project": to_markdown, "fschat": fschat_cleaning().html_to_markdown}
-    report = "\n\n".join(
-        [
-            f"{machine()}. {len(pieces):,} pieces of {len(texts)} texts, "
-            f"{sum(map(len, pieces)) / len(pieces):,.0f} characters each on average; "
-            f"{len(examples)} examples of CommonMark without raw HTML.",
-            table(cleaners, pieces, examples, args.failures),
-        ]
+    columns = {
+        name: column(clean, pieces, examples, args.failures) for name, clean in cleaners.items()
+    }
+    pages.publish_part(
+        args,
+        f"{machine()}. {len(pieces):,} pieces of {len(texts)} texts, "
+        f"{sum(map(len, pieces)) / len(pieces):,.0f} characters each on average; "
+        f"{len(examples)} examples of CommonMark without raw HTML.",
+        pages.table(side_by_side(columns), left=1),
     )
-    print(report)
-    if args.out:
-        write_between(Path(args.out), Path(__file__).name, report)
 
 
-def write_between(page: Path, command: str, report: str) -> None:
-    """Replace what stands in a page between the marks of a command."""
-    start = START.format(command)
-    before, rest = page.read_text(encoding="utf-8").split(start)
-    after = rest.split(END, 1)[1]
-    page.write_text(f"{before}{start}\n\n{report}\n\n{END}{after}", encoding="utf-8")
+def side_by_side(columns: dict[str, dict[str, str]]) -> list[dict]:
+    first = next(iter(columns.values()))
+    return [{"": what} | {name: of[what] for name, of in columns.items()} for what in first]
 
 
-def table(
-    cleaners: dict[str, Callable], pieces: list[str], examples: list[dict], failures: Path | None
-) -> str:
-    lines = ["| |" + "".join(f" {name} |" for name in cleaners), "|---|" + "---:|" * len(cleaners)]
-    columns = [column(clean, pieces, examples, failures) for clean in cleaners.values()]
-    lines += [
-        f"| {cells[0][0]} | " + " | ".join(c[1] for c in cells) + " |"
-        for cells in zip(*columns, strict=True)
-    ]
-    return "\n".join(lines)
+def column(
+    clean: Callable, pieces: list[str], examples: list[dict], failures: Path | None
+) -> dict[str, str]:
+    """The figures of one cleaner, by what is measured."""
+    failed: list[dict] = []  # which these two fill
+    survived = {**of_pieces(clean, pieces, failed), **of_examples(clean, examples, failed)}
+    if failures:
+        name = getattr(clean, "__module__", "").split(".")[0]
+        (failures / f"{name}.json").write_text(json.dumps(failed, indent=1, ensure_ascii=False))
+    return {**survived, **of_formulas(clean)}
 
 
-def column(clean, pieces, examples, failures) -> list[tuple[str, str]]:
-    """What is measured, and the figure, of one cleaner."""
-    counts, by_vintage, failed = Counter(), Counter(), []
+def of_pieces(clean: Callable, pieces: list[str], failed: list[dict]) -> dict[str, str]:
+    counts, by_vintage = Counter(), Counter()
     for piece, vintage in zip(pieces, itertools.cycle(VINTAGES)):
         rendered = SHOWN.render(piece)
         back = clean(chatgpt_html(rendered, vintage))
         same = structure(READER.render(back)) == structure(rendered)
         counts["same"] += same
         by_vintage[vintage] += same
-        before, after = fences(piece), fences(back)
-        counts["fences"] += len(before)
-        counts["fences kept"] += (Counter(before) & Counter(after)).total()
+        before, after = Counter(fences(piece)), Counter(fences(back))
+        counts["fences"] += before.total()
+        counts["fences kept"] += (before & after).total()
         needless = needless_escapes(back, READER)
         counts["needless"] += needless
         counts["pieces with needless"] += needless > 0
-        if not same or needless or Counter(before) - Counter(after):
+        if not same or needless or before - after:
             failed.append({"piece": piece, "back": back, "same": same, "needless": needless})
-    for piece, vintage in itertools.product(maths(), VINTAGES):
-        back = clean(chatgpt_html(SHOWN.render(piece), vintage))
-        counts["formulas"] += len(formulas := tex(piece))
-        counts["formulas kept"] += (Counter(formulas) & Counter(tex(back))).total()
+    each = {vintage: len(pieces[at :: len(VINTAGES)]) for at, vintage in enumerate(VINTAGES)}
+    return {
+        "same structure": share(counts["same"], len(pieces)),
+        **{f"– chrome of {name}": share(by_vintage[name], each[name]) for name in VINTAGES},
+        "fenced code identical": share(counts["fences kept"], counts["fences"]),
+        "needless backslashes": f"{counts['needless']:,}",
+        "pieces with one": f"{counts['pieces with needless']:,}",
+    }
+
+
+def of_examples(clean: Callable, examples: list[dict], failed: list[dict]) -> dict[str, str]:
     survived = 0
     for example in examples:
         rendered = ALONE.render(example["markdown"])
@@ -110,22 +112,18 @@ def column(clean, pieces, examples, failures) -> list[tuple[str, str]]:
         survived += same
         if not same:
             failed.append({**example, "back": back})
-    if failures:
-        name = getattr(clean, "__module__", "").split(".")[0]
-        (failures / f"{name}.json").write_text(json.dumps(failed, indent=1, ensure_ascii=False))
-    each = {vintage: len(pieces[at :: len(VINTAGES)]) for at, vintage in enumerate(VINTAGES)}
-    return [
-        ("same structure", share(counts["same"], len(pieces))),
-        *(
-            (f"– chrome of {vintage}", share(by_vintage[vintage], each[vintage]))
-            for vintage in each
-        ),
-        ("fenced code identical", share(counts["fences kept"], counts["fences"])),
-        ("formulas identical, of a list of 20", share(counts["formulas kept"], counts["formulas"])),
-        ("needless backslashes", f"{counts['needless']:,}"),
-        ("pieces with one", f"{counts['pieces with needless']:,}"),
-        ("CommonMark's examples", share(survived, len(examples))),
-    ]
+    return {"CommonMark's examples": share(survived, len(examples))}
+
+
+def of_formulas(clean: Callable) -> dict[str, str]:
+    kept = whole = 0
+    for piece, vintage in itertools.product(maths(), VINTAGES):
+        before = Counter(tex(piece))
+        after = Counter(tex(clean(chatgpt_html(SHOWN.render(piece), vintage))))
+        whole += before.total()
+        kept += (before & after).total()
+    count = len(FORMULAS.read_text(encoding="utf-8").splitlines())
+    return {f"formulas identical, of a list of {count}": share(kept, whole)}
 
 
 def share(part: int, whole: int) -> str:
@@ -261,11 +259,8 @@ def fschat_cleaning() -> ModuleType:
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = pages.parser(__doc__, "markdown.md")
     parser.add_argument("--cache", type=Path, default=ROOT / ".bench", help="folder of downloads")
-    parser.add_argument("--out", metavar="FILE", help="also write the table into this page")
     parser.add_argument(
         "--failures", type=Path, metavar="FOLDER", help="also write what did not survive, as JSON"
     )

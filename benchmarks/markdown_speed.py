@@ -1,6 +1,6 @@
 """The processor time that cleaning takes, beside fschat's, on real chats rendered to raw HTML.
 
-python3 benchmarks/markdown_speed.py --out docs/markdown.md
+python3 benchmarks/markdown_speed.py --write
 
 Each side cleans the same conversations in a process of its own, one after the other, in turns.
 """
@@ -16,16 +16,17 @@ from contextlib import suppress
 from pathlib import Path
 from statistics import median
 
+import pages
 from chatgpt_vintages import VINTAGES, chatgpt_html, renderer
 from machine import machine
-from markdown_fidelity import fschat_cleaning, write_between
+from markdown_fidelity import fschat_cleaning
+from pages import ROOT
 from training_runs import package
 
 from llama_lora.corpus import files
 from llama_lora.corpus.clean import Cleaner, blocked_phrases
 from llama_lora.corpus.conversation import Rejected
 
-ROOT = Path(__file__).parents[1]
 SIDES = "this project", "fschat"
 
 
@@ -46,14 +47,17 @@ def main(args: argparse.Namespace) -> None:
             took[side].append(json.loads(printed))
     ours, theirs = (median(took[side]) for side in SIDES)
     size = raw.stat().st_size / 1e6
-    report = (
-        f"{machine()}. {args.limit:,} conversations, {size:.0f} MB of raw HTML.\n"
-        f"\n| | seconds of processor time, median of {args.rounds} |\n|---|---:|\n"
-        f"| this project | {ours:.1f} |\n| fschat | {theirs:.1f} |\n| ratio | {ours / theirs:.2f} |"
+    figures = {
+        "this project": f"{ours:.1f}",
+        "fschat": f"{theirs:.1f}",
+        "ratio": f"{ours / theirs:.2f}",
+    }
+    seconds_of = f"seconds of processor time, median of {args.rounds}"
+    pages.publish_part(
+        args,
+        f"{machine()}. {args.limit:,} conversations, {size:.0f} MB of raw HTML.",
+        pages.table([{"": who, seconds_of: told} for who, told in figures.items()], left=1),
     )
-    print(report)
-    if args.out:
-        write_between(args.out, Path(__file__).name, report)
 
 
 def rendered(corpus: str | Path, limit: int):
@@ -88,14 +92,11 @@ def seconds(side: str, conversations: list[dict]) -> float:
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = pages.parser(__doc__, "markdown.md")
     parser.add_argument("--cache", type=Path, default=ROOT / ".bench", help="folder of downloads")
     parser.add_argument("--corpus", help="the packaged conversations, if they are here already")
     parser.add_argument("--limit", type=int, default=1500, help="conversations")
     parser.add_argument("--rounds", type=int, default=3, help="times that each side runs")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="also write the table into this")
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     return parser.parse_args()
 

@@ -1,6 +1,6 @@
 """Memory of merging an adapter: one file at a time, and peft with the model in memory.
 
-python3 benchmarks/merge_memory.py --out docs/merge-memory.md
+python3 benchmarks/merge_memory.py --write
 
 Bases of random weights in the shapes of TinyLlama-1.1B and Llama-2-7B, with an adapter on every
 linear layer; the 7B takes 35 GB of the temporary folder (TMPDIR) for the while. Each way is a
@@ -19,10 +19,9 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import training_runs as runs
-from machine import machine
+import pages
 
-MERGE = Path(__file__).parents[1] / "fastchat/model/merge_lora.py"
+MERGE = pages.ROOT / "fastchat/model/merge_lora.py"
 WAYS = {
     "plain": "`merge_lora.py`",
     "gguf": "`merge_lora.py --gguf Q8_0`",
@@ -73,14 +72,11 @@ CASES = {
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = pages.parser(__doc__, "merge-memory.md")
     add = parser.add_argument
     add("--sizes", nargs="+", choices=CASES, default=list(CASES), help="of the base")
     add("--rank", type=int, default=16)
     add("--dora", action="store_true")
-    add("--out", type=Path, help="page to write")
     add("--peft", nargs=3, metavar=("BASE", "LORA", "TARGET"), type=Path, help=argparse.SUPPRESS)
     add("--shard", type=int, help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -90,13 +86,17 @@ def main(args: argparse.Namespace) -> None:
     if args.peft:
         merge_with_peft(*args.peft, args.shard)
         return
-    text = page(args, [row for name in args.sizes for row in rows(name, args)])
-    print(text)
-    if args.out:
-        args.out.write_text(text)
+    found = [figures for name in args.sizes for figures in merged(name, args)]
+    pages.publish(
+        args,
+        "Memory of merging",
+        meaning(args),
+        pages.table([row(figures) for figures in found], left=2),
+        *(difference(figures) for figures in found if "different" in figures),
+    )
 
 
-def rows(name: str, args: argparse.Namespace) -> list[dict]:
+def merged(name: str, args: argparse.Namespace) -> list[dict]:
     """The figures of each way to merge into one base."""
     case, found = CASES[name], []
     with tempfile.TemporaryDirectory() as scratch:
@@ -233,32 +233,35 @@ def largest_difference(ours: Path, theirs: Path) -> float:
 # ---- The page ----
 
 
-def page(args: argparse.Namespace, found: list[dict]) -> str:
-    lines = [
-        "# Memory of merging",
-        "",
-        f"`{runs.command()}` on {machine()}:",
-        f"bases of random float16 weights, a {'DoRA' if args.dora else 'LoRA'} adapter of rank "
-        f"{args.rank} on every linear layer. Peak memory",
-        "is the process's own (anonymous pages); resident also counts the pages of files that it",
-        "reads through a mapping, which the system takes back when it needs them.",
-        "",
-        "| base | way | files written | peak memory | resident | two files and 1 GB |",
-        "|---|---|--:|--:|--:|--:|",
-    ]
-    lines += [
-        f"| {row['base']}, {sum(row['files']) / 1e9:.2f} GB | {WAYS[row['way']]} | "
-        f"{len(row['files'])} of up to {max(row['files']) / 1e9:.2f} GB | {row['own'] / 1e9:.2f} GB"
-        f" | {row['resident'] / 1e9:.2f} GB | {2 * row['shard'] / 1e9 + 1:.1f} GB |"
-        for row in found
-    ]
-    lines += [
-        f"\nThe largest difference between a value of peft's {row['base']} and ours is\n"
-        f"{row['different']:.2g} of its tensor's largest; float16 rounds to {2**-11:.1e}."
-        for row in found
-        if "different" in row
-    ]
-    return "\n".join(lines) + "\n"
+def meaning(args: argparse.Namespace) -> str:
+    return f"""\
+{pages.origin()}:
+bases of random float16 weights, a {"DoRA" if args.dora else "LoRA"} adapter of rank {args.rank} on
+every linear layer. Peak memory is
+the process's own (anonymous pages); resident also counts the pages of files that it reads through a
+mapping, which the system takes back when it needs them."""
+
+
+def row(figures: dict) -> dict:
+    files = figures["files"]
+    return {
+        "base": f"{figures['base']}, {sum(files) / 1e9:.2f} GB",
+        "way": WAYS[figures["way"]],
+        "files written": f"{len(files)} of up to {max(files) / 1e9:.2f} GB",
+        "peak memory": f"{figures['own'] / 1e9:.2f} GB",
+        "resident": f"{figures['resident'] / 1e9:.2f} GB",
+        "two files and 1 GB": f"{2 * figures['shard'] / 1e9 + 1:.1f} GB",
+    }
+
+
+def difference(figures: dict) -> str:
+    name, different = figures["base"], figures["different"]
+    if different == 0:
+        return f"Of the {name}, peft's merged values and ours are identical."
+    return (
+        f"The largest difference between a value of peft's {name} and ours is {different:.2g} of\n"
+        f"its tensor's largest; float16 rounds to {2**-11:.1e}."
+    )
 
 
 if __name__ == "__main__":

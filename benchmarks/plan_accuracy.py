@@ -10,9 +10,9 @@ import argparse
 import json
 from pathlib import Path
 
+import pages
 import training_runs as runs
 
-PAGE = "plan-accuracy.md"
 # Tokens of an example at most, examples of a micro-batch, precision, recomputation.
 SETTINGS = [
     (512, 1, "8bit", "False"),
@@ -27,8 +27,8 @@ SETTINGS = [
 
 
 def parse_args() -> argparse.Namespace:
-    parser = runs.parser(__doc__)
-    parser.add_argument("--steps", type=int, default=3, help="of each")
+    parser = runs.parser(__doc__, "plan-accuracy.md")
+    parser.add_argument("--steps", type=int, default=2, help="of each; memory peaks in the second")
     return parser.parse_args()
 
 
@@ -36,12 +36,19 @@ def main(args: argparse.Namespace) -> None:
     args.cache.mkdir(parents=True, exist_ok=True)
     chats, _ = runs.real_corpus(args.cache)
     results = [compare(chats, setting, args) for setting in SETTINGS]
-    worst = max(abs(row["ratio"] - 1) for row in results)
-    text = [EXPLANATION, runs.table(results), f"The plan is off by {worst:.0%} at most."]
-    runs.report(args, "The memory plan, and what came", text, results, PAGE)
+    worst = max(abs(found["planned"] / found["measured"] - 1) for found in results)
+    pages.publish(
+        args,
+        "The memory plan, and what came",
+        f"{pages.origin()}, one run after the other.",
+        EXPLANATION,
+        pages.table([row(found) for found in results]),
+        f"The plan is off by {worst:.1%} at most.",
+    )
 
 
 def compare(chats: Path, setting: tuple, args: argparse.Namespace) -> dict:
+    """The bytes that a training was planned to take, and those that it took."""
     length, rows, quantization, recompute = setting
     out = args.cache / "plan"
     data = runs.write(
@@ -57,14 +64,19 @@ def compare(chats: Path, setting: tuple, args: argparse.Namespace) -> dict:
         *("--max_steps", args.steps, "--save_strategy", "no", "--ignore_memory_plan", "True"),
     )
     planned = json.loads((out / "summary.json").read_text())["planned"]
+    return {"setting": setting, "planned": planned["memory_bytes"], "measured": run.peak_memory}
+
+
+def row(found: dict) -> dict:
+    length, rows, quantization, recompute = found["setting"]
     return {
         "length": length,
         "micro-batch": rows,
         "base": quantization,
         "recompute": recompute,
-        "planned": runs.gib(planned["memory_bytes"]),
-        "measured": runs.gib(run.peak_memory),
-        "ratio": round(planned["memory_bytes"] / run.peak_memory, 2),
+        "planned": pages.gib(found["planned"]),
+        "measured": pages.gib(found["measured"]),
+        "ratio": f"{found['planned'] / found['measured']:.2f}",
     }
 
 

@@ -2,15 +2,14 @@
 
 import argparse
 import json
-import resource
 import time
 from pathlib import Path
 
-import torch
+from pages import PRECISIONS
 from transformers import TrainerCallback
 
-IGNORE = -100
-PRECISIONS = ("8bit", "4bit", "none")
+from llama_lora.model.template import IGNORE
+from llama_lora.train.logs import LOG, peak_memory
 
 
 def parser(doc: str) -> argparse.ArgumentParser:
@@ -36,7 +35,7 @@ class RecipeLog(TrainerCallback):
 
     def __init__(self, out: Path, max_minutes: float | None):
         out.mkdir(parents=True, exist_ok=True)
-        self.path = out / "trainer_log.jsonl"
+        self.path = out / LOG
         self.path.write_text("")
         self.limit = None if max_minutes is None else 60 * max_minutes
         self.labelled = self.longest = 0
@@ -74,10 +73,3 @@ class RecipeLog(TrainerCallback):
             return learn(model, inputs, *rest)
 
         trainer.training_step = training_step
-
-
-def peak_memory() -> int:
-    """Most bytes this process held so far: of the card's memory, or without one of the host's."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_reserved()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -16,12 +16,13 @@ the query and value projections, dropout 0.05, learning rate 2e-5 with a cosine 
 
 import argparse
 import json
-from pathlib import Path
 from types import SimpleNamespace
 
 import recipe_log
 import torch
-from recipe_log import IGNORE, RecipeLog
+from recipe_log import RecipeLog
+
+from llama_lora.model.template import IGNORE
 
 
 def parse_args() -> argparse.Namespace:
@@ -89,6 +90,8 @@ def load_data(args: argparse.Namespace):
 def load_model(args: argparse.Namespace):
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 
+    from llama_lora.model.base import load_base  # transformers' own loading, in the fastest dtype
+
     model = load_base(args.base, args.quantization)
     if args.quantization != "none":
         model = prepare_model_for_kbit_training(
@@ -106,35 +109,6 @@ def load_model(args: argparse.Namespace):
         task_type="CAUSAL_LM",
     )
     return get_peft_model(model, config)
-
-
-def load_base(folder: Path, quantization: str):
-    """A base as transformers loads it, for this machine's fastest dtype."""
-    import logging
-
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
-
-    from llama_lora.model.hardware import compute_dtype
-
-    # One warning per linear layer and step, about a cast that is int8's normal way of working.
-    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
-    config = {
-        "8bit": BitsAndBytesConfig(load_in_8bit=True),
-        "4bit": BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_compute_dtype=compute_dtype(),
-        ),
-        "none": None,
-    }[quantization]
-    return AutoModelForCausalLM.from_pretrained(
-        folder,
-        quantization_config=config,
-        dtype=compute_dtype(),
-        device_map={"": "cuda" if torch.cuda.is_available() else "cpu"},
-        local_files_only=True,
-    )
 
 
 def training_arguments(args: argparse.Namespace):

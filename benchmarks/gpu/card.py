@@ -6,7 +6,7 @@ from pathlib import Path
 import psutil
 import torch
 
-GIB = 2**30
+from llama_lora.model.cards import GIB
 
 
 class SmallCard:

@@ -9,7 +9,7 @@ import torch
 
 from gpu import lengths
 from gpu.card import SmallCard
-from gpu.rows import PRECISIONS, Row
+from gpu.rows import Row
 from llama_lora.model.hardware import compute_dtype, dtype_name
 from llama_lora.model.shape import shape_of
 
@@ -24,7 +24,7 @@ class Task:
         folder: of the base.
         scale: by which the lengths of real conversations are divided.
         steps: that are timed, after one that sets things up.
-        rows: all with the same contender, precision, dtype and LoRA.
+        rows: all with the same contender, quantization, dtype and LoRA.
     """
 
     folder: Path
@@ -38,7 +38,7 @@ class Task:
 
     @property
     def quantization(self) -> str:
-        return PRECISIONS[self.first.precision]
+        return self.first.quantization
 
     @property
     def dtype(self) -> torch.dtype:

@@ -10,6 +10,7 @@ import numpy as np
 import operators
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers.training_args import OptimizerNames
 
 from gpu import lengths
 from gpu.contender import (
@@ -21,15 +22,16 @@ from gpu.contender import (
     Optimization,
     autocast,
 )
-from gpu.rows import Row
-from llama_lora.cli import InputError, LocalError
+from gpu.rows import SEARCHING, Row
+from llama_lora.cli import InputError
 from llama_lora.model.template import IGNORE
-from llama_lora.train import forecast, lora_model, loss, pace, packing, plan, recompute
+from llama_lora.train import forecast, lora_model, loss, pace, packing, plan, preparation, recompute
+from llama_lora.train.best import trainable
 from llama_lora.train.gradients import Gradients
 from llama_lora.train.packing import MicroBatches, collate
 
-TRIES = 12  # of the search for the longest context
-NEAR = 0.02  # between the longest that fits and the shortest that does not
+TRIES = 8  # of the search for the longest context
+NEAR = 0.05  # between the longest that fits and the shortest that does not
 
 
 class Ours(Contender):
@@ -123,13 +125,14 @@ class Ours(Contender):
         for _ in range(TRIES):
             found = self.try_context(row, tokens)
             best, fails = (found, fails) if found else (best, tokens)
-            if best["tokens"]:
-                yield best | {"fails_at": fails}
             tokens = next_try(best["tokens"], fails, row.length, grain)
             if tokens is None:
                 break
+            if found:
+                yield found | {"fails_at": fails, "status": SEARCHING}
         if not best["tokens"]:
             raise torch.OutOfMemoryError(f"at one example of {fails:,} tokens")
+        yield best | {"fails_at": fails}
 
     def planned_longest(self, row: Row, grain: int) -> int:
         """Tokens that the planner says fit."""
@@ -160,7 +163,7 @@ class Ours(Contender):
             self.card.wait()
             seconds = time.perf_counter() - began
             self.card.check()
-        except (torch.OutOfMemoryError, LocalError):
+        except (torch.OutOfMemoryError, InputError):  # of the card, or of the host
             return None
         return {
             "tokens": tokens,
@@ -193,7 +196,9 @@ class Run:
         self.model, self.device, self.dtype = ours.model, ours.card.device, ours.task.dtype
         base = self.model.get_base_model()
         untile(base)
-        self.told: list[str] = [recompute.set_up(base, row.recompute, tokens, offload)]
+        optim, trained = OptimizerNames(row.optim).value, trainable(self.model)
+        reserved = preparation.bytes_to_come(optim, trained)
+        self.told = [recompute.set_up(base, row.recompute, tokens, offload, reserved=reserved)]
         self.optimization = Optimization(self.model, row.optim, self.dtype, self.device)
         self.gradients = Gradients(self.optimization.parameters, self.told.append, parts)
 

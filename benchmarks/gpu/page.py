@@ -3,15 +3,16 @@
 import math
 from collections.abc import Iterator
 
-import training_runs as runs
+import pages
+from pages import PRECISIONS
 
-from gpu.rows import FULL, PRECISIONS, README
+from gpu.rows import FULL, README, SEARCHING
 from llama_lora.train.pace import EFFICIENCY
 
-GIB, GB = 2**30, 10**9
 LONGEST = FULL[-1][0]
 PLAN_ERROR = 0.10
 CONTEXT = 40_000
+COMMAND_GB = 11  # that the README's command may take, in 10^9 bytes
 NOT_HERE = "–"
 
 
@@ -21,7 +22,7 @@ def line(name: str, row: dict) -> str:
     if "note" in row:
         told.append(row["note"])
     if "peak" in row:
-        told.append(runs.gib(row["peak"]))
+        told.append(pages.gib(row["peak"]))
     if "labelled_per_second" in row:
         told.append(f"{row['labelled_per_second']:,.0f} labelled tokens/s")
     if "tokens" in row:
@@ -82,47 +83,53 @@ def aims_text(results: dict) -> str:
         {"aim": aim, "found": found, "met": {True: "yes", False: "no", None: NOT_HERE}[met]}
         for aim, found, met in aims(results)
     ]
-    return f"## Aims\n\n{runs.table(rows)}"
+    return f"## Aims\n\n{pages.table(rows)}"
 
 
 def aims(results: dict) -> Iterator[tuple[str, str, bool | None]]:
     """What was aimed at, what was found, and whether that meets it; None if it was not measured."""
-    for precision in PRECISIONS:
-        yield against("reference", precision, LONGEST, 3, results)
+    for quantization in PRECISIONS:
+        yield against("reference", quantization, LONGEST, 3, results)
     yield longest_batch(results)
-    command = [row for row in measured(results) if row["row"]["name"].endswith(README)]
-    taken = command[0]["peak"] / GB if command else None
-    yield (
-        "README's command, int8: at most 11 GB",
-        f"{taken:.1f} GB" if command else NOT_HERE,
-        taken <= 11 if command else None,
-    )
+    yield memory_of_command(results)
     yield share_of_peak(results)
     yield planned_well(results)
-    found = [row for row in contexts(results) if row["row"]["precision"] == "NF4"]
-    yield (
-        f"NF4, r=32: {CONTEXT:,} tokens of context",
-        f"{found[0]['tokens']:,}" if found else NOT_HERE,
-        found[0]["tokens"] >= CONTEXT if found else None,
-    )
-    for precision in PRECISIONS:
-        yield against("unsloth", precision, LONGEST, 1, results)
+    yield longest_context(results)
+    for quantization in PRECISIONS:
+        yield against("unsloth", quantization, LONGEST, 1, results)
 
 
 def longest_batch(results: dict):
     length, batch = FULL[-1]
     aim = f"int8, {length:,} × {batch} in the memory"
-    found = [r for r in of(results, "ours", "int8", length) if r["row"]["batch"] == batch]
+    found = [r for r in of(results, "ours", "8bit", length) if r["row"]["batch"] == batch]
     if not found:
         return aim, NOT_HERE, None
-    return aim, f"{runs.gib(found[0]['peak'])}, in {found[0]['parts']} part(s)", True
+    return aim, f"{pages.gib(found[0]['peak'])}, in {found[0]['parts']} part(s)", True
 
 
-def against(other: str, precision: str, window: int, factor: float, results: dict):
-    aim = f"{precision}, {window:,} tokens: {factor:g}× {other}'s labelled tokens/s"
+def memory_of_command(results: dict):
+    aim = f"README's command, int8: at most {COMMAND_GB} GB ({pages.gib(COMMAND_GB * 1e9)})"
+    found = [row for row in measured(results) if row["row"]["name"].endswith(README)]
+    if not found:
+        return aim, NOT_HERE, None
+    peak, planned = found[0]["peak"], found[0]["planned"]
+    return aim, f"{pages.gib(peak)}; the plan says {pages.gib(planned)}", peak <= COMMAND_GB * 1e9
+
+
+def longest_context(results: dict):
+    aim = f"NF4, r=32: {CONTEXT:,} tokens of context"
+    found = [row for row in contexts(results) if row["row"]["quantization"] == "4bit"]
+    if not found:
+        return aim, NOT_HERE, None
+    return aim, f"{found[0]['tokens']:,}", found[0]["tokens"] >= CONTEXT
+
+
+def against(other: str, quantization: str, window: int, factor: float, results: dict):
+    aim = f"{PRECISIONS[quantization]}, {window:,} tokens: {factor:g}× {other}'s labelled tokens/s"
     mine, theirs = (
         max(
-            (row["labelled_per_second"] for row in of(results, name, precision, window)),
+            (row["labelled_per_second"] for row in of(results, name, quantization, window)),
             default=None,
         )
         for name in ("ours", other)
@@ -157,7 +164,7 @@ def planned_well(results: dict):
 
 def training_text(results: dict) -> str:
     rows = [training_row(row, results) for row in speeds(results)]
-    return f"## Memory and speed\n\n{runs.table(rows)}" if rows else ""
+    return f"## Memory and speed\n\n{pages.table(rows)}" if rows else ""
 
 
 def training_row(row: dict, results: dict) -> dict:
@@ -166,11 +173,11 @@ def training_row(row: dict, results: dict) -> dict:
     how = [row.get("note", "")] if not done else how_computed(row)
     return {
         "who": asked["contender"],
-        "base": asked["precision"],
+        "base": PRECISIONS[asked["quantization"]],
         "computes in": row.get("dtype", NOT_HERE),
         "length × rows": f"{asked['length']:,} × {asked['batch']}",
-        "peak memory": runs.gib(row["peak"]) if done else row["status"],
-        "tensors": runs.gib(row["allocated"]) if done else NOT_HERE,
+        "peak memory": pages.gib(row["peak"]) if done else row["status"],
+        "tensors": pages.gib(row["allocated"]) if done else NOT_HERE,
         "tokens/s": f"{row['tokens_per_second']:,.0f}" if done else NOT_HERE,
         "labelled tokens/s": f"{row['labelled_per_second']:,.0f}" if done else NOT_HERE,
         "share of peak": f"{row['useful_flops'] / peak_flops:.0%}" if done else NOT_HERE,
@@ -187,21 +194,21 @@ def how_computed(row: dict) -> list[str]:
 def plan_text(results: dict) -> str:
     rate = results["device"]["planner_rate"]
     rows = [plan_row(row, rate) for row in measured(results) if "planned" in row]
-    return f"## The plan beside what was measured\n\n{PLAN}\n\n{runs.table(rows)}" if rows else ""
+    return f"## The plan beside what was measured\n\n{PLAN}\n\n{pages.table(rows)}" if rows else ""
 
 
 def plan_row(row: dict, rate: float) -> dict:
     ratio, speed = row["planned"] / row["peak"], row.get("operations_per_second")
     return {
         "row": row["row"]["name"],
-        "planned": runs.gib(row["planned"]),
-        "measured": runs.gib(row["peak"]),
+        "planned": pages.gib(row["planned"]),
+        "measured": pages.gib(row["peak"]),
         "ratio": f"{ratio:.2f}",
         f"within {PLAN_ERROR:.0%}": "yes" if abs(ratio - 1) <= PLAN_ERROR else "no",
         "layers recomputed": f"{row['recomputed']} of {row['layers']}",
         "in the plan": str(row.get("planned_recomputed", NOT_HERE)),
         "share of the rate": f"{speed / rate:.0%}" if speed else NOT_HERE,
-        "assumed": f"{EFFICIENCY[PRECISIONS[row['row']['precision']]]:.0%}",
+        "assumed": f"{EFFICIENCY[row['row']['quantization']]:.0%}",
     }
 
 
@@ -214,19 +221,19 @@ what it assumes for that."""
 
 def context_text(results: dict) -> str:
     rows = [context_row(row) for row in results["rows"].values() if row["row"]["search"]]
-    return f"## The longest context\n\n{LONGEST_CONTEXT}\n\n{runs.table(rows)}" if rows else ""
+    return f"## The longest context\n\n{LONGEST_CONTEXT}\n\n{pages.table(rows)}" if rows else ""
 
 
 def context_row(row: dict) -> dict:
-    base = {"base": row["row"]["precision"]}
-    if row["status"] != "measured":
+    base = {"base": PRECISIONS[row["row"]["quantization"]]}
+    if "tokens" not in row:
         rest = ("does not", "peak memory", "tokens/s", "whole conversations")
         missing = dict.fromkeys(rest, NOT_HERE)
         return base | {"fits, tokens": row["status"], **missing, "how": row["note"]}
     return base | {
-        "fits, tokens": f"{row['tokens']:,}",
+        "fits, tokens": f"{row['tokens']:,}{' or more' * (row['status'] == SEARCHING)}",
         "does not": f"{row['fails_at']:,}" if row["fails_at"] else NOT_HERE,
-        "peak memory": runs.gib(row["peak"]),
+        "peak memory": pages.gib(row["peak"]),
         "tokens/s": f"{row['tokens_per_second']:,.0f}",
         "whole conversations": f"{row['whole_conversations']:.1%}",
         "how": "; ".join(row["set_up"]),
@@ -254,7 +261,7 @@ def profile_text(results: dict) -> str:
             for name, calls, seconds in row["operators"]
         ]
         told = f"One step of {row['row']['name']}{busy}:"
-        parts.append(f"{told}\n\n{runs.table(operators)}")
+        parts.append(f"{told}\n\n{pages.table(operators)}")
     return "\n\n".join(["## Where the time goes", *parts]) if parts else ""
 
 
@@ -268,7 +275,7 @@ def checks_text(results: dict) -> str:
         {"what": what, "found": f"{found} ({'; '.join(jobs)})"}
         for (what, found), jobs in outcomes.items()
     ]
-    return f"## Does it compute right?\n\n{runs.table(rows)}"
+    return f"## Does it compute right?\n\n{pages.table(rows)}"
 
 
 # ---- Rows by kind ----
@@ -282,12 +289,12 @@ def measured(results: dict, contender: str | None = None) -> list[dict]:
     ]
 
 
-def of(results: dict, contender: str, precision: str, window: int) -> list[dict]:
+def of(results: dict, contender: str, quantization: str, window: int) -> list[dict]:
     """Measured rows of a contender, those of old cards' ways left out."""
     return [
         row
         for row in measured(results, contender)
-        if (row["row"]["precision"], row["row"]["window"]) == (precision, window)
+        if (row["row"]["quantization"], row["row"]["window"]) == (quantization, window)
         and row["row"]["kernel"] == "any"
     ]
 

@@ -3,9 +3,11 @@
 from dataclasses import asdict, dataclass, replace
 from itertools import groupby
 
-PRECISIONS = {"int8": "8bit", "NF4": "4bit", "16-bit": "none"}  # and what --quantization calls them
+from pages import PRECISIONS
+
 README = "README's command"  # what it adds to the name of its row
 CONTEXT_RANK = 32
+SEARCHING = "searching"  # the status of a search for the longest context that has not ended
 FULL = (512, 14), (1024, 7), (2048, 4)  # lengths, and the rows of a micro-batch of the reference
 ENDS = FULL[0], FULL[-1]
 OTHERS = {"unsloth": "unsloth", "TRL": "trl"}  # contenders that need a module of their own
@@ -73,7 +75,7 @@ class Row:
 
     name: str
     contender: str
-    precision: str
+    quantization: str
     window: int
     length: int
     batch: int
@@ -89,7 +91,7 @@ class Row:
     @property
     def job(self) -> tuple:
         """What rows have in common that one process measures with one model."""
-        return self.contender, self.precision, self.dtype, self.rank, self.targets
+        return self.contender, self.quantization, self.dtype, self.rank, self.targets
 
     def halved(self) -> "Row":
         """The same with half as many rows to a micro-batch."""
@@ -108,32 +110,33 @@ class Row:
 def all_rows(kind: Kind) -> list[Row]:
     """Every row for a base of that kind, of all contenders."""
 
-    def row(contender: str, precision: str, window: int, batch: int, more: str = "", **values):
-        name = f"{contender} {precision} {window:,} × {batch}" + (f", {more}" if more else "")
-        return Row(name, contender, precision, window, window // kind.scale, batch, **values)
+    def row(contender: str, quantization: str, window: int, batch: int, more: str = "", **values):
+        name = f"{contender} {PRECISIONS[quantization]} {window:,} × {batch}"
+        name += f", {more}" if more else ""
+        return Row(name, contender, quantization, window, window // kind.scale, batch, **values)
 
-    def of_lengths(contender: str, precision: str, lengths=FULL, more: str = "", **values):
-        return [row(contender, precision, *size, more, **values) for size in lengths]
+    def of_lengths(contender: str, quantization: str, lengths=FULL, more: str = "", **values):
+        return [row(contender, quantization, *size, more, **values) for size in lengths]
 
-    def ours(precision: str) -> list[Row]:
+    def ours(quantization: str) -> list[Row]:
         *shorter, longest = FULL
         return [
-            *of_lengths("ours", precision, shorter),
-            *of_lengths("ours", precision, [longest], profiled=True),
+            *of_lengths("ours", quantization, shorter),
+            *of_lengths("ours", quantization, [longest], profiled=True),
         ]
 
-    def reference(precision: str) -> list[Row]:
-        return of_lengths("reference", precision, dtype="float16", recompute="True")
+    def reference(quantization: str) -> list[Row]:
+        return of_lengths("reference", quantization, dtype="float16", recompute="True")
 
-    def conservative(precision: str) -> list[Row]:
+    def conservative(quantization: str) -> list[Row]:
         old = {"dtype": "float16", "kernel": "memory-efficient"}
-        return of_lengths("ours", precision, ENDS, "as on a T4 or P100", **old)
+        return of_lengths("ours", quantization, ENDS, "as on a T4 or P100", **old)
 
-    def context(precision: str) -> Row:
+    def context(quantization: str) -> Row:
         return Row(
-            name=f"longest context, {precision}",
+            name=f"longest context, {PRECISIONS[quantization]}",
             contender="ours",
-            precision=precision,
+            quantization=quantization,
             window=0,
             length=kind.most,
             batch=1,
@@ -144,14 +147,14 @@ def all_rows(kind: Kind) -> list[Row]:
             search=True,
         )
 
-    command = row("ours", "int8", *FULL[0], README, dtype="float16", recompute="True")
-    found = [command, *conservative("int8")]
-    for precision in PRECISIONS:
-        found += [*ours(precision), *reference(precision)]
-    found += [context("NF4"), context("int8"), *conservative("NF4"), context("16-bit")]
+    command = row("ours", "8bit", *FULL[0], README, dtype="float16", recompute="True")
+    found = [command, *conservative("8bit")]
+    for quantization in PRECISIONS:
+        found += [*ours(quantization), *reference(quantization)]
+    found += [context("4bit"), context("8bit"), *conservative("4bit"), context("none")]
     for other in OTHERS:
-        found += of_lengths(other, "NF4", ENDS)
-        found += [row(other, precision, *FULL[-1]) for precision in ("int8", "16-bit")]
+        found += of_lengths(other, "4bit", ENDS)
+        found += [row(other, quantization, *FULL[-1]) for quantization in ("8bit", "none")]
     return found
 
 

@@ -25,7 +25,8 @@ class Preparation(TrainerCallback):
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         base = model.get_base_model()
-        reserved = bytes_to_come(args, trainable(model))
+        optim = None if args.deepspeed else OptimizerNames(args.optim).value
+        reserved = bytes_to_come(optim, trainable(model))
         with self.autocast():
             check_isolation(model)
             loss.check(base)
@@ -42,11 +43,13 @@ class Preparation(TrainerCallback):
         unlink_shared_memory(args.process_index)
 
 
-def bytes_to_come(args, trained) -> int:
-    """What the first step will allocate for the trained parameters, by name, and keep."""
+def bytes_to_come(optim: str | None, trained: list) -> int:
+    """What the first step allocates and keeps for the `trained` parameters, pairs with names.
+
+    `optim` is None where the optimizer's states are there already.
+    """
     gradients = 2 * FP32  # computed apart from those that the optimizer reads
-    # DeepSpeed has made the optimizer's states by now.
-    states = 0 if args.deepspeed else optimizer_bytes(OptimizerNames(args.optim).value)
+    states = optimizer_bytes(optim) if optim else 0
     return (gradients + states) * sum(parameter.numel() for _, parameter in trained)
 
 
