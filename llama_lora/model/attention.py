@@ -1,8 +1,8 @@
 """Attention with grouped queries for devices whose fused kernels take none.
 
 Of torch's kernels only FlashAttention does (compute capability 8.0 and up). Elsewhere transformers'
-own "sdpa" falls back to plain products, which hold heads × tokens × tokens scores: 2 GB a layer in
-fp16 for a prompt of 8,192 tokens and 32 heads. Keys and values repeated for each query take 0.1.
+own "sdpa" falls back to plain products, which hold heads × tokens × tokens scores: 4.3 GB a layer
+in fp16 for a prompt of 8,192 tokens and 32 heads. Keys and values repeated for each query take 0.1.
 """
 
 from types import SimpleNamespace
