@@ -90,9 +90,10 @@ def load_data(args: argparse.Namespace):
 def load_model(args: argparse.Namespace):
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 
-    from llama_lora.model.base import load_base  # transformers' own loading, in the fastest dtype
+    from llama_lora.model.base import load_base
 
     model = load_base(args.base, args.quantization)
+    model.set_attn_implementation("sdpa")  # transformers' own
     if args.quantization != "none":
         model = prepare_model_for_kbit_training(
             model, use_gradient_checkpointing=args.gradient_checkpointing

@@ -47,16 +47,17 @@ def main(args: argparse.Namespace) -> None:
         MEANING.format(pieces=len(batches), tokens=sum(ids.numel() for ids, _ in batches)),
         pages.table(rows, left=1),
         f"With fp32's gradients, {len(batches)} steps of AdamW with states of 8 bits end "
-        f"{moved_apart(gradients):.2%} from where states in fp32 lead LoRA's matrices.",
+        f"{moved_apart(gradients):.2%} from where states in fp32 lead the B matrices (the "
+        "smallest of which have states in fp32 anyway).",
     )
 
 
 MEANING = """\
 That is a layer of random weights. In the demo's base (SmolLM2-135M, from a GGUF file that holds it
 in 4 bits of another kind), on {pieces} of the demo's chats, {tokens:,} tokens: how far a linear
-layer's output is from fp32's on the same input; how far the gradients of all LoRA matrices together
-are before the first step, where the layers' errors add up; and the loss of a token of the answers.
-A 7B was not measured here."""
+layer's output is from fp32's on the same input; how far the gradients of all B matrices together
+are before the first step (those of A are zero then), where the layers' errors add up; and the loss
+of a token of the answers. A 7B was not measured here."""
 
 
 def checks() -> str:

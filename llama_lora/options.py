@@ -11,7 +11,7 @@ class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFo
     """Shows defaults where there are any, and commands as they can be pasted."""
 
     def _get_help_string(self, action):
-        silent = action.default in (None, False, [])
+        silent = action.default is None or action.default is False or action.default == []
         return action.help if silent else super()._get_help_string(action)
 
 

@@ -366,6 +366,7 @@ def test_deepspeed_trains_in_fp16_on_a_p100(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("own", [None, "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
 def test_the_cards_blocks_grow_unless_the_user_has_said_otherwise(monkeypatch, tmp_path, own):
+    monkeypatch.setattr(os, "environ", dict(os.environ))
     for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
         monkeypatch.delenv(name, raising=False)
     if own:
@@ -373,4 +374,3 @@ def test_the_cards_blocks_grow_unless_the_user_has_said_otherwise(monkeypatch, t
     arguments.TrainingArguments(output_dir=str(tmp_path))
     grow = os.environ.get("PYTORCH_ALLOC_CONF") == "expandable_segments:True"
     assert grow == (own is None)
-    monkeypatch.delenv("PYTORCH_ALLOC_CONF", raising=False)

@@ -1,11 +1,14 @@
 """The formulae for activations are what torch holds, on Llamas of several shapes."""
 
+from contextlib import nullcontext
+from types import SimpleNamespace
+
 import pytest
 import torch
 from adapted import adapted_llama, layers_of, trainable
 from transformers import LlamaConfig
 
-from llama_lora.train import footprint, recompute, tiles
+from llama_lora.train import footprint, preparation, recompute, tiles
 
 SHAPES = [
     {
@@ -176,3 +179,24 @@ def test_what_the_first_step_allocates_and_keeps_is_left_free(tmp_path, monkeypa
 
     assert "checkpointing in 0 of 3 layers" in layers(0)
     assert "checkpointing in 3 of 3 layers" in layers(10_000_000)
+
+
+@pytest.mark.parametrize(
+    ("optim", "deepspeed", "states"),
+    [("adamw_torch", None, 8), ("paged_adamw_8bit", None, 2), ("adamw_torch", "config.json", 0)],
+)
+def test_what_the_first_step_allocates(tmp_path, monkeypatch, optim, deepspeed, states):
+    """Gradients twice in fp32, and the optimizer's states where DeepSpeed has not made them."""
+    model, given = built(tmp_path, 1, SETTINGS[0], SHAPES[0]), []
+    monkeypatch.setattr(recompute, "set_up", lambda *values: given.append(values[-1]) or "")
+    args = SimpleNamespace(
+        optim=optim,
+        deepspeed=deepspeed,
+        recompute="auto",
+        offload_activations="auto",
+        mlp_tiles="auto",
+        process_index=0,
+    )
+    callback = preparation.Preparation(100, nullcontext)
+    callback.on_train_begin(args, SimpleNamespace(is_world_process_zero=False), None, model)
+    assert given == [(8 + states) * sum(one.numel() for one in trainable(model))]

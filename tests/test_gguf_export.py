@@ -391,9 +391,8 @@ def test_llama_cpp_quantizes_to_the_same_bytes(tmp_path, llama_cpp, llama_tokeni
         params.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{kind}")
         params.pure = True
         source, target = tmp_path / "exact.gguf", tmp_path / f"theirs-{kind}.gguf"
-        assert (
-            llama_cpp.llama_model_quantize(str(source).encode(), str(target).encode(), params) == 0
-        )
+        paths = (str(path).encode() for path in (source, target))
+        assert llama_cpp.llama_model_quantize(*paths, params) == 0
         files = (gguf.GGUFReader(path) for path in (tmp_path / f"{kind}.gguf", target))
         ours, theirs = ({t.name: t for t in file.tensors} for file in files)
         for name in ours:

@@ -269,6 +269,21 @@ def test_what_there_is_no_time_for_is_told(benchmark, results):
         benchmark("gpu.results").Results(args, told.device, [])
 
 
+def test_a_search_that_was_cut_off_keeps_what_it_found_and_begins_anew(benchmark, results):
+    told, args = results
+    args.only, args.resume = ["longest context, NF4"], True
+    (search,) = benchmark("gpu.results").Results(args, told.device, []).missing()
+    figures = {"tokens": 45_000, "fails_at": None, "peak": 1e9, "tokens_per_second": 9}
+    figures |= {"whole_conversations": 1.0, "set_up": ["as said"]}
+    told.add({"row": search.as_dict(), "status": "searching", **figures})
+    text = told.path.with_suffix(".md").read_text()
+    assert "45,000 or more" in text
+    assert "| NF4, r=32: 40,000 tokens of context | 45,000 or more | yes |" in text
+    later = benchmark("gpu.results").Results(args, told.device, [])
+    assert later.missing() == [search]
+    assert later.rows[search.name]["tokens"] == 45_000
+
+
 def test_rows_stand_in_one_order_whatever_was_measured_first(results):
     told, _ = results
     names = ["ours int8 512 × 14", "reference NF4 2,048 × 4", "reference NF4 2,048 × 2"]

@@ -30,13 +30,16 @@ def test_a_run_that_skips_every_step_ends(fused):
         torch.optim.AdamW([parameter], fused=fused), device_placement=False, scaler=scaler
     )
     overflow = Overflow(SimpleNamespace(scaler=scaler))
+    overflow.on_train_begin(None, STATE, None)
     some = [1.0, torch.inf, 1.0] * MOST_SKIPPED
     steps(overflow, scaler, optimizer, parameter, some)
     assert overflow.in_a_row == 0
     before = parameter.detach().clone()
     scaler.update(2.0**16)
+    overflow.on_train_begin(None, STATE, None)
+    steps(overflow, scaler, optimizer, parameter, [torch.inf] * (MOST_SKIPPED - 1))
     with pytest.raises(Diverged, match=f"{MOST_SKIPPED} steps in a row"):
-        steps(overflow, scaler, optimizer, parameter, [torch.inf] * (MOST_SKIPPED + 1))
+        steps(overflow, scaler, optimizer, parameter, [torch.inf])
     assert torch.equal(parameter, before)
     assert scaler.get_scale() > 0
 

@@ -85,7 +85,8 @@ def test_nothing_to_answer_again(answering):
 
 def test_settings_are_used(answering):
     def ask(*settings):
-        return last(answering.ask(FIRST, "one", web.NOTHING, [], [], *settings))[0][1]
+        asked = answering.ask(FIRST, "one", web.NOTHING, [], [], *settings)
+        return "".join(last(asked)[0][1:])  # a wild one may end before it begins
 
     wild = ("", 3.0, 1, 0, 1, 20)
     assert len({ask(*wild) for _ in range(4)}) == 4

@@ -119,10 +119,12 @@ def memory_of_command(results: dict):
 
 def longest_context(results: dict):
     aim = f"NF4, r=32: {CONTEXT:,} tokens of context"
-    found = [row for row in contexts(results) if row["row"]["quantization"] == "4bit"]
+    rows = [row for row in results["rows"].values() if row["row"]["search"] and "tokens" in row]
+    found = [row for row in rows if row["row"]["quantization"] == "4bit"]
     if not found:
         return aim, NOT_HERE, None
-    return aim, f"{found[0]['tokens']:,}", found[0]["tokens"] >= CONTEXT
+    reached, ended = found[0]["tokens"] >= CONTEXT, found[0]["status"] == "measured"
+    return aim, fitting(found[0]), reached if reached or ended else None
 
 
 def against(other: str, quantization: str, window: int, factor: float, results: dict):
@@ -231,13 +233,18 @@ def context_row(row: dict) -> dict:
         missing = dict.fromkeys(rest, NOT_HERE)
         return base | {"fits, tokens": row["status"], **missing, "how": row["note"]}
     return base | {
-        "fits, tokens": f"{row['tokens']:,}{' or more' * (row['status'] == SEARCHING)}",
+        "fits, tokens": fitting(row),
         "does not": f"{row['fails_at']:,}" if row["fails_at"] else NOT_HERE,
         "peak memory": pages.gib(row["peak"]),
         "tokens/s": f"{row['tokens_per_second']:,.0f}",
         "whole conversations": f"{row['whole_conversations']:.1%}",
         "how": "; ".join(row["set_up"]),
     }
+
+
+def fitting(row: dict) -> str:
+    """The longest context that fits, as far as the search has come."""
+    return f"{row['tokens']:,}{' or more' if row['status'] == SEARCHING else ''}"
 
 
 LONGEST_CONTEXT = """\
@@ -301,7 +308,3 @@ def of(results: dict, contender: str, quantization: str, window: int) -> list[di
 
 def speeds(results: dict) -> list[dict]:
     return [row for row in results["rows"].values() if not row["row"]["search"]]
-
-
-def contexts(results: dict) -> list[dict]:
-    return [row for row in measured(results) if row["row"]["search"]]

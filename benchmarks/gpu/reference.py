@@ -19,6 +19,7 @@ class Reference(Contender):
 
         task = self.task
         base = load_base(task.folder, task.quantization, task.dtype, self.card.device)
+        base.set_attn_implementation("sdpa")  # transformers' own
         base.config.use_cache = False
         if task.quantization == "none":
             base.gradient_checkpointing_enable()

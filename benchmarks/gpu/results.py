@@ -7,7 +7,7 @@ import re
 from machine import processor, today
 
 from gpu.page import line, page
-from gpu.rows import KINDS, Row, all_rows
+from gpu.rows import KINDS, SEARCHING, Row, all_rows
 from gpu.worker import versions
 from llama_lora.cli import InputError
 
@@ -39,7 +39,8 @@ class Results:
         told = json.loads(self.path.read_text())
         if told["settings"] != self.settings:
             raise InputError(f"{self.path}: made with {told['settings']}, not {self.settings}")
-        rows = {name: row for name, row in told["rows"].items() if row["status"] in DONE}
+        kept = *DONE, SEARCHING
+        rows = {name: row for name, row in told["rows"].items() if row["status"] in kept}
         return rows, told["models"]
 
     def _place(self, name: str) -> tuple[int, int]:
@@ -49,7 +50,8 @@ class Results:
         return sizes.index(name.partition(" × ")[0]), known
 
     def missing(self) -> list[Row]:
-        return [row for row in self.wanted if row.name not in self.rows]
+        begun = None, SEARCHING
+        return [row for row in self.wanted if self.rows.get(row.name, {}).get("status") in begun]
 
     def add(self, findings: dict) -> None:
         if "loaded" in findings:

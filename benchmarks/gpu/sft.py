@@ -16,7 +16,9 @@ class Trl(Contender):
         from llama_lora.model.base import load_base
 
         task = self.task
-        return load_base(task.folder, task.quantization, task.dtype, self.card.device)
+        base = load_base(task.folder, task.quantization, task.dtype, self.card.device)
+        base.set_attn_implementation("sdpa")  # transformers' own
+        return base
 
     def lora(self):
         """What the trainer is to add to the model; None once it is there."""

@@ -98,7 +98,7 @@ def measure_rows(request: dict) -> Iterator[dict]:
         loaded = {"loaded": rows[0].job[:4], "checks": contender.checks(), **card.peak()}
     except torch.OutOfMemoryError as error:
         for row in rows:
-            yield out_of_memory(row, f"while it loads: {error}")
+            yield too_large(row, f"while it loads: {error}")
         return
     yield loaded | {"versions": versions()}
     for row in rows:
@@ -110,7 +110,9 @@ def contender_named(name: str) -> type:
         import unsloth  # noqa: F401  # before any library that it patches
     if name == "ours":
         from gpu.ours import Ours
+        from llama_lora.train.allocator import expect_all_sizes
 
+        expect_all_sizes()
         return Ours
     if name == "reference":
         from gpu.reference import Reference
@@ -123,9 +125,8 @@ def contender_named(name: str) -> type:
 
 def attempts(contender, row, card) -> Iterator[dict]:
     """A row's findings; whoever cannot compute a micro-batch in parts tries smaller ones."""
-    import torch
-
     from llama_lora.cli import LocalError
+    from llama_lora.model.hardware import out_of_memory
 
     while True:
         problem = None
@@ -133,17 +134,19 @@ def attempts(contender, row, card) -> Iterator[dict]:
         try:
             for found in contender.measure(row):
                 yield {"row": row.as_dict(), "status": "measured", **found}
-        except (torch.OutOfMemoryError, LocalError) as error:
+        except (RuntimeError, LocalError) as error:
+            if isinstance(error, RuntimeError) and not out_of_memory(error):
+                raise
             problem = str(error)  # and not the error itself, which holds on to what was computed
         if problem is None:
             return
-        yield out_of_memory(row, problem)
+        yield too_large(row, problem)
         if row.contender == "ours" or row.batch == 1:
             return
         row = row.halved()
 
 
-def out_of_memory(row, problem: str) -> dict:
+def too_large(row, problem: str) -> dict:
     note = ". ".join(problem.split(". ")[:2])  # torch goes on with the state of its allocator
     return {"row": row.as_dict(), "status": "out of memory", "note": note}
 

@@ -153,7 +153,7 @@ def build(adapters: Adapters, sampling: Sampling, system: str | None):
             **at_once,
         )
         for chat, kept in zip(chats, turns, strict=True):
-            chat.clear(list, None, kept, **at_once)
+            chat.clear(None, **stopping).then(lambda: ([], []), None, [chat, kept], **at_once)
     return page
 
 

@@ -1,8 +1,8 @@
-"""Attention with grouped queries for devices whose fused kernels take none.
+"""Attention with grouped queries for cards whose fused kernels take none.
 
-Of torch's kernels only FlashAttention does (compute capability 8.0 and up). Elsewhere transformers'
-own "sdpa" falls back to plain products, which hold heads × tokens × tokens scores: 4.3 GB a layer
-in fp16 for a prompt of 8,192 tokens and 32 heads. Keys and values repeated for each query take 0.1.
+On cards, only FlashAttention does (compute capability 8.0 and up). On older ones transformers' own
+"sdpa" falls back to plain products, which hold heads × tokens × tokens scores: 4.3 GB a layer in
+fp16 for a prompt of 8,192 tokens and 32 heads. Keys and values repeated for each query take 0.1.
 """
 
 from types import SimpleNamespace
@@ -15,12 +15,12 @@ from transformers.masking_utils import sdpa_mask
 from llama_lora.model.cards import Card
 
 UNGROUPED = "sdpa_ungrouped"
-GROUPS = (8, 0)  # the compute capability from which a fused kernel takes grouped queries
+FLASH = (8, 0)  # the compute capability that FlashAttention asks for
 
 
 def implementation(card: Card) -> str:
     """What a model on `card` is to attend with while it answers."""
-    fused = card.capability is not None and card.capability >= GROUPS
+    fused = card.capability is None or card.capability >= FLASH  # a CPU has a kernel of its own
     return "sdpa" if fused else UNGROUPED
 
 

@@ -69,6 +69,10 @@ class Overflow(TrainerCallback):
         self.accelerator = accelerator
         self.scale, self.in_a_row = 0.0, 0
 
+    def on_train_begin(self, args, state, control, **kwargs):
+        if scaler := getattr(self.accelerator, "scaler", None):
+            self.scale = scaler.get_scale()
+
     def _was_skipped(self) -> bool:
         scaler = getattr(self.accelerator, "scaler", None)
         if scaler is None:
