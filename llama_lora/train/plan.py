@@ -15,6 +15,7 @@ from llama_lora.train.footprint import FP32
 # there at once; kernels, the workspaces of cuBLAS and NCCL and DeepSpeed's buffers come later.
 CUDA_LIBRARIES = 0.25 * GIB
 CUDA_CONTEXT = 0.2 * GIB + CUDA_LIBRARIES
+GRADIENT_BYTES = 2 * FP32  # of a parameter: computed apart from those that the optimizer reads
 COMFORTABLE = 0.9  # share of the memory that what is chosen here leaves in use at most
 FRAGMENTATION = 0.04  # of what comes and goes
 # The same on a CPU, by benchmarks/plan_accuracy.py: glibc's heap keeps what lies between blocks,
@@ -121,7 +122,6 @@ def plan(setup: Setup, available: float) -> Plan:
 def memory(setup: Setup, recomputed: int) -> dict[str, float]:
     """Bytes by what takes them, while a micro-batch is computed with so many layers recomputed."""
     shape, itemsize = setup.shape, setup.itemsize
-    trained = setup.lora_parameters * FP32
     activations = activation_bytes(setup, recomputed)
     losses = loss.CHUNK_BYTES * (2 + itemsize / FP32)  # logits, and what is computed from them
     unfolded = footprint.dequantized_bytes(shape.config, setup.quantization, itemsize)
@@ -131,8 +131,8 @@ def memory(setup: Setup, recomputed: int) -> dict[str, float]:
     return {
         "process": setup.base_load,
         "weights": shape.weight_bytes(setup.quantization, itemsize),
-        "LoRA matrices": trained,
-        "gradients": 2 * trained,  # computed apart from those that the optimizer reads
+        "LoRA matrices": FP32 * setup.lora_parameters,
+        "gradients": GRADIENT_BYTES * setup.lora_parameters,
         "optimizer": optimizer_bytes(setup.optim) * setup.lora_parameters,
         "activations": activations,
         "loss": losses,

@@ -9,9 +9,8 @@ from transformers.training_args import OptimizerNames
 
 from llama_lora.train import loss, recompute
 from llama_lora.train.best import trainable
-from llama_lora.train.footprint import FP32
 from llama_lora.train.packing import check_isolation
-from llama_lora.train.plan import optimizer_bytes
+from llama_lora.train.plan import GRADIENT_BYTES, optimizer_bytes
 
 
 class Preparation(TrainerCallback):
@@ -48,9 +47,8 @@ def bytes_to_come(optim: str | None, trained: list) -> int:
 
     `optim` is None where the optimizer's states are there already.
     """
-    gradients = 2 * FP32  # computed apart from those that the optimizer reads
     states = optimizer_bytes(optim) if optim else 0
-    return (gradients + states) * sum(parameter.numel() for _, parameter in trained)
+    return (GRADIENT_BYTES + states) * sum(parameter.numel() for _, parameter in trained)
 
 
 def unlink_shared_memory(process: int) -> None:

@@ -66,19 +66,18 @@ class Overflow(TrainerCallback):
     """
 
     def __init__(self, accelerator):
-        self.accelerator = accelerator
+        self.accelerator, self.scaler = accelerator, getattr(accelerator, "scaler", None)
         self.scale, self.in_a_row = 0.0, 0
 
     def on_train_begin(self, args, state, control, **kwargs):
-        if scaler := getattr(self.accelerator, "scaler", None):
-            self.scale = scaler.get_scale()
+        if self.scaler:
+            self.scale = self.scaler.get_scale()
 
     def _was_skipped(self) -> bool:
-        scaler = getattr(self.accelerator, "scaler", None)
-        if scaler is None:
+        if self.scaler is None:
             return self.accelerator.optimizer_step_was_skipped  # as DeepSpeed says
         # Fused optimizers skip inside of their kernel, which accelerate does not see.
-        before, self.scale = self.scale, scaler.get_scale()
+        before, self.scale = self.scale, self.scaler.get_scale()
         return self.scale < before
 
     def on_step_end(self, args, state, control, **kwargs):
