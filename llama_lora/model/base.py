@@ -33,7 +33,7 @@ def load_base(folder, quantization: str = "none", dtype=None, device=None):
     dtype = dtype or compute_dtype()
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        return AutoModelForCausalLM.from_pretrained(
+        model = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=dtype,
             quantization_config=_quantization_config(quantization, dtype),
@@ -45,6 +45,22 @@ def load_base(folder, quantization: str = "none", dtype=None, device=None):
         raise
     except (OSError, SafetensorError, ValueError, KeyError, RuntimeError) as error:
         raise InputError(f"{folder}: this model cannot be loaded: {error}") from error
+    keep_nf4_layout(model)
+    return model
+
+
+def keep_nf4_layout(model) -> None:
+    """Leave the weights of 4-bit layers as they are quantized, whatever the CPU.
+
+    Where it has AVX512-BF16, bitsandbytes packs them at the first forward pass in `eval()`, for a
+    kernel without a backward pass, and never unpacks them: training would go on with gradients
+    that are wrong.
+    """
+    from bitsandbytes.nn import Linear4bit
+
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False
 
 
 def _quantization_config(quantization: str, dtype):

@@ -6,6 +6,7 @@ from llama_lora.cli import InputError
 from llama_lora.model.cards import CARDS, CPU, Card, like
 
 QUANTIZATIONS = ("auto", "8bit", "4bit", "none")
+DTYPE_SWITCH = "LLAMA_LORA_DTYPE"  # an environment variable: float32, bfloat16 or float16
 
 
 def present() -> Card:
@@ -40,15 +41,33 @@ def compute_dtype(card: Card | None = None):
     """The fastest dtype that `card` (default: the device here) trains and answers in.
 
     bf16, fp16, or fp32 on plain CPUs: bf16 products on a CPU without AVX512-BF16 or AMX run on one
-    scalar loop, hundreds of times slower than fp32.
+    scalar loop, hundreds of times slower than fp32. What `DTYPE_SWITCH` says goes before that on
+    the device here, however slow.
+
+    Raises:
+        InputError: the switch names no dtype.
     """
     import torch
 
+    if card is None and (switched := switched_dtype()):
+        return switched
     card = card or present()
     if card.capability is not None:
         return getattr(torch, card.dtype)
     fast_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return torch.bfloat16 if fast_bf16 else torch.float32
+
+
+def switched_dtype():
+    """The compute dtype that `DTYPE_SWITCH` asks for; None where it is not set."""
+    import torch
+
+    name = os.environ.get(DTYPE_SWITCH)
+    if not name:
+        return None
+    if name not in ("float32", "bfloat16", "float16"):
+        raise InputError(f"{DTYPE_SWITCH}={name}: expected float32, bfloat16 or float16")
+    return getattr(torch, name)
 
 
 def dtype_name(dtype) -> str:

@@ -8,7 +8,15 @@ import torch
 import transformers
 from transformers.trainer_utils import IntervalStrategy
 
-from llama_lora.model.hardware import QUANTIZATIONS, compute_dtype, cores, device_name, dtype_name
+from llama_lora.model.hardware import (
+    DTYPE_SWITCH,
+    QUANTIZATIONS,
+    compute_dtype,
+    cores,
+    device_name,
+    dtype_name,
+    switched_dtype,
+)
 from llama_lora.train import allocator
 
 
@@ -199,9 +207,10 @@ class TrainingArguments(transformers.TrainingArguments):
 
     def _settle_precision(self) -> list[str]:
         """Set fp16 and bf16 to what this machine computes in; say so where that was not asked."""
-        fastest = compute_dtype()
+        fastest, switched = compute_dtype(), switched_dtype()
         asked = torch.float16 if self.fp16 else torch.bfloat16 if self.bf16 else fastest
-        possible = asked == fastest or (asked == torch.float16 and torch.cuda.is_available())
+        on_card = asked == torch.float16 and torch.cuda.is_available()
+        possible = asked == fastest or (on_card and not switched)
         self.compute_dtype = asked if possible else fastest
         self.fp16 = self.compute_dtype == torch.float16
         self.bf16 = self.compute_dtype == torch.bfloat16
@@ -209,7 +218,8 @@ class TrainingArguments(transformers.TrainingArguments):
             return []
         names = {torch.float16: "--fp16", torch.bfloat16: "--bf16"}
         used = dtype_name(self.compute_dtype)
-        return [f"{names[asked]} True: not on {device_name()}; training in {used} instead"]
+        why = f"{DTYPE_SWITCH} is set" if switched else f"not on {device_name()}"
+        return [f"{names[asked]} True: {why}; training in {used} instead"]
 
 
 def rows(text: str) -> int:
