@@ -30,6 +30,8 @@ DATA = ROOT / "data"
 OFFLINE = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
 TOKENS = tempfile.TemporaryDirectory(prefix="llama-lora-tokens-")  # until this process ends
 OFFLINE["LLAMA_LORA_CACHE"] = TOKENS.name
+# The same arithmetic on every CPU; tests of other dtypes set it themselves.
+OFFLINE["LLAMA_LORA_DTYPE"] = "float32"
 os.environ.update(OFFLINE)  # before torch is imported, for this process and those it starts
 
 

@@ -7,6 +7,8 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
+from llama_lora.model.base import keep_nf4_layout
+
 # The largest error, relative to fp32, by precision of the base and by dtype.
 TOLERANCES = {"8bit": 0.02, "4bit": 0.1, "none": 0.02}
 ATTENTION_ERROR = 0.02
@@ -77,6 +79,7 @@ def _adapted(quantization: str, dtype: torch.dtype, device: str) -> torch.nn.Mod
     model.is_loaded_in_4bit = quantization == "4bit"
     config = LoraConfig(r=RANK, lora_alpha=RANK, lora_dropout=0.0, target_modules=["linear"])
     inject_adapter_in_model(config, model)
+    keep_nf4_layout(model)
     for matrix in _matrices(model):
         matrix.data = normal(*matrix.shape).to(device)
     return model
@@ -94,11 +97,15 @@ def _linear(quantization: str, dtype: torch.dtype) -> torch.nn.Linear:
 
 
 def _step(model: torch.nn.Module, dtype: torch.dtype, device: str) -> list[torch.Tensor]:
-    """The output, and the gradients of the input and of A and B."""
+    """The output, and the gradients of the input and of A and B.
+
+    After an evaluation, as in training: what that leaves behind in a layer counts too.
+    """
     inputs = _input(1, TOKENS, WIDTH).to(device).requires_grad_()
     mixed = dtype != torch.float32
     with torch.autocast(device.partition(":")[0], dtype if mixed else None, enabled=mixed):
-        output = model(inputs)
+        model.eval()(inputs.detach())
+        output = model.train()(inputs)
     output.float().square().mean().backward()
     return [output.detach(), inputs.grad, *(matrix.grad for matrix in _matrices(model))]
 

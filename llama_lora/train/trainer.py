@@ -65,6 +65,16 @@ class LoraTrainer(transformers.Trainer):
         ):
             self.add_callback(callback)
 
+    def create_accelerator_and_postprocess(self) -> None:
+        """The Trainer's own, with autocast and a loss scale for fp16 on a CPU too.
+
+        accelerate leaves both out there, and would go on without a word.
+        """
+        super().create_accelerator_and_postprocess()
+        if self.args.fp16 and self.args.device.type == "cpu" and not self.is_deepspeed_enabled:
+            self.accelerator.native_amp = True
+            self.accelerator.scaler = torch.amp.GradScaler("cpu")
+
     def tell(self, line: str) -> None:
         """Print `line` with the step, whatever process it is."""
         print(f"step {self.state.global_step + 1}: {line}", flush=True)
