@@ -1,6 +1,9 @@
 """Llamas of any small shape with LoRA matrices on them, and what a training step makes of them."""
 
+from pathlib import Path
+
 import torch
+from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from llama_lora.model import adapter
@@ -65,3 +68,9 @@ def batch(tokens: int) -> dict:
 
 def layers_of(model) -> list:
     return list(model.get_base_model().model.layers)
+
+
+def same_adapter(one: Path, other: Path) -> bool:
+    """Whether two saved adapters are equal in every bit."""
+    a, b = (load_file(folder / adapter.WEIGHTS) for folder in (one, other))
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from adapted import same_adapter
 from conftest import ROOT, deepspeed, run_here, shipped
 from safetensors.torch import load_file
 
@@ -57,12 +58,6 @@ def uninterrupted(tiny_base, corpus, tmp_path_factory) -> Path:
     done = run_here(SCRIPT, *own, *FLAGS, "--save_strategy", "no")
     assert done.returncode == 0, done.stderr
     return folder
-
-
-def same_adapter(one: Path, other: Path) -> bool:
-    """Whether two adapters are equal in every bit."""
-    a, b = (load_file(folder / "adapter_model.safetensors") for folder in (one, other))
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 def log_of(output: Path) -> list[dict]:
