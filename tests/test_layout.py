@@ -1,6 +1,7 @@
 """The house stays in order: the name fastchat, the scripts' help, the direction of imports."""
 
 import ast
+import os
 import subprocess
 import sys
 import tomllib
@@ -76,6 +77,38 @@ def test_help_imports_nothing_heavy(script):
         [sys.executable, "-c", code, ROOT / script], capture_output=True, text=True, check=True
     )
     assert done.stdout.splitlines()[-1] == "[]"
+
+
+AVX512_BF16 = """
+import sys
+class Hook:  # on any CPU, bitsandbytes finds the instructions that it would fetch code for
+    def find_spec(self, name, path, target=None):
+        if name == "bitsandbytes.backends.cpu.ops":
+            sys.modules["bitsandbytes.functional"].has_avx512bf16 = lambda: True
+sys.meta_path.insert(0, Hook())
+"""
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["fastchat/train/train_lora.py", "--help"],
+        ["generate.py", "--prompt", "Hi!", "--max_new_tokens", "1", "--load_4bit", "--base_model"],
+    ],
+    ids=lambda command: command[0],
+)
+def test_no_code_comes_from_a_hub(command, tiny_base, tmp_path):
+    """bitsandbytes and transformers fetch and run some where the package `kernels` is installed."""
+    marker = tmp_path / "imported"
+    (tmp_path / "kernels.py").write_text(
+        f"open({str(marker)!r}, 'a').write('kernels')\ndef get_kernel(*_, **__): return None\n"
+    )
+    (tmp_path / "sitecustomize.py").write_text(AVX512_BF16)
+    base = [tiny_base] if command[-1] == "--base_model" else []
+    done = run_script(*command, *base, env={**os.environ, "PYTHONPATH": str(tmp_path)})
+    assert done.returncode == 0, done.stderr
+    assert not marker.exists()
+    assert "kernels" not in done.stderr
 
 
 # What each part of the library may import of it, besides itself.
