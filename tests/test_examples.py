@@ -93,6 +93,20 @@ def test_an_example_without_a_label_in_the_window_is_left_out_and_counted(load, 
     assert (audit.conversations, audit.unlabelled) == (2, 1)
 
 
+def test_special_tokens_that_a_text_spells_are_counted(load, corpus):
+    """The tokenizer reads them as what they are: an answer would end where it says </s>."""
+    items = shipped("dummy_en.json")[:4]
+    _, audit = load()
+    assert audit.special == 0
+    assert "special" not in str(audit)
+    items[0]["conversations"][1]["value"] += " In HTML, </s> ends <s>."
+    items[2]["conversations"][0]["value"] += " </S> <s > <unk>"
+    corpus.write_text(json.dumps(items))
+    _, audit = load()
+    assert audit.special == 2
+    assert "2 with a special token spelled in a text" in str(audit)
+
+
 def test_a_restart_reads_what_is_there(load):
     examples, audit = load()
     before = written(load.folder)

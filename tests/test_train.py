@@ -18,7 +18,8 @@ from conftest import ROOT, deepspeed, run_here, run_script, shipped
 
 from llama_lora.cli import InputError
 from llama_lora.model import adapter, base_values
-from llama_lora.train.checkpoints import clear, finish, is_complete, starting_point
+from llama_lora.model.hardware import DTYPE_SWITCH
+from llama_lora.train.checkpoints import check_engine, clear, finish, is_complete, starting_point
 
 SCRIPT = ROOT / "fastchat/train/train_lora.py"
 # Every flag of the README's command, with sizes for a tiny model.
@@ -84,8 +85,10 @@ def loads_with_peft_alone(base: Path, folder: Path) -> bool:
 
 @pytest.mark.parametrize(("launcher", "processes"), [("python", 1), ("deepspeed", 2)])
 def test_the_readmes_command(launcher, processes, tiny_base, corpus, tmp_path):
+    """In the dtype that users of this machine get."""
     words = command(launcher, tiny_base, corpus, tmp_path, "--eval_ratio", "0.125")
-    done = run_script(*words)
+    own = {name: value for name, value in os.environ.items() if name != DTYPE_SWITCH}
+    done = run_script(*words, env=own)
     assert done.returncode == 0, done.stderr[-3000:]
     if port := re.search(r"master_port=(\d+)", " ".join(words)):
         assert not list(Path("/dev/shm").glob(f"deepspeed_*_{port[1]}_*"))
@@ -174,6 +177,10 @@ def test_kill_and_resume(launcher, tiny_base, corpus, tmp_path):
         launcher, tiny_base, corpus, tmp_path, "--lora_r", "4", "--resume_from_checkpoint", "True"
     )
     assert_one_line(other, "--lora_r 4")
+    if launcher == "deepspeed":
+        again = *more, "--resume_from_checkpoint", "True"
+        elsewhere = train("python", tiny_base, corpus, tmp_path, *again)
+        assert_one_line(elsewhere, "was written by a run of deepspeed")
 
     resumed = train(
         launcher, tiny_base, corpus, tmp_path, *more, "--resume_from_checkpoint", "True"
@@ -206,6 +213,16 @@ def test_a_half_written_checkpoint_is_passed_over(tmp_path):
     with pytest.raises(InputError, match="no complete checkpoint"):
         starting_point(str(tmp_path), "True", False)
     assert starting_point(str(tmp_path), "auto", False) is None
+
+
+def test_an_engine_does_not_go_on_without_the_others_states(tmp_path):
+    check_engine(str(tmp_path), deepspeed=False)
+    with pytest.raises(InputError, match="written by a run of python3, and one of deepspeed would"):
+        check_engine(str(tmp_path), deepspeed=True)
+    (tmp_path / "global_step6").mkdir()
+    check_engine(str(tmp_path), deepspeed=True)
+    with pytest.raises(InputError, match="written by a run of deepspeed, and one of python3 would"):
+        check_engine(str(tmp_path), deepspeed=False)
 
 
 def test_only_complete_checkpoints_make_older_ones_go(tmp_path):
@@ -271,6 +288,8 @@ def test_a_finished_adapter_is_not_overwritten_unasked(tmp_path):
         (["--evaluation_strategy", "bogus"], "bogus"),
         (["--evaluation_strategy", "steps"], "--eval_data_path"),
         (["--eval_ratio", "2", "--lora_r", "0"], "--lora_r 0: expected at least 1"),
+        (["--learning_rate", "0"], "--learning_rate 0.0: expected a number above 0"),
+        (["--learning_rate", "nan"], "--learning_rate nan: expected a number above 0"),
     ],
 )
 def test_usage_errors(more, expected, tiny_base, corpus, tmp_path):

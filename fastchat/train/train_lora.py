@@ -47,6 +47,7 @@ def main(model_args, data_args, lora_args, args):
     template = load_template(model_args)
     settings = checkpoints.settings_of(data_args, lora_args, args, template)
     if checkpoint:
+        checkpoints.check_engine(checkpoint, args.deepspeed is not None)
         checkpoints.check_settings(checkpoint, settings)
     training, held_out = load_data(data_args, args, template)
     forecast = look_ahead(model_args, lora_args, args, quantization, training)

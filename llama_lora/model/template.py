@@ -1,6 +1,7 @@
 """The one prompt: what splitting counts, training labels, generation asks and the adapter keeps."""
 
 import json
+import re
 from bisect import bisect_left
 from copy import copy
 from dataclasses import dataclass
@@ -60,6 +61,8 @@ class Template:
         self._special_ids = set(tokenizer.all_special_ids) | {
             id for id, token in tokenizer.added_tokens_decoder.items() if token.special
         }
+        names = tokenizer.convert_ids_to_tokens(sorted(self._special_ids))
+        self._special = re.compile("|".join(map(re.escape, names)))
 
     def encode(self, turns: list[dict], **marks) -> Encoded:
         """`encode_batch` of one conversation: its turns, and `label_from` and `unfinished`."""
@@ -108,6 +111,10 @@ class Template:
                 )
             spans.append((len(prompt), len(answered)))
         return text, spans
+
+    def spells_special(self, turns: list[dict]) -> bool:
+        """Whether a turn spells a special token ("</s>"), which is then read as that token."""
+        return any(self._special.search(turn["value"]) for turn in turns)
 
     def text(self, turns: list[dict]) -> str:
         """The conversation as text alone."""

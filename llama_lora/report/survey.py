@@ -143,7 +143,8 @@ class Surveyor:
             except Rejected as rejected:
                 survey.untrainable[rejected.reason] += 1
         if self.renderer and trainable:
-            for encoded in self.renderer.encode_batch(trainable):
+            for item, encoded in zip(trainable, self.renderer.encode_batch(trainable), strict=True):
+                survey.audit.special += self.renderer.spells_special(item["conversations"])
                 survey.measure(encoded.labels, self.max_length)
         return survey
 

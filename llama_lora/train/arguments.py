@@ -1,5 +1,6 @@
 """The flags of training: ours, and Hugging Face's under the names that people have in scripts."""
 
+import math
 import os
 from dataclasses import dataclass, field
 from importlib.util import find_spec
@@ -249,6 +250,9 @@ def check(model, data, lora, training) -> None:
         ),
         f"--lora_r {lora.lora_r}: expected at least 1": lora.lora_r >= 1,
         f"--lora_dropout {lora.lora_dropout}: expected 0 to below 1": 0 <= lora.lora_dropout < 1,
+        f"--learning_rate {training.learning_rate}: expected a number above 0": (
+            training.learning_rate is None or 0 < training.learning_rate < math.inf
+        ),
         "--eval_strategy: needs --eval_data_path or --eval_ratio": (
             held_out or training.eval_strategy == IntervalStrategy.NO
         ),

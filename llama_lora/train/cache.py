@@ -14,7 +14,7 @@ from llama_lora.cli import InputError
 from llama_lora.corpus.atomic import Outputs
 from llama_lora.model.template import Template
 
-FORMAT = 1  # to be raised when the same corpus and settings come to other tokens or other files
+FORMAT = 2  # to be raised when the same corpus and settings come to other tokens or other files
 
 
 def default_folder() -> Path:

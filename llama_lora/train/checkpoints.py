@@ -91,6 +91,22 @@ def settings_of(data, lora, args, template) -> dict:
     }
 
 
+def check_engine(checkpoint: str, deepspeed: bool) -> None:
+    """Raise `InputError` where the optimizer's state in `checkpoint` is of the other engine.
+
+    DeepSpeed and the Trainer keep it in files of their own, and neither reads the other's.
+    """
+    wrote = any(Path(checkpoint).glob("global_step*"))
+    if wrote == deepspeed:
+        return
+    was, now = ("deepspeed", "python3") if wrote else ("python3", "deepspeed")
+    raise InputError(
+        f"{checkpoint} was written by a run of {was}, and one of {now} would go on without the "
+        f"states of its optimizer and schedule; resume it with {was}, or start over with "
+        "--overwrite_output_dir True"
+    )
+
+
 def check_settings(checkpoint: str, settings: dict) -> None:
     """Raise `InputError` that names the flags which differ from those `checkpoint` was made with.
 

@@ -78,7 +78,8 @@ class Examples:
 class Audit:
     """What became of a corpus file: counts of examples and of their tokens.
 
-    `cut` are the answer tokens beyond the length, of the `truncated` examples.
+    `cut` are the answer tokens beyond the length, of the `truncated` examples; `special` the
+    examples in whose texts a special token is spelled.
     """
 
     conversations: int = 0
@@ -87,6 +88,7 @@ class Audit:
     truncated: int = 0
     cut: int = 0
     unlabelled: int = 0
+    special: int = 0
 
     def add(self, labels: np.ndarray, max_length: int) -> bool:
         """Count an example of which `max_length` tokens are read; whether some is learned."""
@@ -115,6 +117,13 @@ class Audit:
             f"{self.labelled:,} labelled ({labelled:.1%}) · {self.truncated:,} truncated "
             f"({truncated:.1%}, with {self.cut_share:.1%} of the answer tokens) · "
             f"{self.unlabelled:,} left out: no answer within the length"
+            f"{self._of_special() if self.special else ''}"
+        )
+
+    def _of_special(self) -> str:
+        return (
+            f" · {self.special:,} with a special token spelled in a text, which is trained as that "
+            "token: where it ends answers, as their end"
         )
 
 
@@ -172,6 +181,7 @@ def _tokenized(path: str, template: Template, max_length: int, audit: Audit) -> 
         columns: dict[str, list] = {name: [] for name in cache.schema().names}
         for item, encoded in zip(batch, template.encode_batch(batch), strict=True):
             labels = np.array(encoded.labels, np.int32)
+            audit.special += template.spells_special(item["conversations"])
             if audit.add(labels, max_length):
                 columns["id"].append(item["id"])
                 columns["source"].append(item.get("piece_of", item["id"]))

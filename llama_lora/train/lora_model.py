@@ -23,7 +23,8 @@ def load(folder: str, quantization: str, lora, args):
     base.config.use_cache = False
     base.set_attn_implementation(attention.BY_EXAMPLE)
     loss.compute_in_chunks(base)
-    args.learning_rate = args.learning_rate or fitting_learning_rate(base.config.hidden_size)
+    if args.learning_rate is None:
+        args.learning_rate = fitting_learning_rate(base.config.hidden_size)
     set_seed(args.seed)  # the A matrices start at random
     return adapter.attach(
         base,
