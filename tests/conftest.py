@@ -186,6 +186,14 @@ def tiny_base(tmp_path_factory, llama_tokenizer) -> Path:
     return folder
 
 
+@pytest.fixture
+def avx512_bf16(monkeypatch):
+    """A CPU on which bitsandbytes packs 4-bit weights for its kernel, whatever this one is."""
+    import bitsandbytes
+
+    monkeypatch.setattr(bitsandbytes.nn.modules, "has_avx512bf16", lambda: True)
+
+
 @pytest.fixture(scope="session")
 def spm(tmp_path_factory) -> Path:
     """A SentencePiece model of LLaMA's kind."""

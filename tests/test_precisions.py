@@ -9,17 +9,23 @@ import pytest
 import torch
 from adapted import same_adapter
 from conftest import ROOT, deepspeed, run_here, run_script, shipped
+from peft.utils.integrations import dequantize_module_weight
+from safetensors.torch import load_file
 
 from llama_lora.chat.adapters import load
+from llama_lora.model import adapter
 from llama_lora.model.base import load_base
 from llama_lora.model.hardware import DTYPE_SWITCH, QUANTIZATIONS, dtype_name
+from llama_lora.model.template import load_tokenizer
 
+TRAIN = "fastchat/train/train_lora.py"
 FLAGS = shlex.split("""
 --num_train_epochs 2 --per_device_train_batch_size 2 --learning_rate 1e-2 --lora_r 4
 --lora_dropout 0.1 --model_max_length 256 --logging_steps 1 --eval_ratio 0.2
 --eval_strategy steps --eval_steps 4 --save_strategy no
 """)
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+pytestmark = pytest.mark.usefixtures("avx512_bf16")
 FAST = {(torch.float32, "none"), (torch.bfloat16, "4bit"), (torch.float16, "8bit")}
 ALL = [
     pytest.param(
@@ -55,13 +61,12 @@ def logits(model) -> torch.Tensor:
 @pytest.mark.parametrize(("dtype", "bits"), ALL)
 def test_train_stop_resume_evaluate_generate_merge(dtype, bits, tiny_base, tmp_path, monkeypatch):
     monkeypatch.setenv(DTYPE_SWITCH, dtype_name(dtype))
-    monkeypatch.setattr(bitsandbytes.nn.modules, "has_avx512bf16", lambda: True)
     corpus, whole, cut = tmp_path / "split.json", tmp_path / "whole", tmp_path / "cut"
     corpus.write_text(json.dumps(shipped("dummy_en.json")[:40]))
     base = ["--base_model", tiny_base]
 
     own = ["--model_name_or_path", tiny_base, "--data_path", corpus, "--quantization", bits]
-    train = "fastchat/train/train_lora.py", *own, *FLAGS, "--output_dir"
+    train = TRAIN, *own, *FLAGS, "--output_dir"
     ran(*train, whole)
     assert "stopped by --max_hours" in ran(*train, cut, "--max_hours", "1e-6")
     assert (cut / "checkpoint-1" / "scaler.pt").exists() == (dtype == torch.float16)
@@ -99,7 +104,7 @@ FP16_EVERYWHERE = f"""
 import runpy
 from deepspeed.accelerator import get_accelerator
 type(get_accelerator()).is_fp16_supported = lambda self: True
-runpy.run_path({str(ROOT / "fastchat/train/train_lora.py")!r}, run_name="__main__")
+runpy.run_path({str(ROOT / TRAIN)!r}, run_name="__main__")
 """
 
 
@@ -126,3 +131,25 @@ def test_sixteen_bits_under_deepspeed_train_as_fp32(tiny_base, tmp_path):
     assert found[torch.float32][-1] < found[torch.float32][0] - 0.1
     for dtype in DTYPES:
         assert close(found[dtype], found[torch.float32], dtype)
+
+
+@pytest.mark.parametrize("bits", ["8bit", "4bit"])
+def test_an_adapter_is_trained_over_the_weights_that_quantizing_keeps(bits, tiny_base, tmp_path):
+    """The oracle is a training over these, unquantized, in a base of their own."""
+    corpus, kept = tmp_path / "split.json", tmp_path / "kept"
+    corpus.write_text(json.dumps(shipped("dummy_en.json")[:40]))
+    base = load_base(tiny_base, "none")
+    with torch.no_grad():
+        for name, module in load_base(tiny_base, bits).named_modules():
+            if isinstance(module, (bitsandbytes.nn.Linear4bit, bitsandbytes.nn.Linear8bitLt)):
+                base.get_submodule(name).weight.copy_(dequantize_module_weight(module))
+    base.save_pretrained(kept)
+    load_tokenizer(tiny_base).save_pretrained(kept)
+    found = []
+    for folder, quantization in ((tiny_base, bits), (kept, "none")):
+        output = tmp_path / quantization
+        own = ["--model_name_or_path", folder, "--data_path", corpus, "--output_dir", output]
+        ran(TRAIN, *own, *FLAGS, "--quantization", quantization)
+        weights = load_file(output / adapter.WEIGHTS)
+        found.append(torch.cat([weights[name].flatten() for name in sorted(weights)]))
+    assert torch.nn.functional.cosine_similarity(*found, dim=0) > 0.9999

@@ -13,12 +13,7 @@ from llama_lora.train.packing import check_isolation
 
 PRECISIONS = [name for name in QUANTIZATIONS if name != "auto"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-
-
-@pytest.fixture(autouse=True)
-def avx512_bf16(monkeypatch):
-    """A CPU on which bitsandbytes packs 4-bit weights for its kernel, whatever this one is."""
-    monkeypatch.setattr(bitsandbytes.nn.modules, "has_avx512bf16", lambda: True)
+pytestmark = pytest.mark.usefixtures("avx512_bf16")
 
 
 def autocast(dtype):
