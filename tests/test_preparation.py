@@ -46,9 +46,11 @@ LOOKS = {
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("quantization", PRECISIONS)
 def test_no_look_at_a_model_changes_its_gradients(quantization, dtype, tmp_path):
-    """In widths that bitsandbytes' kernel takes, and in one that is no multiple of 32."""
-    for shape in ({}, {"intermediate_size": 72, "attention_bias": True}):
-        model = adapted_llama(tmp_path, quantization, dtype, **shape)
+    """In widths that bitsandbytes' kernel takes, and in one that is no multiple of 32; DoRA."""
+    kinds = [{}, {"intermediate_size": 72, "attention_bias": True}]
+    kinds += [{"use_dora": True}] * (quantization != "8bit")  # which a CPU has not
+    for kind in kinds:
+        model = adapted_llama(tmp_path, quantization, dtype, **kind)
         before = gradients(model, dtype)
         assert all(gradient.any() for gradient in before)
         for name, look in LOOKS.items():
