@@ -5,8 +5,9 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.integrations import sdpa_attention
 
+from llama_lora.cli import InputError
 from llama_lora.model import base
-from llama_lora.model.attention import UNGROUPED, implementation
+from llama_lora.model.attention import UNGROUPED, attend, implementation
 from llama_lora.model.cards import CARDS, CPU
 
 
@@ -75,3 +76,10 @@ def test_cards_whose_fused_kernels_take_grouped_queries():
     fused = {name for name, card in CARDS.items() if implementation(card) == "sdpa"}
     assert {"A100", "RTX 4090", CPU} <= fused
     assert not {"T4", "P100", "V100"} & fused
+
+
+@pytest.mark.parametrize("asked", ["s_aux", "softcap"])
+def test_what_plain_attention_has_not_is_refused(asked):
+    row = torch.ones(1, 2, 4, 4)
+    with pytest.raises(InputError, match="sinks or soft caps"):
+        attend(None, row, row, row, None, **{asked: torch.ones(2)})

@@ -12,6 +12,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from llama_lora.cli import InputError
 from llama_lora.model.cards import Card
 
 UNGROUPED = "sdpa_ungrouped"
@@ -24,7 +25,9 @@ def implementation(card: Card) -> str:
     return "sdpa" if fused else UNGROUPED
 
 
-def attend(module, query, key, value, attention_mask, **others) -> tuple[torch.Tensor, None]:
+def attend(
+    module, query, key, value, attention_mask, s_aux=None, softcap=None, **others
+) -> tuple[torch.Tensor, None]:
     """transformers' "sdpa" with as many keys and values as queries.
 
     Args:
@@ -33,7 +36,12 @@ def attend(module, query, key, value, attention_mask, **others) -> tuple[torch.T
 
     Returns:
         [rows, tokens, heads, size], and no attention weights.
+
+    Raises:
+        InputError: the base has sinks or soft caps, which "sdpa" has not.
     """
+    if s_aux is not None or softcap is not None:
+        raise InputError("attention with sinks or soft caps does not run on this card")
     rows, heads, tokens, size = query.shape
     groups = heads // key.shape[1]
     plain = SimpleNamespace()  # a module in which "sdpa" finds no groups
