@@ -3,6 +3,7 @@
 import functools
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import run_here, shipped
@@ -44,3 +45,18 @@ def corpus(tmp_path_factory) -> Path:
         conversation("p_1", "Two?", "It is the other, then.", piece_of="p"),
     ]
     return save(tmp_path_factory.mktemp("corpus") / "heldout.json", items)
+
+
+def plain_losses(model, examples) -> list[float]:
+    """Summed cross-entropy of each example, by itself, from the logits of the model."""
+    found = []
+    with torch.no_grad():
+        for i in range(len(examples)):
+            ids, labels = (
+                torch.tensor(part.astype(np.int64))
+                for part in (examples[i].ids, examples[i].labels)
+            )
+            logits = model(ids[None]).logits[0, :-1]
+            loss = torch.nn.functional.cross_entropy(logits, labels[1:], reduction="sum")
+            found.append(loss.item())
+    return found

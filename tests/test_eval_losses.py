@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from corpora import conversation, save
-from evaluation import SIDES
+from evaluation import SIDES, plain_losses
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
@@ -17,21 +17,6 @@ from llama_lora.model.template import IGNORE, Template, load_tokenizer
 from llama_lora.train.examples import hold_out, load_examples
 
 pytest_plugins = ["evaluation"]
-
-
-def plain_losses(model, examples) -> list[float]:
-    """Summed cross-entropy of each example, by itself, from the logits of the model."""
-    found = []
-    with torch.no_grad():
-        for i in range(len(examples)):
-            ids, labels = (
-                torch.tensor(part.astype(np.int64))
-                for part in (examples[i].ids, examples[i].labels)
-            )
-            logits = model(ids[None]).logits[0, :-1]
-            loss = torch.nn.functional.cross_entropy(logits, labels[1:], reduction="sum")
-            found.append(loss.item())
-    return found
 
 
 def test_losses_are_those_of_plain_forward_passes(tiny_base, tiny_adapter, corpus):

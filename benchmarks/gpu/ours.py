@@ -57,13 +57,12 @@ class Ours(Contender):
 
     def checks(self) -> dict[str, str]:
         """Those of the Trainer before its first step."""
+        base = self.model.get_base_model()
         with autocast(self.card.device, self.task.dtype):
-            apart = outcome(packing.check_isolation, self.model)
+            apart = outcome(packing.check_isolation, base)
         return {
             "packed examples are kept apart": apart,
-            "the loss in chunks is the model's own": outcome(
-                loss.check, self.model.get_base_model()
-            ),
+            "the loss in chunks is the model's own": outcome(loss.check, base),
         }
 
     def measure(self, row: Row) -> Iterator[dict]:

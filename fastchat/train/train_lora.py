@@ -45,12 +45,13 @@ def main(model_args, data_args, lora_args, args):
     checkpoint = None if args.dry_run else checkpoints.starting_point(*resume)
     quantization = settle_precision(model_args, args)
     template = load_template(model_args)
+    windows = check_base(model_args, data_args)
     settings = checkpoints.settings_of(data_args, lora_args, args, template)
     if checkpoint:
         checkpoints.check_engine(checkpoint, args.deepspeed is not None)
         checkpoints.check_settings(checkpoint, settings)
     training, held_out = load_data(data_args, args, template)
-    forecast = look_ahead(model_args, lora_args, args, quantization, training)
+    forecast = look_ahead(model_args, lora_args, args, quantization, training, windows)
     if args.dry_run:
         return
     model = lora_model.load(model_args.model_name_or_path, quantization, lora_args, args)
@@ -88,6 +89,18 @@ def load_template(model_args):
     return Template(load_tokenizer(model_args.model_name_or_path), model_args.template)
 
 
+def check_base(model_args, data_args):
+    """The windows of its layers; raises where it cannot be trained, or not at that length."""
+    from llama_lora.cli import InputError
+    from llama_lora.model.shape import beyond_positions
+    from llama_lora.train import trial
+
+    folder = model_args.model_name_or_path
+    if said := beyond_positions(folder, "--model_max_length", data_args.model_max_length):
+        raise InputError(said)
+    return trial.windows(folder)
+
+
 def load_data(data_args, args, template):
     """The micro-batches to train on and those to measure on, None without held-out data."""
     from llama_lora.report import example, terminal
@@ -106,13 +119,13 @@ def load_data(data_args, args, template):
     return training, data.held_out_batches(held_out, data_args, args)
 
 
-def look_ahead(model_args, lora_args, args, quantization, training):
+def look_ahead(model_args, lora_args, args, quantization, training, windows):
     """Tell what the training takes before anything is loaded; raises where it cannot fit."""
     from llama_lora.model.shape import shape_of
     from llama_lora.train import forecast
 
     shape = shape_of(model_args.model_name_or_path)
-    found = forecast.of(shape, quantization, lora_args, args, training)
+    found = forecast.of(shape, quantization, lora_args, args, training, windows)
     tell(args, found.table() if args.dry_run else found.line())
     if not args.dry_run and not args.ignore_memory_plan:
         found.check()

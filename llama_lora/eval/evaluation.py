@@ -4,7 +4,6 @@ import sys
 from argparse import Namespace
 from collections.abc import MutableMapping
 from dataclasses import dataclass
-from pathlib import Path
 
 from llama_lora.chat.adapters import BASE, load_adapters
 from llama_lora.eval import answers, heldout, overlap, questions
@@ -12,8 +11,10 @@ from llama_lora.eval.charts import shown, signed
 from llama_lora.eval.heldout import ADAPTER, HeldOut
 from llama_lora.model.adapter import read_weights
 from llama_lora.model.base import check_folder
+from llama_lora.model.shape import positions
 from llama_lora.model.template import Template, has_tokenizer, load_template
 from llama_lora.model.written import written
+from llama_lora.train import trial
 from llama_lora.train.examples import Audit, Examples
 
 
@@ -91,7 +92,8 @@ def run(args: Namespace, kept: MutableMapping) -> Evaluation:
 
 def read_corpus(args: Namespace) -> tuple[Examples, Audit, set[str] | None]:
     """The examples to measure on, what became of the file, and the conversations trained on."""
-    args.max_length = min(args.max_length, window_of(args.base_model))
+    trial.windows(args.base_model)  # refuses a base that cannot be measured
+    args.max_length = min(args.max_length, positions(args.base_model) or args.max_length)
     lora = args.lora_weights
     # Both sides are measured on the very same tokens.
     template = load_template(lora if lora and has_tokenizer(lora) else args.base_model)
@@ -109,13 +111,6 @@ def read_corpus(args: Namespace) -> tuple[Examples, Audit, set[str] | None]:
             file=sys.stderr,
         )
     return examples, audit, seen
-
-
-def window_of(base_model: Path) -> int:
-    """The most tokens that the model can read."""
-    from transformers import AutoConfig
-
-    return AutoConfig.from_pretrained(base_model).max_position_embeddings
 
 
 def summary(found: Evaluation) -> str:

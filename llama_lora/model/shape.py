@@ -70,6 +70,53 @@ def head_size(config) -> int:
     return own or config.hidden_size // config.num_attention_heads
 
 
+def config_of(folder):
+    """The config of the base model in `folder`, as transformers reads it.
+
+    Raises:
+        InputError: no base model there, or none that is known.
+    """
+    from transformers import AutoConfig
+
+    check_folder(Path(folder))
+    try:
+        return AutoConfig.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, LookupError, AttributeError, TypeError) as error:
+        raise InputError(f"{folder}: not a base of a known architecture: {brief(error)}") from error
+
+
+def positions(folder) -> int | None:
+    """The most tokens in a row that the base in `folder` is made for.
+
+    None where that is not known: there may be a tokenizer alone.
+    """
+    try:
+        config = config_of(folder).get_text_config()
+    except InputError:
+        return None
+    trained = getattr(config, "max_position_embeddings", None)
+    rope = getattr(config, "rope_parameters", None) or {}
+    kind, factor = rope.get("rope_type"), rope.get("factor") or 1
+    # Angles that are stretched afterwards: these kinds leave the number before that in the config.
+    if trained and kind in ("linear", "dynamic"):
+        return int(trained * factor)
+    if trained and kind == "yarn":
+        return max(trained, int(rope.get("original_max_position_embeddings", trained) * factor))
+    return trained
+
+
+def beyond_positions(folder, flag: str, tokens: int) -> str | None:
+    """The line to say if `flag` asks for more tokens than the base in `folder` is made for."""
+    limit = positions(folder)
+    if limit is None or tokens <= limit:
+        return None
+    return (
+        f"{flag} {tokens}: the base in {folder} is made for {limit:,} tokens in a row "
+        f"(max_position_embeddings in its config.json, with any rope_scaling); use {flag} {limit}, "
+        "or less"
+    )
+
+
 def shape_of(folder) -> Shape:
     """The shape of the base model in `folder`, read from its config.json.
 
@@ -77,11 +124,10 @@ def shape_of(folder) -> Shape:
         InputError: no base model there, or not one of Llama's architecture.
     """
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    check_folder(Path(folder))
+    config = config_of(folder)
     try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
         layers, config.num_hidden_layers = config.num_hidden_layers, 1
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)

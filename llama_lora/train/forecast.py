@@ -146,8 +146,11 @@ class Forecast:
             )
 
 
-def of(shape: Shape, quantization: str, lora, args, training) -> Forecast:
-    """The forecast of a run: `lora` and `args` are its flags, `training` its micro-batches."""
+def of(shape: Shape, quantization: str, lora, args, training, windows=(None,)) -> Forecast:
+    """The forecast of a run: `lora` and `args` are its flags, `training` its micro-batches.
+
+    `windows` are those of the base's layers, as `trial.windows` has them.
+    """
     here = args.plan_for is None
     card, processes = (present(), args.world_size) if here else cards_named(args.plan_for)
     dtype = args.compute_dtype if here else compute_dtype(card)
@@ -178,7 +181,7 @@ def of(shape: Shape, quantization: str, lora, args, training) -> Forecast:
     return Forecast(
         plan=choose(setup, available, autos),
         where=f"{processes} × {card.shown}" if processes > 1 else card.shown,
-        work=pace.Work.of(training.lengths, training.examples.labelled()),
+        work=pace.Work.of(training.lengths, training.examples.labelled(), windows),
         examples=len(training.examples),
         micro_batches=len(training),
         steps_per_epoch=steps,

@@ -1,11 +1,13 @@
 """How long will it take? The arithmetic of an epoch over the rate of the device."""
 
 import time
+from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
 
 from llama_lora.model.shape import Shape, head_size
+from llama_lora.train.attention import BLOCK
 
 # Of the rate that matrix products alone reach, by precision of the base. Assumed, after the shares
 # in docs/training-speed.md.
@@ -18,7 +20,8 @@ PROBE_TOKENS = 1024
 class Work:
     """What an epoch consists of: tokens, labelled ones, and pairs of tokens that attend.
 
-    `attended` is the sum of the squares of the examples' lengths.
+    `attended` is the sum of the squares of the examples' lengths; where layers have windows, the
+    mean over the layers of what costs them as much.
     """
 
     tokens: int
@@ -26,9 +29,19 @@ class Work:
     attended: int
 
     @classmethod
-    def of(cls, lengths: np.ndarray, labelled: int) -> "Work":
+    def of(cls, lengths: np.ndarray, labelled: int, windows=(None,)) -> "Work":
+        """Of the examples' lengths, and the window of each layer as `trial.windows` has it."""
         lengths = lengths.astype(np.int64)
-        return cls(int(lengths.sum()), labelled, int((lengths * lengths).sum()))
+        layers = Counter(windows)
+        attended = sum(count * attended_in(lengths, window) for window, count in layers.items())
+        return cls(int(lengths.sum()), labelled, attended // layers.total())
+
+
+def attended_in(lengths: np.ndarray, window: int | None) -> int:
+    """Sum of squares; behind a window, where blocks are masked and not halved, what costs that."""
+    plain = lengths if window is None else np.minimum(lengths, window)
+    behind = lengths - plain
+    return int((plain**2 + 2 * behind * ((window or 0) + np.minimum(behind, BLOCK))).sum())
 
 
 def operations(shape: Shape, work: Work, lora_parameters: int, recomputed: float) -> float:

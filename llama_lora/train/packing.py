@@ -8,6 +8,7 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from llama_lora.cli import InputError
 from llama_lora.model.template import IGNORE
+from llama_lora.train import trial
 from llama_lora.train.bins import best_fit_decreasing
 from llama_lora.train.examples import Example
 
@@ -120,9 +121,14 @@ def check_isolation(model) -> None:
 
     Several settings (an attention implementation, a cache, a mask) turn isolation off in silence.
 
+    Args:
+        model: of transformers, with LoRA matrices inside or without.
+
     Raises:
-        InputError: what comes first in a row changes what follows.
+        InputError: what comes first in a row changes what follows, or a layer does not attend as
+            the base asks for.
     """
+    trial.check(model)
     was_training = model.training
     model.eval()
     vocabulary = model.get_input_embeddings().weight.shape[0]

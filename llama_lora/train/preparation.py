@@ -27,7 +27,7 @@ class Preparation(TrainerCallback):
         optim = None if args.deepspeed else OptimizerNames(args.optim).value
         reserved = bytes_to_come(optim, trainable(model))
         with self.autocast():
-            check_isolation(model)
+            check_isolation(base)
             loss.check(base)
             said = recompute.set_up(
                 base,
