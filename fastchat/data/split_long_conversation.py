@@ -6,6 +6,7 @@ python3 fastchat/data/split_long_conversation.py --in kept.json --out split.json
 
 import argparse
 import os
+import sys
 from functools import partial
 
 from llama_lora.cli import one_line_errors
@@ -39,7 +40,10 @@ def parse_args() -> argparse.Namespace:
 def main(args: argparse.Namespace) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # there is a process for each core
     from llama_lora.corpus.split import Splitter
+    from llama_lora.model.shape import beyond_positions
 
+    if said := beyond_positions(args.model, "--max-length", args.max_length):
+        print(f"warning: {said}", file=sys.stderr)
     build = partial(Splitter, args.model, args.max_length, args.template, args.overlong)
     print(stage.run(args, build))
 
