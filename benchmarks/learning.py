@@ -160,7 +160,9 @@ def measure(
     from llama_lora.model.template import Template, load_tokenizer
 
     encoded = Template(load_tokenizer(args.base)).encode_batch(held_out)
-    base = AutoModelForCausalLM.from_pretrained(args.base, dtype="float32", local_files_only=True)
+    base = AutoModelForCausalLM.from_pretrained(
+        args.base, dtype="float32", local_files_only=True, trust_remote_code=False
+    )
     before = held_out_loss(base, encoded)
     after = {
         name: held_out_loss(adapted(args, args.cache / f"learning-{name}"), encoded)
@@ -174,7 +176,9 @@ def adapted(args: argparse.Namespace, out: Path):
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    base = AutoModelForCausalLM.from_pretrained(args.base, dtype="float32", local_files_only=True)
+    base = AutoModelForCausalLM.from_pretrained(
+        args.base, dtype="float32", local_files_only=True, trust_remote_code=False
+    )
     return PeftModel.from_pretrained(base, reached(out))
 
 

@@ -190,7 +190,7 @@ def merge_with_peft(base: Path, lora: Path, target: Path, shard: int) -> None:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float16)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float16, trust_remote_code=False)
     merged = PeftModel.from_pretrained(model, lora).merge_and_unload()
     merged.save_pretrained(target, max_shard_size=shard)
 

@@ -59,7 +59,10 @@ def load_data(args: argparse.Namespace):
     from fastchat.train import train as fschat
 
     tokenizer = AutoTokenizer.from_pretrained(
-        args.base, model_max_length=args.max_length + 1, padding_side="right"
+        args.base,
+        model_max_length=args.max_length + 1,
+        padding_side="right",
+        trust_remote_code=False,
     )
     tokenizer.pad_token = tokenizer.unk_token
     tokenizer.legacy = True

@@ -2,9 +2,12 @@
 
 import errno
 import functools
+import logging
 import os
 import sys
 from collections.abc import Callable
+
+logger = logging.getLogger(__name__)
 
 
 class InputError(Exception):
@@ -73,3 +76,10 @@ def fail(message: str, alone: bool = False) -> int:
     if alone or os.environ.get("LOCAL_RANK", "0") == "0":
         print("error: " + " ".join(message.split()), file=sys.stderr, flush=True)
     return 1
+
+
+@functools.cache
+def warn_once(message: str) -> None:
+    """Warn of something that the user may want to change; of several processes the first does."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        logger.warning(message)

@@ -26,7 +26,7 @@ def make(folder: Path, kind: Kind) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").unlink(missing_ok=True)
     with torch.device("meta"):
-        sizes = AutoModelForCausalLM.from_config(config).state_dict()
+        sizes = AutoModelForCausalLM.from_config(config, trust_remote_code=False).state_dict()
     _write_shards(folder, {name: tensor.shape for name, tensor in sizes.items()})
     _tokenizer(kind.config["vocab_size"]).save_pretrained(folder)
     config.architectures, config.dtype = ["LlamaForCausalLM"], "float16"

@@ -99,6 +99,7 @@ class Unsloth(Trl):
             dtype=task.dtype,
             load_in_4bit=task.quantization == "4bit",
             load_in_8bit=task.quantization == "8bit",
+            trust_remote_code=False,
         )
         return FastLanguageModel.get_peft_model(
             model,

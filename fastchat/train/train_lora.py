@@ -7,7 +7,6 @@ deepspeed --num_gpus=1 fastchat/train/train_lora.py --deepspeed ./deepspeed-conf
 
 import os
 from functools import partial
-from pathlib import Path
 
 from llama_lora.cli import one_line_errors
 
@@ -41,6 +40,7 @@ def main(model_args, data_args, lora_args, args):
     from llama_lora.train.trainer import LoraTrainer
 
     quieten(args)
+    checkpoints.check_output(args.output_dir)
     resume = args.output_dir, args.resume_from_checkpoint, args.overwrite_output_dir
     checkpoint = None if args.dry_run else checkpoints.starting_point(*resume)
     quantization = settle_precision(model_args, args)
@@ -51,6 +51,7 @@ def main(model_args, data_args, lora_args, args):
         checkpoints.check_engine(checkpoint, args.deepspeed is not None)
         checkpoints.check_settings(checkpoint, settings)
     training, held_out = load_data(data_args, args, template)
+    check_vocabulary(model_args, template, training, held_out)
     forecast = look_ahead(model_args, lora_args, args, quantization, training, windows)
     if args.dry_run:
         return
@@ -71,28 +72,27 @@ def main(model_args, data_args, lora_args, args):
 
 def settle_precision(model_args, args):
     """The precision of the base on this device, told with its reason."""
-    from llama_lora.model.hardware import resolve_quantization
+    from llama_lora.model.folder import resolve_precision
     from llama_lora.train.forecast import cards_named
 
     card, _ = cards_named(args.plan_for) if args.plan_for else (None, 1)
-    quantization, reason = resolve_quantization(model_args.quantization, card)
+    folder, wanted = model_args.model_name_or_path, model_args.quantization
+    quantization, reason = resolve_precision(folder, wanted, card)
     tell(args, *([] if card else args.notes), reason)
     return quantization
 
 
 def load_template(model_args):
     """The prompt format with the base's tokenizer."""
-    from llama_lora.model.base import check_folder
     from llama_lora.model.template import Template, load_tokenizer
 
-    check_folder(Path(model_args.model_name_or_path))
     return Template(load_tokenizer(model_args.model_name_or_path), model_args.template)
 
 
 def check_base(model_args, data_args):
     """The windows of its layers; raises where it cannot be trained, or not at that length."""
     from llama_lora.cli import InputError
-    from llama_lora.model.shape import beyond_positions
+    from llama_lora.model.folder import beyond_positions
     from llama_lora.train import trial
 
     folder = model_args.model_name_or_path
@@ -117,6 +117,16 @@ def load_data(data_args, args, template):
         *([f"{len(held_out):,} examples held out"] if held_out else []),
     )
     return training, data.held_out_batches(held_out, data_args, args)
+
+
+def check_vocabulary(model_args, template, training, held_out):
+    """Refuse tokens that the base has no embeddings for."""
+    from llama_lora.model.folder import embedding_rows, load_config
+
+    base = model_args.model_name_or_path
+    rows = embedding_rows(load_config(base))
+    for batches in filter(None, (training, held_out)):
+        batches.examples.check_ids(template, rows, base)
 
 
 def look_ahead(model_args, lora_args, args, quantization, training, windows):

@@ -6,8 +6,9 @@ from pathlib import Path
 from llama_lora.chat.decode import Decoder
 from llama_lora.cli import InputError
 from llama_lora.model.adapter import check_fits, load_adapter, read_weights
-from llama_lora.model.base import check_folder, load_base
-from llama_lora.model.hardware import device_name, dtype_name, resolve_quantization
+from llama_lora.model.base import load_base
+from llama_lora.model.folder import check_folder, resolve_precision
+from llama_lora.model.hardware import device_name, dtype_name
 from llama_lora.model.template import Template, has_tokenizer, load_template
 
 BASE = "base"  # the name of the base alone
@@ -70,10 +71,10 @@ def load_adapters(
     Raises:
         InputError: a folder does not hold what it should, or an adapter is another base's.
     """
-    quantization, reason = resolve_quantization(quantization)
     # What is wrong with these shows before the minutes that a large base takes.
     weights = [read_weights(folder) for folder in folders.values()]
     check_folder(Path(base_model))
+    quantization, reason = resolve_precision(base_model, quantization)
     templates = {
         name: load_template(folder if has_tokenizer(folder) else base_model, template)
         for name, folder in folders.items()

@@ -60,10 +60,13 @@ def answers(
 
     Raises:
         torch.OutOfMemoryError: one conversation alone does not fit.
+        InputError: a prompt holds a token that the model has no embedding for.
     """
     if settings.seed is None:
         settings = replace(settings, seed=SystemRandom().getrandbits(63))
-    prompter = Prompter(template, model.config.max_position_embeddings)
+    rows = model.get_input_embeddings().weight.shape[0]
+    template.check_rows(rows, model.config.name_or_path)
+    prompter = Prompter(template, model.config.max_position_embeddings, rows)
     order, lengths = [], array("Q", bytes(8 * len(conversations)))
     shortened = 0
     for index, turns in enumerate(conversations):
@@ -127,6 +130,8 @@ class Writer:
         self._model = getattr(model, "get_base_model", lambda: model)()
         self._tokenizer = template.tokenizer
         self._settings = settings
+        rows, pad = self._model.get_input_embeddings().weight.shape[0], self._tokenizer.pad_token_id
+        self._pad = pad if pad < rows else 0  # any will do: it is masked, or after the end
         self._stop_ids = stop_ids(model, template)
 
     def write(self, prompts: dict[int, list[int]], numbers: Sequence[int]) -> list[Answer]:
@@ -155,7 +160,7 @@ class Writer:
         return min(self._settings.max_new_tokens, window - len(prompt))
 
     def _generate(self, prompts, width: int, chain, limits: list[int]) -> list[list[int]]:
-        device, pad = self._model.device, self._tokenizer.pad_token_id
+        device, pad = self._model.device, self._pad
         ids = torch.tensor([[pad] * (width - len(ids)) + ids for ids in prompts], device=device)
         mask = torch.tensor(
             [[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts], device=device

@@ -9,7 +9,6 @@ from transformers import DynamicCache
 from llama_lora.chat.prompt import Prompter
 from llama_lora.chat.sampling import Sampling, processors, stop_ids
 from llama_lora.chat.text_stream import TextStream
-from llama_lora.cli import InputError
 
 
 class Decoder:
@@ -27,16 +26,17 @@ class Decoder:
         """`activate` is called before each use of `model`; it may switch to another adapter.
 
         Raises:
-            InputError: the template's tokenizer has tokens that the model does not know.
+            InputError: the template uses tokens that the model does not know.
         """
         self.model = model
-        self.prompter = Prompter(template, model.config.max_position_embeddings)
+        rows = model.get_input_embeddings().weight.shape[0]
+        template.check_rows(rows, model.config.name_or_path)
+        self.prompter = Prompter(template, model.config.max_position_embeddings, rows)
         self.finish_reason = ""
         self._tokenizer = template.tokenizer
         self._activate = activate
         self._stop_ids = stop_ids(model, template)
         self._kept = DynamicCache(), []  # and the ids in it
-        self._check_vocabulary()
 
     def stream(
         self, prompt: list[int], sampling: Sampling, random: torch.Generator
@@ -103,11 +103,3 @@ class Decoder:
         ).logits[:, -1]
         answer = torch.tensor([answer], dtype=torch.long, device=device)
         return chain(answer, scores.float()).argmax().item()
-
-    def _check_vocabulary(self) -> None:
-        known = self.model.get_input_embeddings().weight.shape[0]
-        if len(self._tokenizer) > known:
-            raise InputError(
-                f"{self._tokenizer.name_or_path}: its tokenizer has {len(self._tokenizer):,} "
-                f"tokens, the base {self.model.config.name_or_path} only {known:,}"
-            )

@@ -25,8 +25,10 @@ class Prompt(NamedTuple):
 class Prompter:
     """Makes prompts of conversations that end with a question, for a window of so many tokens."""
 
-    def __init__(self, template, window: int):
+    def __init__(self, template, window: int, rows: int | None = None):
+        """`rows` are the model's embeddings; what a prompt holds beyond them is refused."""
         self.window = window
+        self._rows = rows
         self._template = template
         tokenizer = template.tokenizer
         added = tokenizer.added_tokens_decoder.values()
@@ -68,10 +70,13 @@ class Prompter:
 
         A special token that a turn spells out is tokenized as the text that it is: typing "</s>"
         ends no turn.
+
+        Raises:
+            InputError: a token that the model has no embedding for.
         """
         turns = [{**turn, "value": sound_text(turn["value"])} for turn in turns]
         if not any(self._special.search(turn["value"]) for turn in turns):
-            return self._template.prompt_ids(turns)
+            return self._known(self._template.prompt_ids(turns))
         text, typed = self._rendered(turns)
         tokenizer = self._template.tokenizer
         tokens = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
@@ -84,6 +89,12 @@ class Prompter:
                 ids += tokenizer.encode(
                     spelled, add_special_tokens=False, split_special_tokens=True
                 )
+        return self._known(ids)
+
+    def _known(self, ids: list[int]) -> list[int]:
+        """`ids`, all of which have a row of the embeddings."""
+        if self._rows is not None:
+            self._template.check_ids(ids, self._rows, "the prompt")
         return ids
 
     def _rendered(self, turns: list[dict]) -> tuple[str, set[int]]:

@@ -26,7 +26,7 @@ class Chat:
         """`model` is a causal language model, adapted or not; `template` a `Template`.
 
         Raises:
-            InputError: the template's tokenizer has tokens that the model does not know.
+            InputError: the template uses tokens that the model does not know.
         """
         self.decoder = Decoder(model, template)
         self.system = system

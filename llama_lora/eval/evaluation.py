@@ -10,8 +10,7 @@ from llama_lora.eval import answers, heldout, overlap, questions
 from llama_lora.eval.charts import shown, signed
 from llama_lora.eval.heldout import ADAPTER, HeldOut
 from llama_lora.model.adapter import read_weights
-from llama_lora.model.base import check_folder
-from llama_lora.model.shape import positions
+from llama_lora.model.folder import check_folder, embedding_rows, load_config, positions
 from llama_lora.model.template import Template, has_tokenizer, load_template
 from llama_lora.model.written import written
 from llama_lora.train import trial
@@ -93,11 +92,13 @@ def run(args: Namespace, kept: MutableMapping) -> Evaluation:
 def read_corpus(args: Namespace) -> tuple[Examples, Audit, set[str] | None]:
     """The examples to measure on, what became of the file, and the conversations trained on."""
     trial.windows(args.base_model)  # refuses a base that cannot be measured
-    args.max_length = min(args.max_length, positions(args.base_model) or args.max_length)
+    config = load_config(args.base_model)
+    args.max_length = min(args.max_length, positions(config) or args.max_length)
     lora = args.lora_weights
     # Both sides are measured on the very same tokens.
     template = load_template(lora if lora and has_tokenizer(lora) else args.base_model)
     examples, audit = heldout.load(args, template)
+    examples.check_ids(template, embedding_rows(config), args.base_model)
     print(f"{args.data_path}: {audit}", file=sys.stderr)
     training = overlap.training_examples(lora, template) if lora else None
     if training is None:

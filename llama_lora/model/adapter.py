@@ -1,22 +1,20 @@
 """Attach, save, verify and load a LoRA adapter (Hu et al. 2021) through peft."""
 
-import functools
-import logging
 import pickle
 import re
 import shutil
 from pathlib import Path
 
-from llama_lora.cli import InputError
+from llama_lora.cli import InputError, warn_once
 from llama_lora.model import base_values
+from llama_lora.model.stored import not_only_tensors
+from llama_lora.model.template import has_tokenizer, load_template
 from llama_lora.text import brief
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 PICKLED = "adapter_model.bin"  # of older tools
 LORA_A = re.compile(r"base_model\.model\.(.+)\.lora_A\.weight")
-
-logger = logging.getLogger(__name__)
 
 
 def attach(model, r: int, alpha: int, dropout: float, target_modules: list[str], **kinds):
@@ -153,9 +151,7 @@ def _read_tensors(path: Path) -> dict:
     try:
         weights = load_peft_weights(str(path.parent), device="cpu")
     except pickle.UnpicklingError as error:
-        forbidden = re.search(r"GLOBAL (\S+)", str(error))
-        found = f"the code {forbidden[1]}" if forbidden else "another pickle"
-        raise InputError(f"{path}: not loaded: expected tensors alone, found {found}") from error
+        raise not_only_tensors(path, error) from error
     except Exception as error:  # safetensors raises its own kinds for a damaged header or body
         raise InputError(f"{path}: cannot be read: {brief(error)}") from error
     tensors = isinstance(weights, dict) and all(map(torch.is_tensor, weights.values()))
@@ -209,14 +205,9 @@ def check_fits(folder, weights: dict, model) -> None:
     trained_on, base = config.base_model_name_or_path or "", model.name_or_path
     same = base_values.same(Path(folder) / WEIGHTS, Path(base))
     if same is False:
-        _warn_once(f"({folder} was trained on {trained_on}; the weights in {base} are others)")
+        warn_once(f"({folder} was trained on {trained_on}; the weights in {base} are others)")
     elif same is None and trained_on and base and Path(trained_on).name != Path(base).name:
-        _warn_once(f"({folder} was trained on {trained_on}; the base here is {base})")
-
-
-@functools.cache
-def _warn_once(message: str) -> None:
-    logger.warning(message)
+        warn_once(f"({folder} was trained on {trained_on}; the base here is {base})")
 
 
 def _check_layers(folder, config, weights: dict, model) -> None:
@@ -279,7 +270,10 @@ def _check_vocabulary(folder, model) -> None:
         return
     tokens = Tokenizer.from_file(str(own)).get_vocab(with_added_tokens=True)
     rows = model.get_input_embeddings().weight.shape[0]
-    if len(tokens) > rows:
+    # A token that nothing uses needs no row: the padding that was added to Llama 2 has none.
+    if len(tokens) > rows and not (
+        has_tokenizer(folder) and load_template(folder).highest_id < rows
+    ):
         raise _misfit(folder, model, f"expected a vocabulary of {len(tokens):,}, found {rows:,}")
     if not base.is_file() or base.read_bytes() == own.read_bytes():
         return

@@ -1,11 +1,11 @@
 """Load a base model in 16 (or 32), 8 or 4 bits."""
 
-import json
 import logging
 from pathlib import Path
 
 from llama_lora.cli import InputError
-from llama_lora.model.hardware import compute_dtype, present
+from llama_lora.model.folder import load_config, named, quantized_as
+from llama_lora.model.hardware import compute_dtype, dtype_name, present
 
 
 def load_base(folder, quantization: str = "none", dtype=None, device=None):
@@ -15,6 +15,7 @@ def load_base(folder, quantization: str = "none", dtype=None, device=None):
         folder: a Hugging Face model folder.
         quantization: "8bit" (LLM.int8, Dettmers et al. 2022), "4bit" (NF4 with double
             quantization, Dettmers et al. 2023) or "none"; norms, embeddings and head in `dtype`.
+            A folder whose weights are quantized already is loaded as what it is.
         dtype: of activations and unquantized weights; default: the device's `compute_dtype()`.
         device: default: the current CUDA device, else the CPU.
 
@@ -27,26 +28,69 @@ def load_base(folder, quantization: str = "none", dtype=None, device=None):
 
     from llama_lora.model import attention
 
-    check_folder(Path(folder))
+    config = load_config(folder)
     # One warning per linear layer and step, about a cast that is int8's normal way of working.
     logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     dtype = dtype or compute_dtype()
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if quantized_as(folder):
+        quantization = "none"  # by us
+        config.quantization_config["bnb_4bit_compute_dtype"] = dtype_name(dtype)
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model, found = AutoModelForCausalLM.from_pretrained(
             folder,
+            config=config,
             dtype=dtype,
             quantization_config=_quantization_config(quantization, dtype),
             device_map={"": device},
             attn_implementation=attention.implementation(present()),
             local_files_only=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # for a line of ours
         )
     except torch.OutOfMemoryError:
         raise
     except (OSError, SafetensorError, ValueError, KeyError, RuntimeError) as error:
         raise InputError(f"{folder}: this model cannot be loaded: {error}") from error
+    check_complete(Path(folder), model, **found)
     keep_nf4_layout(model)
     return model
+
+
+def check_complete(
+    folder: Path, model, missing_keys, mismatched_keys, unexpected_keys, **others
+) -> None:
+    """Compare the tensors of `folder` with what its config makes the model of.
+
+    What is missing would be random numbers, and what the config has no place for inside the
+    language model is a sign of another one: more layers, or biases. Parts beside it, such as what
+    sees images or scores answers, do no harm.
+
+    Args:
+        model: may be on the meta device.
+        missing_keys, mismatched_keys, unexpected_keys: names, as transformers reports them; of the
+            mismatched with the shapes stored and expected.
+
+    Raises:
+        InputError: they differ; names the tensors.
+    """
+    if missing_keys:
+        raise InputError(f"{folder}: expected {named(missing_keys)}, found none")
+    for name, found, expected in sorted(mismatched_keys):
+        expected, found = tuple(expected), tuple(found)
+        raise InputError(f"{folder}: expected {name} of shape {expected}, found {found}")
+    prefix = f"{model.base_model_prefix}."
+    modules = {name for name, _ in (*model.named_children(), *model.base_model.named_children())}
+    inside = [
+        name
+        for name in unexpected_keys
+        if name.removeprefix(prefix).partition(".")[0] in modules - {model.base_model_prefix}
+    ]
+    if inside:
+        raise InputError(
+            f"{folder}: found {named(inside)}, for which the model of its config.json has no place"
+        )
 
 
 def keep_nf4_layout(model) -> None:
@@ -76,19 +120,3 @@ def _quantization_config(quantization: str, dtype):
             bnb_4bit_compute_dtype=dtype,
         )
     return None
-
-
-def check_folder(folder: Path) -> None:
-    """Raise `InputError` unless `folder` holds a base model's config."""
-    config = folder / "config.json"
-    if not config.is_file():
-        if (folder / "adapter_config.json").is_file():
-            raise InputError(f"{folder}: an adapter, expected the folder of its base model")
-        missing = "" if folder.exists() else ", but the folder does not exist"
-        raise InputError(f"{folder}: not a model folder: expected config.json in it{missing}")
-    try:
-        model_type = json.loads(config.read_text(encoding="utf-8")).get("model_type")
-    except (ValueError, AttributeError) as error:
-        raise InputError(f"{config}: not a model's config: {error}") from error
-    if model_type is None:
-        raise InputError(f'{config}: expected a key "model_type", found none')

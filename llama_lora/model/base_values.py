@@ -7,9 +7,12 @@ import json
 import random
 from pathlib import Path
 
+from llama_lora.model.hardware import dtype_name
+from llama_lora.model.stored import Stored
+
 KEY = "base_values"  # in the metadata of a safetensors file, which other readers ignore
 LAYERS, VALUES = 8, 8  # of so many layers so many values, the first of the weight
-FLOATS = "F16", "BF16", "F32"
+FLOATS = "float16", "bfloat16", "float32"
 ROUNDING = 2**-7  # what a value may be off that is stored in bfloat16 here and in float16 there
 SMALL = 1e-7  # the same for what is near zero
 
@@ -45,22 +48,12 @@ def same(weights: Path, base: Path) -> bool | None:
 
 
 def _read(base: Path, layers: list[str]) -> dict[str, list[float]]:
-    """By layer; without those that `base` has not in a safetensors file, or quantized."""
-    from safetensors import safe_open
-
-    values = {}
-    for layer in layers:
-        name = f"{layer}.weight"
-        path = _file(base, name)
-        if not path.is_file():
-            continue
-        with safe_open(path, framework="pt") as file:
-            if name in file.keys() and file.get_slice(name).get_dtype() in FLOATS:  # noqa: SIM118
-                values[layer] = file.get_slice(name)[0, :VALUES].float().tolist()
-    return values
-
-
-def _file(base: Path, name: str) -> Path:
-    index = base / "model.safetensors.index.json"
-    files = json.loads(index.read_text(encoding="utf-8"))["weight_map"] if index.is_file() else {}
-    return base / files.get(name, "model.safetensors")
+    """By layer; without those that `base` has not, or quantized."""
+    stored = Stored(base)
+    names = {layer: stored.name_of(f"{layer}.weight") for layer in layers}
+    weights = {layer: stored.load(name) for layer, name in names.items() if name}
+    return {
+        layer: weight[0, :VALUES].float().tolist()
+        for layer, weight in weights.items()
+        if dtype_name(weight.dtype) in FLOATS
+    }

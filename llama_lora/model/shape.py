@@ -2,10 +2,9 @@
 
 import math
 from dataclasses import dataclass
-from pathlib import Path
 
 from llama_lora.cli import InputError
-from llama_lora.model.base import check_folder
+from llama_lora.model.folder import load_config
 from llama_lora.text import brief
 
 NF4_BYTES = 1 / 2 + (1 + 4 / 256) / 64  # blocks of 64 share a scale, 256 scales share another
@@ -70,53 +69,6 @@ def head_size(config) -> int:
     return own or config.hidden_size // config.num_attention_heads
 
 
-def config_of(folder):
-    """The config of the base model in `folder`, as transformers reads it.
-
-    Raises:
-        InputError: no base model there, or none that is known.
-    """
-    from transformers import AutoConfig
-
-    check_folder(Path(folder))
-    try:
-        return AutoConfig.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, LookupError, AttributeError, TypeError) as error:
-        raise InputError(f"{folder}: not a base of a known architecture: {brief(error)}") from error
-
-
-def positions(folder) -> int | None:
-    """The most tokens in a row that the base in `folder` is made for.
-
-    None where that is not known: there may be a tokenizer alone.
-    """
-    try:
-        config = config_of(folder).get_text_config()
-    except InputError:
-        return None
-    trained = getattr(config, "max_position_embeddings", None)
-    rope = getattr(config, "rope_parameters", None) or {}
-    kind, factor = rope.get("rope_type"), rope.get("factor") or 1
-    # Angles that are stretched afterwards: these kinds leave the number before that in the config.
-    if trained and kind in ("linear", "dynamic"):
-        return int(trained * factor)
-    if trained and kind == "yarn":
-        return max(trained, int(rope.get("original_max_position_embeddings", trained) * factor))
-    return trained
-
-
-def beyond_positions(folder, flag: str, tokens: int) -> str | None:
-    """The line to say if `flag` asks for more tokens than the base in `folder` is made for."""
-    limit = positions(folder)
-    if limit is None or tokens <= limit:
-        return None
-    return (
-        f"{flag} {tokens}: the base in {folder} is made for {limit:,} tokens in a row "
-        f"(max_position_embeddings in its config.json, with any rope_scaling); use {flag} {limit}, "
-        "or less"
-    )
-
-
 def shape_of(folder) -> Shape:
     """The shape of the base model in `folder`, read from its config.json.
 
@@ -126,11 +78,11 @@ def shape_of(folder) -> Shape:
     import torch
     from transformers import AutoModelForCausalLM
 
-    config = config_of(folder)
+    config = load_config(folder)
     try:
         layers, config.num_hidden_layers = config.num_hidden_layers, 1
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
         config.num_hidden_layers = layers
         layer = model.base_model.layers[0]
     except (ValueError, KeyError, AttributeError, TypeError) as error:

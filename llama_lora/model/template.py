@@ -131,9 +131,44 @@ class Template:
     @property
     def stop_ids(self) -> list[int]:
         """Ids that end an answer: the template's end-of-answer token and the tokenizer's eos."""
-        probe = self.encode([{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}])
-        ends = [label for label in probe.labels if label in self._special_ids]
+        ends = [label for label in self._probe().labels if label in self._special_ids]
         return sorted({*ends[-1:], self.tokenizer.eos_token_id} - {None})
+
+    @property
+    def highest_id(self) -> int:
+        """The largest id that the template itself makes, whatever the conversation."""
+        return max(self._probe().ids)
+
+    def check_rows(self, rows: int, base) -> None:
+        """Check that `base` has embeddings, of so many rows, for what the template itself makes.
+
+        Tokens beyond them that nothing uses do no harm.
+
+        Raises:
+            InputError: it has not.
+        """
+        if self.highest_id >= rows:
+            raise InputError(
+                f"{self.tokenizer.name_or_path}: its tokenizer has {len(self.tokenizer):,} tokens, "
+                f"and its template uses number {self.highest_id:,}; the base {base} has only "
+                f"{rows:,}"
+            )
+
+    def check_ids(self, ids, rows: int, whose: str) -> None:
+        """Raise `InputError` if some of the token ids have none of a base's `rows` of embeddings.
+
+        `whose` they are is said in the message.
+        """
+        if beyond := [int(id) for id in ids if id >= rows]:
+            token = self.tokenizer.convert_ids_to_tokens(beyond[0])
+            raise InputError(
+                f"{whose} holds the token {token!r}, number {beyond[0]:,} of the tokenizer in "
+                f"{self.tokenizer.name_or_path}, for which the base has no embedding: it has "
+                f"{rows:,}"
+            )
+
+    def _probe(self) -> Encoded:
+        return self.encode([{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}])
 
     def _jinja(self, name: str) -> str:
         if name == "vicuna_v1.1":
@@ -211,9 +246,11 @@ def load_tokenizer(folder):
     if not Path(folder).is_dir():
         raise InputError(f"{folder}: no such folder, expected a model's")
     try:
-        tokenizer = _tokenizer_class(Path(folder)).from_pretrained(folder, local_files_only=True)
+        tokenizer = _tokenizer_class(Path(folder)).from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
     except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"{folder}: no usable tokenizer here: {error}") from error
+        raise InputError(f"{folder}: no usable tokenizer here: {cause(error)}") from error
     if tokenizer.eos_token is None:
         raise InputError(f"{folder}: its tokenizer names no end-of-sequence token")
     if tokenizer.pad_token is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
@@ -222,6 +259,13 @@ def load_tokenizer(folder):
         tokenizer.pad_token = next(t for t in candidates if t not in (None, tokenizer.eos_token))
     tokenizer.padding_side = "right"
     return tokenizer
+
+
+def cause(error: Exception) -> str:
+    """What a library's error at a folder says, and in words of ours that it wants to run code."""
+    if "trust_remote_code" not in str(error):
+        return str(error)
+    return "it asks for Python code of its own (auto_map), and no code of a folder is ever run"
 
 
 def _tokenizer_class(folder: Path):

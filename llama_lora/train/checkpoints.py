@@ -58,6 +58,19 @@ def starting_point(output_dir: str, resume: str | None, overwrite: bool) -> str 
     return resume
 
 
+def check_output(output_dir: str) -> None:
+    """Refuse a folder that holds a model: an adapter's files would replace its tokenizer's.
+
+    Raises:
+        InputError: it does.
+    """
+    if (Path(output_dir) / "config.json").is_file():
+        raise InputError(
+            f"--output_dir {output_dir}: holds a model, and the adapter's tokenizer and template "
+            "would replace its own; choose another folder"
+        )
+
+
 def clear(output_dir: str) -> None:
     """Remove what an earlier run left, so that none of it is taken for this one's."""
     for _, folder in _checkpoints(output_dir):

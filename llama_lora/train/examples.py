@@ -67,6 +67,21 @@ class Examples:
         tables = self.rows.select_columns("labelled").iter(READ_AT_ONCE)
         return sum(compute.sum(compute.list_flatten(t["labelled"])).as_py() for t in tables)
 
+    def check_ids(self, template: Template, rows: int, base) -> None:
+        """Check that `base` has embeddings, of so many rows, for all tokens; they are read.
+
+        Raises:
+            InputError: the template uses one that it has none for, or a conversation holds one.
+        """
+        import pyarrow.compute as compute
+
+        template.check_rows(rows, base)
+        tables = self.rows.select_columns("ids").iter(READ_AT_ONCE)
+        if max(compute.max(compute.list_flatten(t["ids"])).as_py() for t in tables) < rows:
+            return
+        for example in map(self.__getitem__, range(len(self))):
+            template.check_ids(example.ids, rows, f"conversation {example.id}")
+
     def select(self, indices: list[int]) -> "Examples":
         """Those at `indices`; no token is copied."""
         return Examples(

@@ -12,7 +12,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from llama_lora.cli import InputError
-from llama_lora.model.shape import config_of
+from llama_lora.model.folder import load_config
 from llama_lora.text import brief
 from llama_lora.train.attention import BY_EXAMPLE, attend
 
@@ -36,11 +36,14 @@ def windows(folder) -> list[int | None]:
         return attend(module, query, key, value, attention_mask, **others)
 
     AttentionInterface.register(ON_TRIAL, record)
-    config = config_of(folder)
+    config = load_config(folder)
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(
-                config, dtype=torch.bfloat16, attn_implementation=ON_TRIAL
+                config,
+                dtype=torch.bfloat16,
+                attn_implementation=ON_TRIAL,
+                trust_remote_code=False,
             )
         ids = torch.zeros((1, 2), dtype=torch.long, device="meta")
         # With a mask, since whether positions restart cannot be seen without values.

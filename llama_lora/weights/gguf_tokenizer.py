@@ -86,7 +86,8 @@ def read(source: Path, tokenizer, rows: int) -> GgufTokenizer:
     model = state["model"]
     if model["type"] != "BPE":
         raise InputError(f"{source}: GGUF: expected a BPE tokenizer, found {model['type']}")
-    if len(tokenizer) > rows:
+    # Added tokens beyond the rows, which no text needs, are left out.
+    if max(model["vocab"].values()) >= rows:
         raise InputError(
             f"{source}: expected at most {rows} tokens, the rows of the embeddings, found "
             f"{len(tokenizer)}"
@@ -103,7 +104,7 @@ def read(source: Path, tokenizer, rows: int) -> GgufTokenizer:
         ids={
             role: id
             for role in ("bos", "eos", "unk", "pad")
-            if (id := getattr(tokenizer, f"{role}_token_id")) is not None
+            if (id := getattr(tokenizer, f"{role}_token_id")) is not None and id < rows
         },
         adds_bos=tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id],
         adds_space=not byte_level and _adds_space(tokenizer),
@@ -121,6 +122,8 @@ def _vocabulary(state: dict, rows: int, byte_level: bool) -> tuple[list[str], li
         is_byte = state["model"]["byte_fallback"] and BYTE_TOKEN.fullmatch(token)
         tokens[id], kinds[id] = token, BYTE if is_byte else NORMAL
     for added in state["added_tokens"]:
+        if added["id"] >= rows:
+            continue
         tokens[added["id"]] = added["content"]
         kinds[added["id"]] = CONTROL if added["special"] else USER_DEFINED
         if not byte_level and added["content"] == state["model"]["unk_token"]:

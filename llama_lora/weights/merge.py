@@ -11,6 +11,7 @@ import torch
 
 from llama_lora.cli import InputError
 from llama_lora.model import adapter, model_card
+from llama_lora.model.folder import EMBEDDINGS, HEAD, embedding_rows
 from llama_lora.model.hardware import dtype_name
 from llama_lora.model.template import has_tokenizer, load_template
 from llama_lora.weights import gguf_export
@@ -18,7 +19,6 @@ from llama_lora.weights.hf_folder import Checkpoint, Written, building, plan_sha
 from llama_lora.weights.hf_weights import FolderWeights
 
 CHUNK = 1 << 24  # numbers computed at a time, in float32
-EMBEDDINGS, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 # How peft may have started A and B without touching the base's own weights.
 STARTS = (True, False, "gaussian", "orthogonal", "eva")
@@ -196,6 +196,8 @@ def _write_configs(folder: Path, merged: Checkpoint, base: Path) -> None:
     stops = stored if isinstance(stored, list) else [] if stored is None else [stored]
     settings["eos_token_id"] = sorted({*stops, *merged.stop_ids})
     for role in ("bos", "pad"):
-        settings.setdefault(f"{role}_token_id", getattr(merged.tokenizer, f"{role}_token_id"))
+        id = getattr(merged.tokenizer, f"{role}_token_id")
+        if id is None or id < embedding_rows(merged.config):
+            settings.setdefault(f"{role}_token_id", id)
     text = json.dumps(settings, indent=2) + "\n"
     (folder / "generation_config.json").write_text(text, encoding="utf-8")

@@ -1,0 +1,210 @@
+"""The folder of a base: its config, which the tensors beside it overrule, and its precision."""
+
+import json
+from pathlib import Path
+
+from llama_lora.cli import InputError, warn_once
+from llama_lora.model.hardware import present, resolve_quantization
+from llama_lora.model.stored import Stored
+from llama_lora.model.template import cause
+
+EMBEDDINGS, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+# What bitsandbytes stores beside the codes of a weight, by the name of the weight without its end.
+SCALES = ".SCB"
+STATES = ".weight.quant_state.bitsandbytes__"  # and "nf4" or "fp4"
+
+
+def check_folder(folder: Path) -> None:
+    """Raise `InputError` unless `folder` holds a base model's config, and no adapter beside it."""
+    config, adapter = folder / "config.json", (folder / "adapter_config.json").is_file()
+    if not config.is_file():
+        if adapter:
+            raise InputError(f"{folder}: an adapter, expected the folder of its base model")
+        missing = "" if folder.exists() else ", but the folder does not exist"
+        raise InputError(f"{folder}: not a model folder: expected config.json in it{missing}")
+    if adapter:  # transformers would load both
+        raise InputError(f"{folder}: expected a base alone, found an adapter in the same folder")
+    if _settings(folder).get("model_type") is None:
+        raise InputError(f'{config}: expected a key "model_type", found none')
+
+
+def load_config(folder):
+    """The config of the base in `folder`, as transformers has it, put right by its tensors.
+
+    An output layer that is stored is not the embeddings, whatever config.json says, unless it
+    equals them; and quantized weights are quantized where it says nothing of it.
+
+    Raises:
+        InputError: no base there, or one that needs code of its own, or is quantized in a way that
+            is not read here; or tensors that are not quantized as it says.
+    """
+    from transformers import AutoConfig
+
+    folder = Path(folder)
+    check_folder(folder)
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{folder}: this model cannot be loaded: {cause(error)}") from error
+    if other := getattr(config, "transformers_weights", None):
+        raise InputError(f"{folder}: config.json names other weights ({other}), which is not read")
+    stored = Stored(folder)
+    if precision := quantized_as(folder):
+        _check_codes(folder, stored, precision)
+        config.quantization_config = _quantization(folder, precision)
+    if getattr(config, "tie_word_embeddings", False) and not _tied(stored):
+        warn_once(
+            f"({folder}: config.json says that the output layer is the embeddings, but another "
+            "one is stored: that is used)"
+        )
+        config.tie_word_embeddings = False
+    return config
+
+
+def embedding_rows(config) -> int:
+    """How many tokens have a row of the embeddings: ids from 0 up."""
+    return config.get_text_config().vocab_size
+
+
+def positions(config) -> int | None:
+    """The most tokens in a row that a base is made for; None where its config does not say."""
+    config = config.get_text_config()
+    trained = getattr(config, "max_position_embeddings", None)
+    rope = getattr(config, "rope_parameters", None) or {}
+    kind, factor = rope.get("rope_type"), rope.get("factor") or 1
+    # Angles that are stretched afterwards: these kinds leave the number before that in the config.
+    if trained and kind in ("linear", "dynamic"):
+        return int(trained * factor)
+    if trained and kind == "yarn":
+        return max(trained, int(rope.get("original_max_position_embeddings", trained) * factor))
+    return trained
+
+
+def beyond_positions(folder, flag: str, tokens: int) -> str | None:
+    """The line to say if `flag` asks for more tokens than the base in `folder` is made for.
+
+    Raises:
+        InputError: no base there.
+    """
+    limit = positions(load_config(folder))
+    if limit is None or tokens <= limit:
+        return None
+    return (
+        f"{flag} {tokens}: the base in {folder} is made for {limit:,} tokens in a row "
+        f"(max_position_embeddings in its config.json, with any rope_scaling); use {flag} {limit}, "
+        "or less"
+    )
+
+
+def quantized_as(folder) -> str | None:
+    """ "8bit" or "4bit" where the folder's weights are stored as bitsandbytes' codes, else None.
+
+    Raises:
+        InputError: they are quantized in another way.
+    """
+    check_folder(Path(folder))
+    told = _settings(Path(folder)).get("quantization_config")
+    if told:
+        bits = [bits for bits in ("8bit", "4bit") if told.get(f"load_in_{bits}")]
+        if not bits or told.get("quant_method", "bitsandbytes") != "bitsandbytes":
+            method = told.get("quant_method", "an unknown method")
+            raise InputError(
+                f"{folder}: its weights are quantized with {method}, expected 16 bits, or 8 or 4 "
+                "bits of bitsandbytes: use the base that they were made from"
+            )
+        return bits[0]
+    names = Stored(folder).files
+    if any(name.endswith(SCALES) for name in names):
+        return "8bit"
+    return "4bit" if any(STATES in name for name in names) else None
+
+
+def resolve_precision(folder, wanted: str, card=None) -> tuple[str, str]:
+    """The precision to load the base in `folder` in, and the reason.
+
+    A base that is stored quantized is loaded as what it is; of another, `resolve_quantization`
+    decides for `card` (default: the device here).
+
+    Raises:
+        InputError: the card cannot compute in it.
+    """
+    stored = quantized_as(folder)
+    if stored is None:
+        return resolve_quantization(wanted, card)
+    card = card or present()
+    if stored == "8bit" and not card.runs_int8:
+        raise InputError(
+            f"{folder}: holds 8-bit weights, whose kernels need compute capability 7.5 or higher, "
+            f"found {card.shown}; use the base that they were made from, with --quantization 4bit"
+        )
+    instead = "" if wanted in ("auto", stored) else f", which --quantization {wanted} cannot change"
+    return stored, f"{stored} base, as its folder holds it{instead}"
+
+
+def _settings(folder: Path) -> dict:
+    config = folder / "config.json"
+    try:
+        settings = json.loads(config.read_text(encoding="utf-8"))
+        settings.keys()
+    except (OSError, ValueError, AttributeError) as error:
+        raise InputError(f"{config}: not a model's config: {error}") from error
+    return settings
+
+
+def _quantization(folder: Path, precision: str) -> dict:
+    """What config.json says of it, or ought to."""
+    told = _settings(folder).get("quantization_config")
+    return told or {"quant_method": "bitsandbytes", f"load_in_{precision}": True}
+
+
+def _check_codes(folder: Path, stored: Stored, precision: str) -> None:
+    """Every weight in codes has what is needed to read them, and there are some.
+
+    Of a folder without weights, whose plan alone can be wanted, nothing is checked.
+    """
+    import torch
+
+    def layers(ending: str) -> set[str]:
+        return {name.partition(ending)[0] for name in stored.files if ending in name}
+
+    code, ending = {"8bit": (torch.int8, SCALES), "4bit": (torch.uint8, STATES)}[precision]
+    in_codes = {
+        name.removesuffix(".weight")
+        for name, tensor in stored.headers()
+        if tensor.dtype == code and name.endswith(".weight")
+    }
+    readable = layers(ending)
+    if stored.files and not in_codes | readable:
+        raise InputError(
+            f"{folder}: config.json says that the weights are quantized with bitsandbytes, but "
+            'none is: remove "quantization_config" from it'
+        )
+    parts = {f"{layer}.weight" for layer in readable}
+    if precision == "4bit":
+        parts |= {f"{weight}.{part}" for weight in parts for part in ("absmax", "quant_map")}
+    lacking = parts - stored.files.keys()
+    lacking |= {layer + ending + "nf4" * (precision == "4bit") for layer in in_codes - readable}
+    if lacking:
+        raise InputError(f"{folder}: expected {named(lacking)}, found none")
+
+
+def named(tensors) -> str:
+    """Tensors by their names, the first three of many: "the tensors a, b, c and 9 more"."""
+    names = sorted(tensors)
+    more = f" and {len(names) - 3:,} more" if len(names) > 3 else ""
+    return f"the tensor{'s' * (len(names) > 1)} {', '.join(names[:3])}{more}"
+
+
+def _tied(stored: Stored) -> bool:
+    """Whether the output layer is the embeddings: one of them alone is stored, or they are equal.
+
+    Pickles hold both in any case.
+    """
+    import torch
+
+    names = [stored.name_of(parameter) for parameter in (EMBEDDINGS, HEAD)]
+    if None in names:
+        return True
+    embeddings, head = map(stored.load, names)
+    return embeddings.dtype == head.dtype and torch.equal(embeddings, head)
