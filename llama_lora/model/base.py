@@ -33,7 +33,8 @@ def load_base(folder, quantization: str = "none", dtype=None, device=None):
     logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     dtype = dtype or compute_dtype()
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if quantized_as(folder):
+    stored = quantized_as(folder)
+    if stored:
         quantization = "none"  # by us
         config.quantization_config["bnb_4bit_compute_dtype"] = dtype_name(dtype)
     try:
@@ -54,8 +55,24 @@ def load_base(folder, quantization: str = "none", dtype=None, device=None):
     except (OSError, SafetensorError, ValueError, KeyError, RuntimeError) as error:
         raise InputError(f"{folder}: this model cannot be loaded: {error}") from error
     check_complete(Path(folder), model, **found)
+    if stored:
+        _compute_in(model, dtype)
     keep_nf4_layout(model)
     return model
+
+
+def _compute_in(model, dtype) -> None:
+    """Cast what is not quantized in `model`, and let dequantized weights be of that dtype, too.
+
+    transformers leaves both as they were when the folder was written.
+    """
+    from bitsandbytes.nn import Params4bit
+
+    for parameter in model.parameters():
+        if isinstance(parameter, Params4bit):
+            parameter.quant_state.dtype = dtype
+        elif parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
 
 
 def check_complete(

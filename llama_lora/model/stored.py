@@ -92,7 +92,9 @@ def _files(folder: Path) -> list[Path]:
 
 def _shards(index: Path) -> list[Path]:
     try:
-        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        found = json.loads(index.read_text(encoding="utf-8"))
+        found["metadata"]  # transformers wants it, and all scripts are to take the same folders
+        names = set(found["weight_map"].values())
         return [index.parent / name for name in sorted(names)]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{index}: not an index of weights: {error}") from error
