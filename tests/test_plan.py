@@ -66,6 +66,18 @@ def test_a_shape_is_what_transformers_builds(tiny_base):
     assert shape.layers == model.config.num_hidden_layers
 
 
+def test_a_folder_that_is_quantized_already():
+    """Its scales may be in fp32: 4 bytes of 64 weights, instead of 1 and 4/256."""
+    told = {"load_in_4bit": True, "bnb_4bit_use_double_quant": False}
+    config = SimpleNamespace(**vars(LLAMA_7B), quantization_config=told)
+    folder = replace(SEVEN, config=config)
+    more = folder.weight_bytes("4bit", 2) - SEVEN.weight_bytes("4bit", 2)
+    assert more == pytest.approx(SEVEN.linear * (3 - 4 / 256) / 64)
+    offered = [[flags for flags, _ in advice.changes(setup(shape=s))] for s in (SEVEN, folder)]
+    assert "--quantization 4bit" in offered[0]
+    assert "--quantization 4bit" not in offered[1]
+
+
 def test_an_unknown_target_is_named():
     with pytest.raises(
         InputError, match="w_pack: no such linear layer; expected all-linear or some"

@@ -8,6 +8,7 @@ from llama_lora.model.folder import load_config
 from llama_lora.text import brief
 
 NF4_BYTES = 1 / 2 + (1 + 4 / 256) / 64  # blocks of 64 share a scale, 256 scales share another
+PLAIN_NF4_BYTES = 1 / 2 + 4 / 64  # of a folder without that: scales are fp32
 
 
 @dataclass(frozen=True)
@@ -32,12 +33,19 @@ class Shape:
     def parameters(self) -> int:
         return self.linear + self.other
 
+    @property
+    def stored_quantized(self) -> bool:
+        """Whether its folder holds codes already, so that no flag changes its precision."""
+        return bool(getattr(self.config, "quantization_config", None))
+
     def weight_bytes(self, quantization: str, itemsize: int) -> float:
         """Bytes of the loaded weights; `itemsize` of an unquantized one."""
+        told = getattr(self.config, "quantization_config", None) or {}
+        twice = told.get("bnb_4bit_use_double_quant", True)
         outputs = self.layers * sum(size[0] for size in self.linears.values())
         linear = {
             "8bit": self.linear + 4 * outputs,  # each row has a scale in fp32
-            "4bit": self.linear * NF4_BYTES,
+            "4bit": self.linear * (NF4_BYTES if twice else PLAIN_NF4_BYTES),
             "none": self.linear * itemsize,
         }
         return linear[quantization] + self.other * itemsize

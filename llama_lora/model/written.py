@@ -2,8 +2,6 @@
 
 from pathlib import Path
 
-from llama_lora.model import adapter
-
 
 def written(*paths: Path) -> dict[str, float]:
     """When each of these files was written, and of a model in one of these folders the last.
@@ -19,5 +17,5 @@ def written(*paths: Path) -> dict[str, float]:
 
 def _of_model(folder: Path) -> list[Path]:
     """The files by which a model and its tokenizer answer."""
-    kinds = "*.safetensors", adapter.PICKLED, "tokenizer*.json", "chat_template.jinja"
+    kinds = "*.safetensors", "*model*.bin", "tokenizer*.json", "chat_template.jinja"
     return [path for kind in kinds for path in folder.glob(kind)]

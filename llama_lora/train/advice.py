@@ -29,7 +29,7 @@ def changes(setup: Setup) -> list[Change]:
         offer(f"{recompute}--offload_activations True", offload=True, recompute="True")
     if setup.on_card and "8bit" not in setup.optim:
         offer("--optim paged_adamw_8bit", optim="paged_adamw_8bit")
-    if setup.quantization != "4bit":
+    if setup.quantization != "4bit" and not setup.shape.stored_quantized:
         offer("--quantization 4bit", quantization="4bit")
     if setup.lora_r > 8:
         offer("--lora_r 8", lora_r=8)
