@@ -19,8 +19,8 @@ from transformers import AttentionInterface, AutoModelForCausalLM
 
 from llama_lora.cli import InputError
 from llama_lora.eval.losses import labelled_counts
+from llama_lora.model.folder import beyond_positions, positions, read_config
 from llama_lora.model.hardware import DTYPE_SWITCH
-from llama_lora.model.shape import positions
 from llama_lora.model.template import IGNORE, Template, load_tokenizer
 from llama_lora.train import attention, pace, trial
 from llama_lora.train.attention import BY_EXAMPLE, attend
@@ -292,12 +292,12 @@ def test_how_many_positions_a_base_has(kind, tmp_path):
     rope, expected = STRETCHED[kind]
     more = {"rope_parameters": {"rope_theta": 10_000.0, **rope}} if rope else {}
     bases.config("mistral", **more).save_pretrained(tmp_path)
-    assert positions(tmp_path) == expected
+    assert positions(read_config(tmp_path)) == expected
 
 
-def test_a_folder_without_a_config_has_no_limit(tmp_path, llama_tokenizer):
+def test_a_tokenizer_alone_has_no_limit(tmp_path, llama_tokenizer):
     llama_tokenizer.save_pretrained(tmp_path)
-    assert positions(tmp_path) is None
+    assert beyond_positions(tmp_path, "--max-length", 10**9) is None
 
 
 @pytest.mark.parametrize("more", [[], ["--dry_run", "True"]], ids=["training", "dry run"])

@@ -40,7 +40,7 @@ def parse_args() -> argparse.Namespace:
 def main(args: argparse.Namespace) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # there is a process for each core
     from llama_lora.corpus.split import Splitter
-    from llama_lora.model.shape import beyond_positions
+    from llama_lora.model.folder import beyond_positions
 
     if said := beyond_positions(args.model, "--max-length", args.max_length):
         print(f"warning: {said}", file=sys.stderr)

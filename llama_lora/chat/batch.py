@@ -14,6 +14,7 @@ from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaLis
 from llama_lora.chat.prompt import Prompter, TooLong
 from llama_lora.chat.sampling import Sampling, generator, processors, stop_ids
 from llama_lora.chat.text_stream import text_of
+from llama_lora.model.folder import positions
 from llama_lora.model.hardware import out_of_memory
 from llama_lora.model.shape import head_size
 
@@ -66,7 +67,7 @@ def answers(
         settings = replace(settings, seed=SystemRandom().getrandbits(63))
     rows = model.get_input_embeddings().weight.shape[0]
     template.check_rows(rows, model.config.name_or_path)
-    prompter = Prompter(template, model.config.max_position_embeddings, rows)
+    prompter = Prompter(template, positions(model.config), rows)
     order, lengths = [], array("Q", bytes(8 * len(conversations)))
     shortened = 0
     for index, turns in enumerate(conversations):
@@ -156,7 +157,7 @@ class Writer:
         ]
 
     def _limit(self, prompt: list[int]) -> int:
-        window = self._model.config.max_position_embeddings
+        window = positions(self._model.config)
         return min(self._settings.max_new_tokens, window - len(prompt))
 
     def _generate(self, prompts, width: int, chain, limits: list[int]) -> list[list[int]]:

@@ -9,6 +9,7 @@ from transformers import DynamicCache
 from llama_lora.chat.prompt import Prompter
 from llama_lora.chat.sampling import Sampling, processors, stop_ids
 from llama_lora.chat.text_stream import TextStream
+from llama_lora.model.folder import positions
 
 
 class Decoder:
@@ -31,7 +32,7 @@ class Decoder:
         self.model = model
         rows = model.get_input_embeddings().weight.shape[0]
         template.check_rows(rows, model.config.name_or_path)
-        self.prompter = Prompter(template, model.config.max_position_embeddings, rows)
+        self.prompter = Prompter(template, positions(model.config), rows)
         self.finish_reason = ""
         self._tokenizer = template.tokenizer
         self._activate = activate

@@ -1,6 +1,7 @@
 """The folder of a base: its config, which the tensors beside it overrule, and its precision."""
 
 import json
+import sys
 from pathlib import Path
 
 from llama_lora.cli import InputError, warn_once
@@ -29,6 +30,21 @@ def check_folder(folder: Path) -> None:
         raise InputError(f'{config}: expected a key "model_type", found none')
 
 
+def read_config(folder: Path):
+    """The config of the base in `folder`, as transformers has it, whatever tensors lie beside it.
+
+    Raises:
+        InputError: no base there, or one that needs code of its own.
+    """
+    from transformers import AutoConfig
+
+    check_folder(folder)
+    try:
+        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise InputError(f"{folder}: this model cannot be loaded: {cause(error)}") from error
+
+
 def load_config(folder):
     """The config of the base in `folder`, as transformers has it, put right by its tensors.
 
@@ -39,14 +55,8 @@ def load_config(folder):
         InputError: no base there, or one that needs code of its own, or is quantized in a way that
             is not read here; or tensors that are not quantized as it says.
     """
-    from transformers import AutoConfig
-
     folder = Path(folder)
-    check_folder(folder)
-    try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{folder}: this model cannot be loaded: {cause(error)}") from error
+    config = read_config(folder)
     if other := getattr(config, "transformers_weights", None):
         raise InputError(f"{folder}: config.json names other weights ({other}), which is not read")
     stored = Stored(folder)
@@ -67,16 +77,16 @@ def embedding_rows(config) -> int:
     return config.get_text_config().vocab_size
 
 
-def positions(config) -> int | None:
-    """The most tokens in a row that a base is made for; None where its config does not say."""
+def positions(config) -> int:
+    """The most tokens in a row that a base is made for; any number if its config does not say."""
     config = config.get_text_config()
-    trained = getattr(config, "max_position_embeddings", None)
+    trained = getattr(config, "max_position_embeddings", None) or sys.maxsize
     rope = getattr(config, "rope_parameters", None) or {}
     kind, factor = rope.get("rope_type"), rope.get("factor") or 1
     # Angles that are stretched afterwards: these kinds leave the number before that in the config.
-    if trained and kind in ("linear", "dynamic"):
+    if kind in ("linear", "dynamic"):
         return int(trained * factor)
-    if trained and kind == "yarn":
+    if kind == "yarn":
         return max(trained, int(rope.get("original_max_position_embeddings", trained) * factor))
     return trained
 
@@ -85,10 +95,12 @@ def beyond_positions(folder, flag: str, tokens: int) -> str | None:
     """The line to say if `flag` asks for more tokens than the base in `folder` is made for.
 
     Raises:
-        InputError: no base there.
+        InputError: the base there cannot be read; a tokenizer alone is made for any number.
     """
-    limit = positions(load_config(folder))
-    if limit is None or tokens <= limit:
+    if not Path(folder, "config.json").is_file():
+        return None
+    limit = positions(read_config(Path(folder)))
+    if tokens <= limit:
         return None
     return (
         f"{flag} {tokens}: the base in {folder} is made for {limit:,} tokens in a row "
