@@ -295,6 +295,45 @@ def test_how_many_positions_a_base_has(kind, tmp_path):
     assert positions(read_config(tmp_path)) == expected
 
 
+@pytest.mark.parametrize(
+    ("rope", "limit"),
+    [
+        ({"rope_type": "dynamic", "factor": 2.0}, 512),
+        (
+            {
+                "rope_type": "longrope",
+                "factor": 4.0,
+                "original_max_position_embeddings": 32,
+                "short_factor": [1.0] * 4,
+                "long_factor": [3.0] * 4,
+            },
+            32,
+        ),
+    ],
+    ids=["dynamic", "longrope"],
+)
+def test_examples_that_would_change_the_angles_of_others_are_refused(rope, limit, tmp_path):
+    """Below the limit an example is what it is alone; one token beyond it is not."""
+    more = {"max_position_embeddings": 512, "head_dim": 8}
+    more["rope_parameters"] = {"rope_theta": 10_000.0, **rope}
+    model = bases.model("mistral", BY_EXAMPLE, sliding_window=None, **more).eval()
+    model.config.save_pretrained(tmp_path)
+    assert beyond_positions(tmp_path, "--model_max_length", limit) is None
+    said = beyond_positions(tmp_path, "--model_max_length", limit + 1)
+    assert f"rotary angles that examples of over {limit} tokens would change" in said
+
+    def change(long: int) -> float:
+        """In the logits of a short example, by one of so many tokens after it."""
+        ids = torch.arange(10 + long)[None] % 60
+        positions = torch.cat([torch.arange(10), torch.arange(long)])[None]
+        packed = {"position_ids": positions, "example_lengths": [10, long]}
+        with torch.no_grad():
+            alone = model(input_ids=ids[:, :10], use_cache=False).logits
+            return (model(input_ids=ids, **packed).logits[:, :10] - alone).abs().max().item()
+
+    assert change(limit) < 1e-5 < 1e-3 < change(limit + 1)
+
+
 def test_a_tokenizer_alone_has_no_limit(tmp_path, llama_tokenizer):
     llama_tokenizer.save_pretrained(tmp_path)
     assert beyond_positions(tmp_path, "--max-length", 10**9) is None

@@ -93,7 +93,7 @@ def read_corpus(args: Namespace) -> tuple[Examples, Audit, set[str] | None]:
     """The examples to measure on, what became of the file, and the conversations trained on."""
     trial.windows(args.base_model)  # refuses a base that cannot be measured
     config = load_config(args.base_model)
-    args.max_length = min(args.max_length, positions(config))
+    args.max_length = min(args.max_length, positions(config, packed=True))
     lora = args.lora_weights
     # Both sides are measured on the very same tokens.
     template = load_template(lora if lora and has_tokenizer(lora) else args.base_model)

@@ -77,12 +77,20 @@ def embedding_rows(config) -> int:
     return config.get_text_config().vocab_size
 
 
-def positions(config) -> int:
-    """The most tokens in a row that a base is made for; any number if its config does not say."""
+def positions(config, packed: bool = False) -> int:
+    """The most tokens in a row that a base is made for; any number if its config does not say.
+
+    `packed` asks for the most of an example that is computed beside others: some kinds of rope
+    choose the angles of all of them by the longest.
+    """
     config = config.get_text_config()
     trained = getattr(config, "max_position_embeddings", None) or sys.maxsize
     rope = getattr(config, "rope_parameters", None) or {}
     kind, factor = rope.get("rope_type"), rope.get("factor") or 1
+    if packed and kind == "longrope":
+        return rope.get("original_max_position_embeddings", trained)
+    if packed and kind == "dynamic":
+        return trained
     # Angles that are stretched afterwards: these kinds leave the number before that in the config.
     if kind in ("linear", "dynamic"):
         return int(trained * factor)
@@ -92,21 +100,23 @@ def positions(config) -> int:
 
 
 def beyond_positions(folder, flag: str, tokens: int) -> str | None:
-    """The line to say if `flag` asks for more tokens than the base in `folder` is made for.
+    """The line to say if `flag` asks for longer examples than the base in `folder` is made for.
 
     Raises:
         InputError: the base there cannot be read; a tokenizer alone is made for any number.
     """
     if not Path(folder, "config.json").is_file():
         return None
-    limit = positions(read_config(Path(folder)))
+    config = read_config(Path(folder))
+    most, limit = positions(config), positions(config, packed=True)
     if tokens <= limit:
         return None
-    return (
-        f"{flag} {tokens}: the base in {folder} is made for {limit:,} tokens in a row "
-        f"(max_position_embeddings in its config.json, with any rope_scaling); use {flag} {limit}, "
-        "or less"
-    )
+    what = f"is made for {limit:,} tokens in a row (max_position_embeddings in its config.json, "
+    what += "with any rope_scaling)"
+    if limit < most:
+        what = f"has rotary angles that examples of over {limit:,} tokens would change for all "
+        what += "others of their micro-batch (rope_type in its config.json)"
+    return f"{flag} {tokens}: the base in {folder} {what}; use {flag} {limit}, or less"
 
 
 def quantized_as(folder) -> str | None:
