@@ -15,6 +15,7 @@ from tqdm import tqdm
 from transformers import GenerationConfig, LlamaConfig, PreTrainedTokenizerFast
 
 from llama_lora.cli import InputError
+from llama_lora.model import older_readers
 from llama_lora.model.hardware import dtype_name
 
 MODULES = [
@@ -139,6 +140,7 @@ def write_folder(
     with building(target, overwrite, sum(sizes.values())) as folder:
         _write_configs(folder, checkpoint, dtype)
         checkpoint.tokenizer.save_pretrained(folder)
+        older_readers.amend(folder)
         files = write_weights(folder, checkpoint, dtype, plan_shards(sizes, max_shard_size))
     total = sum(sizes.values())
     return Written(total // dtype.itemsize, total, files, dtype)

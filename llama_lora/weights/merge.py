@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from llama_lora.cli import InputError
-from llama_lora.model import adapter, model_card
+from llama_lora.model import adapter, model_card, older_readers
 from llama_lora.model.folder import EMBEDDINGS, HEAD, embedding_rows
 from llama_lora.model.hardware import dtype_name
 from llama_lora.model.template import has_tokenizer, load_template
@@ -188,6 +188,7 @@ def _write_configs(folder: Path, merged: Checkpoint, base: Path) -> None:
     merged.config.dtype = merged.dtype
     merged.config.save_pretrained(folder)
     merged.tokenizer.save_pretrained(folder)
+    older_readers.amend(folder, base)
     # Not through GenerationConfig, which refuses to save some that are in use: those of Vicuna and
     # Llama 2 set a temperature without do_sample.
     path = base / "generation_config.json"
