@@ -11,7 +11,7 @@ import yaml
 from markdown_it import MarkdownIt
 from test_merge import make_adapter, make_base
 
-from llama_lora.model import model_card
+from llama_lora.model import adapter, model_card
 from llama_lora.weights.merge import merge
 
 HOSTILE = "a|b <script>alert(1)</script> *x* `c` [d](e) \\ &amp; # f\n\n---\n~~~"
@@ -89,13 +89,29 @@ def test_adapter_card_replaces_pefts(lora, monkeypatch, capsys):
     assert "| 1,332 | 1,328 | 1,330 | 4: blocked phrase 3, empty 1 |" in body
     blocks = re.findall(r"^```(\w*)\n(.*?)^```$", body, re.M | re.S)
     commands, snippets = ([text for kind, text in blocks if kind == k] for k in ("bash", "python"))
-    assert commands == [
-        f"python3 generate.py --base_model {lora.parent}/base --lora_weights ./out\n"
-    ]
+    assert commands == ["python3 generate.py --base_model ./base --lora_weights ./out\n"]
+    assert str(lora.parent) not in body
+    assert "names the base by the path of its folder" in body
+    assert "--base_name ID" in body
     assert len(snippets) == 1
     run_snippet(body, lora.parent, monkeypatch, capsys)
     prompt = next(text for kind, text in blocks if not kind)
     assert "USER: Who are you? ASSISTANT: I am …</s>USER: What can you do? ASSISTANT:" in prompt
+
+
+def test_card_of_an_adapter_that_names_its_base_by_an_id(lora):
+    adapter.complete(lora, lora.parent / "base", "someone/llama-7b")
+    model_card.write(lora)
+    front, body = parts((lora / "README.md").read_text())
+    assert front["base_model"] == "someone/llama-7b"
+    assert "A LoRA adapter for the base model `someone/llama-7b`." in body
+    (commands,) = re.findall(r"^```bash\n(.*?)^```$", body, re.M | re.S)
+    assert commands.splitlines() == [
+        "hf download someone/llama-7b --local-dir ./llama-7b",
+        "python3 generate.py --base_model ./llama-7b --lora_weights ./out",
+    ]
+    assert 'from_pretrained("someone/llama-7b", dtype' in body
+    assert "names the base by its id on the Hub" in body
 
 
 def test_card_without_an_account_of_the_run(lora):

@@ -83,6 +83,10 @@ def loads_with_peft_alone(base: Path, folder: Path) -> bool:
     return bool(torch.isfinite(after).all()) and not torch.allclose(before, after)
 
 
+def base_named(folder: Path) -> str:
+    return json.loads((folder / adapter.CONFIG).read_text())["base_model_name_or_path"]
+
+
 @pytest.mark.parametrize(("launcher", "processes"), [("python", 1), ("deepspeed", 2)])
 def test_the_readmes_command(launcher, processes, tiny_base, corpus, tmp_path):
     """In the dtype that users of this machine get."""
@@ -112,6 +116,7 @@ def test_the_readmes_command(launcher, processes, tiny_base, corpus, tmp_path):
         files = [tmp_path / folder / name for name in (adapter.CONFIG, adapter.WEIGHTS)]
         assert len({path.stat().st_mode for path in files}) == 1, folder  # both as the umask says
         assert base_values.same(tmp_path / folder / adapter.WEIGHTS, tiny_base), folder
+        assert base_named(tmp_path / folder) == str(tiny_base)
     summary = json.loads((tmp_path / "summary.json").read_text())
     # A of rank 8 × in and B of out × 8, in each of 2 layers, for q, k, v, o, gate, up and down.
     shapes = [(32, 32), (32, 16), (32, 16), (32, 32), (32, 64), (32, 64), (64, 32)]
@@ -155,7 +160,7 @@ def test_two_processes_step_as_one_with_twice_the_accumulation(tiny_base, corpus
 
 @pytest.mark.parametrize("launcher", ["python", pytest.param("deepspeed", marks=pytest.mark.slow)])
 def test_kill_and_resume(launcher, tiny_base, corpus, tmp_path):
-    more = ["--num_train_epochs", "8", "--packing", "False"]
+    more = ["--num_train_epochs", "8", "--packing", "False", "--base_name", "someone/llama"]
     running = subprocess.Popen(
         command(launcher, tiny_base, corpus, tmp_path, *more),
         cwd=ROOT,
@@ -194,6 +199,9 @@ def test_kill_and_resume(launcher, tiny_base, corpus, tmp_path):
 
     finished = train(launcher, tiny_base, corpus, tmp_path, *more)
     assert_one_line(finished, "--overwrite_output_dir True")
+    for folder in (tmp_path, *tmp_path.glob("checkpoint-*")):
+        assert base_named(folder) == "someone/llama"
+        assert base_values.same(folder / adapter.WEIGHTS, tiny_base)
     assert loads_with_peft_alone(tiny_base, tmp_path)
 
 
@@ -290,6 +298,7 @@ def test_a_finished_adapter_is_not_overwritten_unasked(tmp_path):
         (["--eval_ratio", "2", "--lora_r", "0"], "--lora_r 0: expected at least 1"),
         (["--learning_rate", "0"], "--learning_rate 0.0: expected a number above 0"),
         (["--learning_rate", "nan"], "--learning_rate nan: expected a number above 0"),
+        (["--base_name", "./base"], "--base_name ./base: expected an id on the Hub, owner/name"),
     ],
 )
 def test_usage_errors(more, expected, tiny_base, corpus, tmp_path):

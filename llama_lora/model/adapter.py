@@ -1,12 +1,14 @@
 """Attach, save, verify and load a LoRA adapter (Hu et al. 2021) through peft."""
 
+import json
+import os
 import pickle
 import re
 import shutil
 from pathlib import Path
 
 from llama_lora.cli import InputError, warn_once
-from llama_lora.model import base_values
+from llama_lora.model import base_values, older_readers
 from llama_lora.model.stored import not_only_tensors
 from llama_lora.model.template import has_tokenizer, load_template
 from llama_lora.text import brief
@@ -14,6 +16,7 @@ from llama_lora.text import brief
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 PICKLED = "adapter_model.bin"  # of older tools
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 LORA_A = re.compile(r"base_model\.model\.(.+)\.lora_A\.weight")
 
 
@@ -47,28 +50,39 @@ def attach(model, r: int, alpha: int, dropout: float, target_modules: list[str],
     return get_peft_model(model, config)
 
 
-def save(model, template, folder) -> None:
-    """Save a trained adapter with its tokenizer and chat template, then verify what was written."""
+def save(model, template, folder, base_name: str | None = None) -> None:
+    """Save a trained adapter with its tokenizer and chat template, then verify what was written.
+
+    Args:
+        base_name: as in `complete`.
+    """
     model.save_pretrained(folder, safe_serialization=True)
-    note_base(folder)
-    unlock(folder)
     template.tokenizer.save_pretrained(folder)
+    complete(folder, Path(model.name_or_path), base_name)
     verify(folder, model)
 
 
-def note_base(folder) -> None:
-    """Keep some of the base's weights with the adapter in `folder`, to know the base again by."""
-    path = Path(folder) / WEIGHTS
-    layers = list(_adapted_layers(folder, _read_tensors(path)))
-    base_values.keep(path, layers, Path(read_config(folder).base_model_name_or_path))
+def complete(folder, base: Path, base_name: str | None = None) -> None:
+    """Make an adapter for every reader, and for a base that moves, of what peft has written.
 
-
-def unlock(folder) -> None:
-    """Let those read the weights in `folder` who may read the config beside them.
-
-    safetensors makes files that only their owner may read.
+    Args:
+        base: the folder of the base, of whose weights some are kept to know it again by.
+        base_name: an id on the Hub for `adapter_config.json` to name the base by; its absolute
+            path if None.
     """
-    shutil.copymode(Path(folder) / CONFIG, Path(folder) / WEIGHTS)
+    config, weights = Path(folder, CONFIG), Path(folder, WEIGHTS)
+    _name_base(config, base_name or os.path.abspath(base))
+    older_readers.amend(Path(folder))
+    base_values.keep(weights, list(_adapted_layers(folder, _read_tensors(weights))), base)
+    # safetensors makes files that only their owner may read.
+    shutil.copymode(config, weights)
+
+
+def _name_base(path: Path, name: str) -> None:
+    # In the file alone: peft would look for an id's config on the Hub whenever it saves.
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    settings["base_model_name_or_path"] = name
+    path.write_text(json.dumps(settings), encoding="utf-8")
 
 
 def verify(folder, model) -> None:
@@ -181,6 +195,8 @@ def load_adapter(model, folder, weights: dict, name: str = "default"):
             adapted = PeftModel.from_pretrained(model, folder, name, is_trainable=False)
     except (RuntimeError, ValueError, KeyError) as error:
         raise _misfit(folder, model, brief(error)) from error
+    # Or peft would look for the config of what the adapter names, on the Hub if need be.
+    adapted.peft_config[name].base_model_name_or_path = model.name_or_path
     if differing := set(weights) ^ set(get_peft_model_state_dict(adapted, adapter_name=name)):
         problem = f"{len(differing)} matrices fit no layer of it, first {min(differing)}"
         raise _misfit(folder, model, problem)

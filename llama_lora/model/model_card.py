@@ -11,12 +11,11 @@ from pathlib import Path
 
 from huggingface_hub import ModelCardData
 
-from llama_lora.model.adapter import CONFIG
+from llama_lora.model.adapter import CONFIG, HUB_ID
 from llama_lora.model.template import load_tokenizer
 from llama_lora.text import sound_text
 
 CARD = "README.md"
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 MARKDOWN = re.compile(r"([\\`*_{}\[\]<>|~&$!#])")  # what means something within a line
 EXAMPLE = [
     {"role": "user", "content": "Who are you?"},
@@ -53,15 +52,23 @@ def write(folder: Path) -> None:
     """
     folder = Path(folder)
     base = _read(folder / CONFIG).get("base_model_name_or_path") or "the base model"
-    name = folder.resolve().name
+    name, short = folder.resolve().name, _short(base)
+    on_hub = _is_id(base)
+    beside = f"./{Path(short).name}"  # the base's folder
+    download = f"hf download {short} --local-dir {shlex.quote(beside)}\n" if on_hub else ""
+    snippet = ADAPTER_SNIPPET.format(
+        base=_literal(short if on_hub else beside), folder=_literal(f"./{name}")
+    )
     _write(
         folder,
         _front_matter(base, "peft", ["lora"]),
-        f"# {escaped(name)}\n\nA LoRA adapter for the base model {coded(_short(base))}.",
+        f"# {escaped(name)}\n\nA LoRA adapter for the base model {coded(short)}.",
         "## Use it",
-        fenced(_command(base, f"./{name}"), "bash"),
+        "With the base's folder and this one side by side:",
+        fenced(download + _command(beside, f"./{name}"), "bash"),
         "Or with transformers and peft:",
-        fenced(ADAPTER_SNIPPET.format(base=_literal(base), folder=_literal(f"./{name}")), "python"),
+        fenced(snippet, "python"),
+        NAMED_BY_ID if on_hub else NAMED_BY_PATH,
         *_story(folder, folder),
     )
 
@@ -86,6 +93,15 @@ def write_merged(folder: Path, name: str, base: Path, lora: Path, dtype: str) ->
         *_story(folder, lora),
     )
 
+
+NAMED_BY_ID = """`adapter_config.json` names the base by its id on the Hub, from where peft takes it
+(`AutoPeftModelForCausalLM`). To take it from a folder, write that folder's path in its place, under
+`base_model_name_or_path`."""
+
+NAMED_BY_PATH = """`adapter_config.json` names the base by the path of its folder in training, where
+peft looks for it (`AutoPeftModelForCausalLM`). For another machine, or to publish the adapter,
+write another path or an id on the Hub in its place, under `base_model_name_or_path`. Training with
+`--base_name ID` writes an id."""
 
 LOADED = """tokenizer = AutoTokenizer.from_pretrained({folder})
 messages = [{{"role": "user", "content": "Who are you?"}}]
@@ -150,8 +166,11 @@ def _front_matter(base: str, library: str, tags: list[str]) -> str:
 
 def _short(base: str) -> str:
     """A base's id on the Hub, or the name of its folder: where that lies is nobody's business."""
-    is_id = HUB_ID.fullmatch(base) and not Path(base).is_dir()
-    return base if is_id else " ".join(Path(base).resolve().name.split())
+    return base if _is_id(base) else " ".join(Path(base).resolve().name.split())
+
+
+def _is_id(base: str) -> bool:
+    return bool(HUB_ID.fullmatch(base)) and not Path(base).is_dir()
 
 
 def _command(base: str, adapter: str | None) -> str:

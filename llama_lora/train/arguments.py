@@ -9,6 +9,7 @@ import torch
 import transformers
 from transformers.trainer_utils import IntervalStrategy
 
+from llama_lora.model.adapter import HUB_ID
 from llama_lora.model.hardware import (
     DTYPE_SWITCH,
     QUANTIZATIONS,
@@ -121,6 +122,13 @@ class TrainingArguments(transformers.TrainingArguments):
     logging_steps: float = field(default=1, metadata={"help": "Steps between two log lines."})
     overwrite_output_dir: bool = field(
         default=False, metadata={"help": "Start over although --output_dir holds checkpoints."}
+    )
+    base_name: str | None = field(
+        default=None,
+        metadata={
+            "help": "Id on the Hub by which the adapter names its base, owner/name (default: the "
+            "absolute path of --model_name_or_path)."
+        },
     )
     gradient_checkpointing: str = field(
         default="auto",
@@ -270,6 +278,9 @@ def check(model, data, lora, training) -> None:
         ),
         "several processes: need --deepspeed ./deepspeed-config.json": (
             training.world_size == 1 or training.deepspeed is not None
+        ),
+        f"--base_name {training.base_name}: expected an id on the Hub, owner/name": (
+            training.base_name is None or HUB_ID.fullmatch(training.base_name)
         ),
         "--lora_target_modules lm_head: the head stays frozen": (
             "lm_head" not in lora.lora_target_modules

@@ -14,7 +14,7 @@ def save(trainer, template, summary: dict) -> None:
     folder = Path(trainer.args.output_dir)
     if trainer.args.should_save:
         with checkpoints.writing(folder):
-            adapter.save(trainer.model, template, folder)
+            adapter.save(trainer.model, template, folder, trainer.args.base_name)
             trainer.state.save_to_json(str(folder / "trainer_state.json"))
             (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
             model_card.write(folder)

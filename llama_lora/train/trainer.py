@@ -154,8 +154,7 @@ class LoraTrainer(transformers.Trainer):
             super()._save_checkpoint(model, trial)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            adapter.note_base(folder)
-            adapter.unlock(folder)
+            adapter.complete(folder, Path(self.model.name_or_path), self.args.base_name)
             checkpoints.finish(folder, self.settings, self.checkpoints_kept)
 
     def _load_optimizer_and_scheduler(self, checkpoint):
