@@ -4,15 +4,18 @@ from pathlib import Path
 
 import torch
 from transformers import (
+    AfmoeConfig,
     AutoModelForCausalLM,
     Gemma2Config,
     Gemma3TextConfig,
     GptOssConfig,
     Llama4TextConfig,
     MistralConfig,
+    NemotronConfig,
     Phi3Config,
     Qwen2Config,
     Qwen3NextConfig,
+    StableLmConfig,
 )
 
 WINDOW = 16
@@ -49,6 +52,9 @@ def config(kind: str, **more):
         "gpt_oss": (GptOssConfig, {"sliding_window": WINDOW, "head_dim": 8}),
         "llama4_text": (Llama4TextConfig, {"attention_chunk_size": WINDOW, "head_dim": 8}),
         "qwen3_next": (Qwen3NextConfig, {}),
+        "stablelm": (StableLmConfig, {}),
+        "nemotron": (NemotronConfig, {}),
+        "afmoe": (AfmoeConfig, {"sliding_window": WINDOW, "head_dim": 8, "num_experts": 8}),
     }[kind]
     return made(**(SIZES | own | more))
 

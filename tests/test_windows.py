@@ -177,6 +177,8 @@ def test_a_window_that_is_not_in_use_is_none(tmp_path):
         ("llama4_text", {}, "neither causal nor a window"),
         ("gemma3", {"use_bidirectional_attention": True}, "neither causal nor a window"),
         ("qwen3_next", {}, "cannot see how its layers attend"),
+        ("stablelm", {}, "not told where the examples of a row end"),
+        ("nemotron", {}, "not told where the examples of a row end"),
     ],
 )
 def test_other_attention_is_refused(kind, more, expected, tmp_path):
@@ -246,6 +248,10 @@ def test_windows_are_checked_and_left_as_they_were(kind, dtype):
     assert model.config.sliding_window == 48
     assert model.training
     assert torch.equal(model(ids, use_cache=False).logits, before)
+
+
+def test_a_base_that_names_its_arguments_passes_the_check():
+    check_isolation(bases.model("afmoe", BY_EXAMPLE))
 
 
 @pytest.mark.parametrize("quantization", ["8bit", "4bit"])

@@ -21,6 +21,7 @@ from llama_lora.corpus.partial import Partial
 from llama_lora.corpus.questions import Asked, read_questions
 from llama_lora.corpus.stage import spare, stop_on_sigterm
 from llama_lora.corpus.values import dump
+from llama_lora.model.hardware import compute_dtype, dtype_name
 from llama_lora.model.written import written
 
 STOPS = "stop", "length"  # why an answer ended; every other reason is one for there being none
@@ -159,7 +160,8 @@ def settings_of(args) -> dict[str, Any]:
     """What the answers depend on beside the prompts, in JSON's types."""
     names = ("template", "quantization", *(field.name for field in fields(Sampling)))
     weights = written(args.base_model, *named_folders(args.lora_weights).values())
-    return {name: getattr(args, name) for name in names} | {"weights": weights}
+    settings = {name: getattr(args, name) for name in names}
+    return settings | {"compute_dtype": dtype_name(compute_dtype()), "weights": weights}
 
 
 def save_conversation(conversation: dict, path: str, mine: set[str]) -> None:

@@ -11,6 +11,7 @@ from llama_lora.eval.charts import shown, signed
 from llama_lora.eval.heldout import ADAPTER, HeldOut
 from llama_lora.model.adapter import read_weights
 from llama_lora.model.folder import check_folder, embedding_rows, load_config, positions
+from llama_lora.model.hardware import compute_dtype, dtype_name
 from llama_lora.model.template import Template, has_tokenizer, load_template
 from llama_lora.model.written import written
 from llama_lora.train import trial
@@ -62,7 +63,8 @@ def settings_of(args: Namespace) -> dict:
     names = "quantization", "max_length", "max_new_tokens", "eval_ratio", "limit", "seed"
     paths = args.base_model, args.lora_weights, args.data_path, args.questions
     files = written(*(path for path in paths if path))
-    return {name: getattr(args, name) for name in names} | {"files": files}
+    settings = {name: getattr(args, name) for name in names}
+    return settings | {"compute_dtype": dtype_name(compute_dtype()), "files": files}
 
 
 def run(args: Namespace, kept: MutableMapping) -> Evaluation:
@@ -93,7 +95,10 @@ def read_corpus(args: Namespace) -> tuple[Examples, Audit, set[str] | None]:
     """The examples to measure on, what became of the file, and the conversations trained on."""
     trial.windows(args.base_model)  # refuses a base that cannot be measured
     config = load_config(args.base_model)
-    args.max_length = min(args.max_length, positions(config, packed=True))
+    limit = positions(config, packed=True)
+    if args.max_length > limit:
+        print(f"--max_length {limit}: {args.base_model} takes no more at once", file=sys.stderr)
+        args.max_length = limit
     lora = args.lora_weights
     # Both sides are measured on the very same tokens.
     template = load_template(lora if lora and has_tokenizer(lora) else args.base_model)

@@ -17,5 +17,5 @@ def written(*paths: Path) -> dict[str, float]:
 
 def _of_model(folder: Path) -> list[Path]:
     """The files by which a model and its tokenizer answer."""
-    kinds = "*.safetensors", "*model*.bin", "tokenizer*.json", "chat_template.jinja"
+    kinds = "*.safetensors", "*model*.bin", "*config.json", "tokenizer.json", "chat_template.jinja"
     return [path for kind in kinds for path in folder.glob(kind)]

@@ -29,9 +29,13 @@ def windows(folder) -> list[int | None]:
     Raises:
         InputError: no base there, or one that asks for more than `attend` computes.
     """
-    found = {}
+    found, lengths = {}, [1, 1]
 
     def record(module, query, key, value, attention_mask, **others):
+        if others.get("example_lengths") != lengths:
+            raise InputError(
+                "its layers are not told where the examples of a row end; take another base"
+            )
         found[module] = attention_mask
         return attend(module, query, key, value, attention_mask, **others)
 
@@ -47,7 +51,12 @@ def windows(folder) -> list[int | None]:
             )
         ids = torch.zeros((1, 2), dtype=torch.long, device="meta")
         # With a mask, since whether positions restart cannot be seen without values.
-        model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+        model(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            use_cache=False,
+            example_lengths=lengths,
+        )
     except InputError as error:
         raise InputError(f"{folder}: {error}") from None
     except (ValueError, LookupError, AttributeError, TypeError, RuntimeError) as error:
@@ -78,18 +87,18 @@ AttentionMaskInterface.register(ON_TRIAL, _window_if_that_is_all)
 def check(model) -> None:
     """Check that the layers of `model` get from `attend` what its own eager attention gives.
 
-    Both are computed in fp32 from the same queries and keys, for two examples in a row that are
-    longer than a window: that is of `WINDOW` tokens meanwhile, so that few more do. (Logits
-    would not tell. With a window so short a base is far from what it was trained for, and rounding
-    alone may change them by half as much as all else.)
+    Both are computed in fp32 from the same queries and keys, for an example that is longer than a
+    window: that is of `WINDOW` tokens meanwhile, so that few more do. (Logits would not tell. With
+    a window so short a base is far from what it was trained for, and rounding alone may change them
+    by half as much as all else.)
 
     Raises:
         InputError: they differ.
     """
     differences = []
 
-    def compare(module, query, key, value, masks, **options):
-        window, mask = masks
+    def compare(module, query, key, value, attention_mask, **options):
+        window, mask = attention_mask
         given = query.float(), key.float(), value.float()
         eager = inspect.getmodule(type(module)).eager_attention_forward
         with torch.autocast(query.device.type, enabled=False):
@@ -99,12 +108,10 @@ def check(model) -> None:
         return found.to(query.dtype), None
 
     AttentionInterface.register(COMPARED, compare)
-    lengths = [WINDOW + 8, 3 * WINDOW]
     vocabulary = model.get_input_embeddings().weight.shape[0]
-    ids = torch.arange(1, sum(lengths) + 1, device=model.device)[None] % vocabulary
-    positions = torch.cat([torch.arange(n, device=model.device) for n in lengths])[None]
+    ids = torch.arange(1, 4 * WINDOW, device=model.device)[None] % vocabulary
     with _attending(model, COMPARED, WINDOW):
-        model(input_ids=ids, position_ids=positions, use_cache=False, example_lengths=lengths)
+        model(input_ids=ids, use_cache=False)
     for number, difference in enumerate(differences):
         if not difference <= 0.01:  # so that NaN fails, too
             raise InputError(
