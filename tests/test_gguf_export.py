@@ -5,6 +5,7 @@ llama.cpp itself (slow, with `pip install -r requirements-export.txt`).
 import runpy
 from itertools import islice
 from pathlib import Path
+from unittest import mock
 
 import gguf
 import numpy as np
@@ -311,9 +312,18 @@ def smollm2_lora(tmp_path_factory, smollm2_gguf) -> tuple[Path, Path]:
 
 def in_llama_cpp(llama_cpp, file: Path):
     """The model in `file`, with a cache of keys and values in float32 as transformers' is."""
-    return llama_cpp.Llama(
-        str(file), n_ctx=512, n_batch=512, n_threads=2, type_k=0, type_v=0, verbose=False
-    )
+    usual = llama_cpp.llama_cpp.llama_model_default_params
+
+    def plain():
+        """Without weights repacked for AMX, whose kernels fault on some virtual machines."""
+        parameters = usual()
+        parameters.use_extra_bufts = False
+        return parameters
+
+    with mock.patch.object(llama_cpp.llama_cpp, "llama_model_default_params", plain):
+        return llama_cpp.Llama(
+            str(file), n_ctx=512, n_batch=512, n_threads=2, type_k=0, type_v=0, verbose=False
+        )
 
 
 def greedy(model, ids: list[int], length: int) -> list[int]:

@@ -53,7 +53,7 @@ def write(folder: Path) -> None:
     folder = Path(folder)
     base = _read(folder / CONFIG).get("base_model_name_or_path") or "the base model"
     name, short = folder.resolve().name, _short(base)
-    on_hub = _is_id(base)
+    on_hub = bool(HUB_ID.fullmatch(base))
     beside = f"./{Path(short).name}"  # the base's folder
     download = f"hf download {short} --local-dir {shlex.quote(beside)}\n" if on_hub else ""
     snippet = ADAPTER_SNIPPET.format(
@@ -79,11 +79,12 @@ def write_merged(folder: Path, name: str, base: Path, lora: Path, dtype: str) ->
     Args:
         name: the model's; `folder` may not have it yet.
     """
+    base = str(base.resolve())  # which no id is
     ggufs = sorted(path.name for path in folder.glob("*.gguf"))
     _write(
         folder,
-        _front_matter(str(base), "transformers", ["lora", "merged", *(["gguf"] if ggufs else [])]),
-        f"# {escaped(name)}\n\nThe base model {coded(_short(str(base)))} with the LoRA adapter "
+        _front_matter(base, "transformers", ["lora", "merged", *(["gguf"] if ggufs else [])]),
+        f"# {escaped(name)}\n\nThe base model {coded(_short(base))} with the LoRA adapter "
         f"{coded(lora.resolve().name)} merged into its weights, in {dtype}.",
         "## Use it",
         fenced(_command(f"./{name}", None), "bash"),
@@ -166,11 +167,7 @@ def _front_matter(base: str, library: str, tags: list[str]) -> str:
 
 def _short(base: str) -> str:
     """A base's id on the Hub, or the name of its folder: where that lies is nobody's business."""
-    return base if _is_id(base) else " ".join(Path(base).resolve().name.split())
-
-
-def _is_id(base: str) -> bool:
-    return bool(HUB_ID.fullmatch(base)) and not Path(base).is_dir()
+    return base if HUB_ID.fullmatch(base) else " ".join(Path(base).name.split())
 
 
 def _command(base: str, adapter: str | None) -> str:
