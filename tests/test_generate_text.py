@@ -11,6 +11,7 @@ from llama_lora.cli import InputError
 from llama_lora.model.template import Template
 
 pytest_plugins = ["taught_models"]
+ROWS = 2000  # embeddings; no tokenizer here has more tokens
 
 TOKENIZERS = {"byte level": byte_level(), "sentencepiece": sentencepiece_like()}
 
@@ -68,7 +69,7 @@ def test_special_tokens_that_people_type_are_text(template, spelling):
         text = spelling.replace("{}", token)
         plain = [said("human", "a"), said("gpt", "b"), said("human", "c")]
         typed = [said("human", text), said("gpt", text), said("human", text)]
-        prompter = Prompter(template, WINDOW)
+        prompter = Prompter(template, WINDOW, ROWS)
         special = set(tokenizer.all_special_ids)
         wanted = [id for id in prompter.ids(plain) if id in special]
         ids = prompter.ids(typed)
@@ -80,13 +81,13 @@ def test_special_tokens_that_people_type_are_text(template, spelling):
 
 def test_other_prompts_are_the_templates(template):
     turns = [said("system", "s"), said("human", "<a> é </b>"), said("gpt", "x"), said("human", " ")]
-    assert Prompter(template, WINDOW).ids(turns) == template.prompt_ids(turns)
+    assert Prompter(template, WINDOW, ROWS).ids(turns) == template.prompt_ids(turns)
 
 
 def test_characters_without_a_meaning_stay_what_they_are():
     template = Template(TOKENIZERS["byte level"])
     text = "\U000f0000 </s> \U000f0001"
-    ids = Prompter(template, WINDOW).ids([said("human", text)])
+    ids = Prompter(template, WINDOW, ROWS).ids([said("human", text)])
     assert text in template.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
 
 
@@ -98,7 +99,7 @@ def pairs(count: int) -> list[dict]:
 @pytest.mark.parametrize("system", [[], [said("system", "Be brief.")]])
 def test_as_few_of_the_oldest_pairs_as_needed_are_left_out(system):
     template = Template(TOKENIZERS["byte level"])
-    prompter, asked = Prompter(template, WINDOW), said("human", "And now?")
+    prompter, asked = Prompter(template, WINDOW, ROWS), said("human", "And now?")
     for count in range(30):
         ids, left_out = prompter.fit([*system, *pairs(count), asked], 40)
         assert ids == template.prompt_ids([*system, *pairs(count)[2 * left_out :], asked])
@@ -115,9 +116,9 @@ def test_a_question_may_use_all_but_a_token_of_the_window():
     template = Template(TOKENIZERS["byte level"])
     question = [*pairs(1), said("human", "a" * 40)]
     length = len(template.prompt_ids(question[2:]))
-    assert Prompter(template, length + 1).fit(question, 512) == (
+    assert Prompter(template, length + 1, ROWS).fit(question, 512) == (
         template.prompt_ids(question[2:]),
         1,
     )
     with pytest.raises(InputError, match=f"the prompt has {length} tokens"):
-        Prompter(template, length).fit(question, 512)
+        Prompter(template, length, ROWS).fit(question, 512)

@@ -81,7 +81,8 @@ def test_train_stop_resume_evaluate_generate_merge(dtype, bits, tiny_base, tmp_p
     ran("fastchat/eval/evaluate.py", *adapted, *measured)
     found = json.loads((whole / "evaluation.json").read_text())["held_out"]["loss"]
     for side, when in (("base", "before"), ("adapter", "after")):
-        assert close(found[side]["value"], trained[f"held_out_loss_{when}"], dtype)
+        # The same arithmetic, whatever the dtype: only what shares a pass differs.
+        assert found[side]["value"] == pytest.approx(trained[f"held_out_loss_{when}"], rel=1e-3)
 
     ask = "--prompt", "Who are you?", "--temperature", "0", "--max_new_tokens", "8"
     answer = ran("generate.py", *adapted, *ask)
@@ -128,9 +129,10 @@ def test_sixteen_bits_under_deepspeed_train_as_fp32(tiny_base, tmp_path):
         lines = (output / "trainer_log.jsonl").read_text().splitlines()
         log = [json.loads(line) for line in lines]
         found[dtype] = [line.get("loss", line.get("eval_loss")) for line in log]
-    assert found[torch.float32][-1] < found[torch.float32][0] - 0.1
-    for dtype in DTYPES:
-        assert close(found[dtype], found[torch.float32], dtype)
+    falls = {dtype: losses[0] - losses[-1] for dtype, losses in found.items()}
+    assert falls[torch.float32] > 0.2
+    for dtype in DTYPES:  # of a loss of 7.6, so that not learning would be far off
+        assert falls[dtype] == pytest.approx(falls[torch.float32], rel=0.05)
 
 
 @pytest.mark.parametrize("bits", ["8bit", "4bit"])

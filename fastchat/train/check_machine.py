@@ -32,6 +32,13 @@ def parse_args() -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> int:
     sys.path.insert(0, str(ROOT))  # it also runs where this project is not installed yet
+    from llama_lora.cli import one_line_errors
+
+    return one_line_errors(report)(args)
+
+
+def report(args: argparse.Namespace) -> int:
+    """Print what is found, and how to mend it; the exit code."""
     from llama_lora.model.cards import markdown_table
     from llama_lora.train.machine import examine
 

@@ -8,7 +8,7 @@ deepspeed --num_gpus=1 fastchat/train/train_lora.py --deepspeed ./deepspeed-conf
 import os
 from functools import partial
 
-from llama_lora.cli import one_line_errors
+from llama_lora.cli import InputError, one_line_errors
 
 
 def parse_args():
@@ -28,7 +28,7 @@ def parse_args():
     try:
         parsed = parser.parse_args_into_dataclasses()
         arguments.check(*parsed)
-    except ValueError as error:
+    except (ValueError, InputError) as error:
         parser.error(" ".join(str(error).split()))
     return parsed
 
@@ -91,7 +91,6 @@ def load_template(model_args):
 
 def check_base(model_args, data_args):
     """The windows of its layers; raises where it cannot be trained, or not at that length."""
-    from llama_lora.cli import InputError
     from llama_lora.model.folder import beyond_positions
     from llama_lora.train import trial
 

@@ -14,6 +14,7 @@ from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaLis
 from llama_lora.chat.prompt import Prompter, TooLong
 from llama_lora.chat.sampling import Sampling, generator, processors, stop_ids
 from llama_lora.chat.text_stream import text_of
+from llama_lora.cli import InputError
 from llama_lora.model.folder import positions
 from llama_lora.model.hardware import out_of_memory
 from llama_lora.model.shape import head_size
@@ -65,9 +66,8 @@ def answers(
     """
     if settings.seed is None:
         settings = replace(settings, seed=SystemRandom().getrandbits(63))
-    rows = model.get_input_embeddings().weight.shape[0]
-    template.check_rows(rows, model.config.name_or_path)
-    prompter = Prompter(template, positions(model.config), rows)
+    prompter = Prompter.of(model, template)
+    numbers = numbers or range(len(conversations))
     order, lengths = [], array("Q", bytes(8 * len(conversations)))
     shortened = 0
     for index, turns in enumerate(conversations):
@@ -79,6 +79,8 @@ def answers(
         except TooLong:
             yield Answer(index, "", "too_long", [])
             continue
+        except InputError as error:
+            raise InputError(f"prompt {numbers[index] + 1}: {error}") from error
         order.append(index)
         lengths[index] = len(prompt.ids)
         shortened += prompt.left_out > 0
@@ -97,7 +99,7 @@ def answers(
         for index in batch:
             prompts[index] = prompter.fit(conversations[index], settings.max_new_tokens).ids
         try:
-            written = writer.write(prompts, numbers or range(len(conversations)))
+            written = writer.write(prompts, numbers)
         except RuntimeError as error:
             if len(batch) == 1 or not out_of_memory(error):
                 raise

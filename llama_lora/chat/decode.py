@@ -9,7 +9,6 @@ from transformers import DynamicCache
 from llama_lora.chat.prompt import Prompter
 from llama_lora.chat.sampling import Sampling, processors, stop_ids
 from llama_lora.chat.text_stream import TextStream
-from llama_lora.model.folder import positions
 
 
 class Decoder:
@@ -30,9 +29,7 @@ class Decoder:
             InputError: the template uses tokens that the model does not know.
         """
         self.model = model
-        rows = model.get_input_embeddings().weight.shape[0]
-        template.check_rows(rows, model.config.name_or_path)
-        self.prompter = Prompter(template, positions(model.config), rows)
+        self.prompter = Prompter.of(model, template)
         self.finish_reason = ""
         self._tokenizer = template.tokenizer
         self._activate = activate

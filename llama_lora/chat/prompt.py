@@ -6,6 +6,7 @@ from itertools import count
 from typing import NamedTuple
 
 from llama_lora.cli import InputError
+from llama_lora.model.folder import positions
 from llama_lora.text import sound_text
 
 PRIVATE = 0xF0000  # the first of 65,534 characters that Unicode leaves without a meaning
@@ -25,16 +26,22 @@ class Prompt(NamedTuple):
 class Prompter:
     """Makes prompts of conversations that end with a question, for a window of so many tokens."""
 
-    def __init__(self, template, window: int, rows: int | None = None):
+    @classmethod
+    def of(cls, model, template) -> "Prompter":
+        """For `model`.
+
+        Raises:
+            InputError: the template uses tokens that the model has no embeddings for.
+        """
+        rows = model.get_input_embeddings().weight.shape[0]
+        template.check_rows(rows, model.config.name_or_path)
+        return cls(template, positions(model.config), rows)
+
+    def __init__(self, template, window: int, rows: int):
         """`rows` are the model's embeddings; what a prompt holds beyond them is refused."""
         self.window = window
         self._rows = rows
         self._template = template
-        tokenizer = template.tokenizer
-        added = tokenizer.added_tokens_decoder.values()
-        named = {token.content for token in added if token.special}
-        named |= set(tokenizer.all_special_tokens)
-        self._special = re.compile("|".join(map(re.escape, sorted(named, key=len, reverse=True))))
 
     def fit(self, turns: list[dict], max_new_tokens: int, left_out: int = 0) -> Prompt:
         """The prompt without as many of the oldest pairs as leave room for an answer.
@@ -75,7 +82,7 @@ class Prompter:
             InputError: a token that the model has no embedding for.
         """
         turns = [{**turn, "value": sound_text(turn["value"])} for turn in turns]
-        if not any(self._special.search(turn["value"]) for turn in turns):
+        if not self._template.spells_special(turns):
             return self._known(self._template.prompt_ids(turns))
         text, typed = self._rendered(turns)
         tokenizer = self._template.tokenizer
@@ -93,8 +100,7 @@ class Prompter:
 
     def _known(self, ids: list[int]) -> list[int]:
         """`ids`, all of which have a row of the embeddings."""
-        if self._rows is not None:
-            self._template.check_ids(ids, self._rows, "the prompt")
+        self._template.check_ids(ids, self._rows, "the prompt")
         return ids
 
     def _rendered(self, turns: list[dict]) -> tuple[str, set[int]]:
@@ -111,7 +117,8 @@ class Prompter:
                 marks[found[0]] = next(free)
             return marks[found[0]]
 
-        turns = [{**turn, "value": self._special.sub(marked, turn["value"])} for turn in turns]
+        special = self._template.special
+        turns = [{**turn, "value": special.sub(marked, turn["value"])} for turn in turns]
         spelled = {mark: token for token, mark in marks.items()}
         text, typed = [], set()
         length = 0

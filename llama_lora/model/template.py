@@ -45,7 +45,8 @@ class Template:
     """Renders corpus turns with a tokenizer's chat template and knows which tokens are answers.
 
     `name` is "vicuna_v1.1", or "model" for the chat template that the tokenizer's folder holds
-    (a base model's own, or the one an adapter was trained with).
+    (a base model's own, or the one an adapter was trained with). `special` finds the special tokens
+    that a text spells.
     """
 
     def __init__(self, tokenizer, name: str = "vicuna_v1.1"):
@@ -62,7 +63,8 @@ class Template:
             id for id, token in tokenizer.added_tokens_decoder.items() if token.special
         }
         names = tokenizer.convert_ids_to_tokens(sorted(self._special_ids))
-        self._special = re.compile("|".join(map(re.escape, names)))
+        longest_first = sorted(names, key=len, reverse=True)
+        self.special = re.compile("|".join(map(re.escape, longest_first)))
 
     def encode(self, turns: list[dict], **marks) -> Encoded:
         """`encode_batch` of one conversation: its turns, and `label_from` and `unfinished`."""
@@ -114,7 +116,7 @@ class Template:
 
     def spells_special(self, turns: list[dict]) -> bool:
         """Whether a turn spells a special token ("</s>"), which is then read as that token."""
-        return any(self._special.search(turn["value"]) for turn in turns)
+        return any(self.special.search(turn["value"]) for turn in turns)
 
     def text(self, turns: list[dict]) -> str:
         """The conversation as text alone."""

@@ -282,6 +282,9 @@ def check(model, data, lora, training) -> None:
         f"--base_name {training.base_name}: expected an id on the Hub, owner/name": (
             training.base_name is None or HUB_ID.fullmatch(training.base_name)
         ),
+        "float16: DeepSpeed computes in it on no such CPU; use python3, or another dtype": (
+            not training.fp16 or training.deepspeed is None or _deepspeed_runs_fp16()
+        ),
         "--lora_target_modules lm_head: the head stays frozen": (
             "lm_head" not in lora.lora_target_modules
         ),
@@ -291,3 +294,9 @@ def check(model, data, lora, training) -> None:
         faults[f"--report_to {tool}: not installed; pip install {tool}"] = here
     if broken := [fault for fault, holds in faults.items() if not holds]:
         raise ValueError("; ".join(broken))
+
+
+def _deepspeed_runs_fp16() -> bool:
+    from deepspeed.accelerator import get_accelerator
+
+    return bool(get_accelerator().is_fp16_supported())

@@ -1,6 +1,6 @@
 """Tokens on disk: kept from run to run, and read from there by all processes of a machine.
 
-An entry is two files: `KEY.arrow` with the examples, `KEY.json` with the account of them. The
+An entry is two files: `KEY.arrow` with the examples, `KEY.N.json` with the account of them. The
 account is put in place last, so its existence means that the entry is complete.
 """
 
@@ -14,7 +14,8 @@ from llama_lora.cli import InputError
 from llama_lora.corpus.atomic import Outputs
 from llama_lora.model.template import Template
 
-FORMAT = 2  # to be raised when the same corpus and settings come to other tokens or other files
+FORMAT = 1  # to be raised when the same corpus and settings come to other tokens or other files
+ACCOUNT = 2  # to be raised when the account holds something else
 
 
 def default_folder() -> Path:
@@ -49,7 +50,7 @@ class Entry:
     """The examples of one corpus under one key; they may not have been written yet."""
 
     def __init__(self, folder: Path, key: str):
-        self.tokens, self.account = folder / f"{key}.arrow", folder / f"{key}.json"
+        self.tokens, self.account = folder / f"{key}.arrow", folder / f"{key}.{ACCOUNT}.json"
 
     def exists(self) -> bool:
         return self.account.is_file() and self.tokens.is_file()
