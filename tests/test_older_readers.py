@@ -4,6 +4,7 @@ import json
 import subprocess
 from pathlib import Path
 
+import bases
 import pytest
 import reference_llama
 import torch
@@ -11,13 +12,7 @@ from conftest import ROOT, run_here, shipped
 from conversion import PARAMS, convert, meta_folder
 from merging import make_adapter, make_base
 from peft import AutoPeftModelForCausalLM, PeftModel
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    Gemma3ForCausalLM,
-    Gemma3TextConfig,
-    LlamaConfig,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 from llama_lora.chat.adapters import load
 from llama_lora.model import adapter, base_values, older_readers
@@ -102,20 +97,7 @@ def test_a_merged_folder_says_what_an_older_base_said(tmp_path, llama_tokenizer)
 
 @pytest.mark.parametrize("spelled", ["new", "old"])
 def test_layers_that_differ_in_their_rotary_base_still_do(tmp_path, llama_tokenizer, spelled):
-    base = tmp_path / "base"
-    config = Gemma3TextConfig(
-        vocab_size=len(llama_tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        layer_types=["sliding_attention", "full_attention"],
-        **GEMMA3,
-    )
-    Gemma3ForCausalLM(config).save_pretrained(base)
-    llama_tokenizer.save_pretrained(base)
+    base = bases.saved(tmp_path / "base", "gemma3", llama_tokenizer, **GEMMA3)
     if spelled == "old":
         change(base / "config.json", "rope_parameters", **GEMMA3)
     merge(base, make_adapter(tmp_path / "lora", base), tmp_path / "out")
