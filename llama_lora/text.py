@@ -16,3 +16,17 @@ def brief(error: BaseException) -> str:
     """What a library's error says, without the lines that go on about it: its first two, in one."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return " ".join(lines[:2])[:300]
+
+
+def cause(error: BaseException) -> str:
+    """What a library's error at a folder says, and in words of ours that it wants to run code."""
+    if "trust_remote_code" not in str(error):
+        return str(error)
+    return "it asks for Python code of its own (auto_map), and no code of a folder is ever run"
+
+
+def named(tensors) -> str:
+    """Tensors by their names, the first three of many: "the tensors a, b, c and 9 more"."""
+    names = sorted(tensors)
+    more = f" and {len(names) - 3:,} more" if len(names) > 3 else ""
+    return f"the tensor{'s' * (len(names) > 1)} {', '.join(names[:3])}{more}"

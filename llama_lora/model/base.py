@@ -4,8 +4,9 @@ import logging
 from pathlib import Path
 
 from llama_lora.cli import InputError
-from llama_lora.model.folder import load_config, named, quantized_as
+from llama_lora.model.folder import load_config, quantized_as
 from llama_lora.model.hardware import compute_dtype, dtype_name, present
+from llama_lora.text import named
 
 
 def load_base(folder, quantization: str = "none", dtype=None, device=None):

@@ -7,7 +7,7 @@ from pathlib import Path
 from llama_lora.cli import InputError, warn_once
 from llama_lora.model.hardware import present, resolve_quantization
 from llama_lora.model.stored import Stored
-from llama_lora.model.template import cause
+from llama_lora.text import cause, named
 
 EMBEDDINGS, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
@@ -209,13 +209,6 @@ def _check_codes(folder: Path, stored: Stored, precision: str) -> None:
     lacking |= {layer + ending + "nf4" * (precision == "4bit") for layer in in_codes - readable}
     if lacking:
         raise InputError(f"{folder}: expected {named(lacking)}, found none")
-
-
-def named(tensors) -> str:
-    """Tensors by their names, the first three of many: "the tensors a, b, c and 9 more"."""
-    names = sorted(tensors)
-    more = f" and {len(names) - 3:,} more" if len(names) > 3 else ""
-    return f"the tensor{'s' * (len(names) > 1)} {', '.join(names[:3])}{more}"
 
 
 def _tied(stored: Stored) -> bool:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llama_lora.cli import InputError
+from llama_lora.text import cause
 
 IGNORE = -100  # the label that torch's cross-entropy skips
 
@@ -236,7 +237,11 @@ def has_tokenizer(folder) -> bool:
 
 
 def load_template(folder, name: str = "auto") -> Template:
-    """The prompt format of a folder with a tokenizer; "auto": that in it, else vicuna_v1.1."""
+    """The prompt format of a folder with a tokenizer; "auto": that in it, else vicuna_v1.1.
+
+    Raises:
+        InputError: no tokenizer there that can be used, or no chat template for "model".
+    """
     tokenizer = load_tokenizer(folder)
     if name == "auto":
         name = "model" if tokenizer.chat_template else "vicuna_v1.1"
@@ -244,7 +249,11 @@ def load_template(folder, name: str = "auto") -> Template:
 
 
 def load_tokenizer(folder):
-    """The tokenizer of a model or adapter folder, with a padding token that is never eos."""
+    """The tokenizer of a model or adapter folder, with a padding token that is never eos.
+
+    Raises:
+        InputError: no such folder, or no tokenizer in it that can be used without code of its own.
+    """
     if not Path(folder).is_dir():
         raise InputError(f"{folder}: no such folder, expected a model's")
     try:
@@ -261,13 +270,6 @@ def load_tokenizer(folder):
         tokenizer.pad_token = next(t for t in candidates if t not in (None, tokenizer.eos_token))
     tokenizer.padding_side = "right"
     return tokenizer
-
-
-def cause(error: Exception) -> str:
-    """What a library's error at a folder says, and in words of ours that it wants to run code."""
-    if "trust_remote_code" not in str(error):
-        return str(error)
-    return "it asks for Python code of its own (auto_map), and no code of a folder is ever run"
 
 
 def _tokenizer_class(folder: Path):
