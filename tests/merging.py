@@ -9,6 +9,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from llama_lora.model import adapter
+from llama_lora.model.folder import load_config
 from llama_lora.model.template import Template, load_tokenizer
 
 SCRIPT = ROOT / "fastchat/model/merge_lora.py"
@@ -40,7 +41,7 @@ def make_base(folder: Path, tokenizer, dtype=torch.float32, **changes) -> Path:
 
 def make_adapter(folder: Path, base: Path, **settings) -> Path:
     """An adapter with random matrices, saved as training saves one."""
-    model = AutoModelForCausalLM.from_pretrained(base)
+    model = AutoModelForCausalLM.from_pretrained(base, config=load_config(base))
     config = LoraConfig(
         **{"r": 4, "lora_alpha": 8, "target_modules": TARGETS, "task_type": "CAUSAL_LM", **settings}
     )

@@ -125,8 +125,7 @@ def test_code_of_an_adapter(tmp_path, marker, random_base, random_lora):
         assert "no code of a folder is ever run" in error_line(ended), script
     for name in ("tokenizer_config.json", "tokenizer.json"):  # the rest is looked at, too
         (lora / name).unlink()
-    ended = readers.generate(random_base, "--lora_weights", lora)
-    assert ended.returncode == 1
+    assert f"{lora}: " in error_line(readers.generate(random_base, "--lora_weights", lora))
     assert not marker.exists()
 
 
@@ -140,6 +139,19 @@ def test_a_config_that_names_code_and_needs_none_is_used_without(tmp_path, marke
         (base / name).write_text(json.dumps(settings))
     assert readers.generate(base).returncode == 0
     assert not marker.exists()
+
+
+@pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation"])
+def test_kernels_that_a_config_asks_for_are_not_fetched(tmp_path, random_base, random_lora, key):
+    base = shutil.copytree(random_base, tmp_path / "base")
+    for kernels in ("kernels-community/flash-attn2", "flash_attention_2"):
+        settings = json.loads((base / "config.json").read_text()) | {key: kernels}
+        (base / "config.json").write_text(json.dumps(settings))
+        folder = tmp_path / Path(kernels).name
+        folder.mkdir()
+        for script, ended in readers.all_of(base, random_lora, folder).items():
+            assert ended.returncode == 0, (script, ended.stderr)
+        assert kernels not in (folder / "merged" / "config.json").read_text()
 
 
 class Payload:

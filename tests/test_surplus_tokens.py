@@ -25,12 +25,18 @@ BY_NOTE = (
 
 
 def with_more_tokens(folder: Path, tokenizer, *, rows: int | None = None, special=True) -> Path:
-    """A base of Llama 2's kind, to whose tokenizer a padding and a note were added afterwards."""
+    """A base of Llama 2's kind, to whose tokenizer a padding and a note were added afterwards.
+
+    Its config names the padding, for which there is no row.
+    """
     base = make_base(folder, tokenizer, **({"vocab_size": rows} if rows else {}))
     more = load_tokenizer(base)
     more.add_special_tokens({"pad_token": PAD})
     more.add_tokens([NOTE], special_tokens=special)
     more.save_pretrained(base)
+    config = base / "config.json"
+    settings = json.loads(config.read_text()) | {"pad_token_id": more.pad_token_id}
+    config.write_text(json.dumps(settings))
     return base
 
 

@@ -53,7 +53,7 @@ def load_base(folder, quantization: str = "none", dtype=None, device=None):
         )
     except torch.OutOfMemoryError:
         raise
-    except (OSError, SafetensorError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, SafetensorError, ValueError, KeyError, ArithmeticError, RuntimeError) as error:
         raise InputError(f"{folder}: this model cannot be loaded: {error}") from error
     check_complete(Path(folder), model, **found)
     if stored:

@@ -28,20 +28,25 @@ def check_folder(folder: Path) -> None:
         raise InputError(f"{folder}: expected a base alone, found an adapter in the same folder")
     if _settings(folder).get("model_type") is None:
         raise InputError(f'{config}: expected a key "model_type", found none')
+    _told(folder)
 
 
 def read_config(folder: Path):
     """The config of the base in `folder`, as transformers has it, whatever tensors lie beside it.
 
     Raises:
-        InputError: no base there, or one that needs code of its own.
+        InputError: no base there, or one that needs code of its own; or settings that make none.
     """
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     check_folder(folder)
     try:
         return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+    except (
+        *(OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError),
+        StrictDataclassError,
+    ) as error:
         raise InputError(f"{folder}: this model cannot be loaded: {cause(error)}") from error
 
 
@@ -69,6 +74,9 @@ def load_config(folder):
             "one is stored: that is used)"
         )
         config.tie_word_embeddings = False
+    text = config.get_text_config()
+    if (getattr(text, "pad_token_id", None) or 0) >= embedding_rows(config):
+        text.pad_token_id = None  # torch takes no such row
     return config
 
 
@@ -126,8 +134,7 @@ def quantized_as(folder) -> str | None:
         InputError: they are quantized in another way.
     """
     check_folder(Path(folder))
-    told = _settings(Path(folder)).get("quantization_config")
-    if told:
+    if told := _told(Path(folder)):
         bits = [bits for bits in ("8bit", "4bit") if told.get(f"load_in_{bits}")]
         if not bits or told.get("quant_method", "bitsandbytes") != "bitsandbytes":
             method = told.get("quant_method", "an unknown method")
@@ -176,8 +183,18 @@ def _settings(folder: Path) -> dict:
 
 def _quantization(folder: Path, precision: str) -> dict:
     """What config.json says of it, or ought to."""
-    told = _settings(folder).get("quantization_config")
-    return told or {"quant_method": "bitsandbytes", f"load_in_{precision}": True}
+    return _told(folder) or {"quant_method": "bitsandbytes", f"load_in_{precision}": True}
+
+
+def _told(folder: Path) -> dict:
+    """What config.json says of how the weights are quantized; raises `InputError`: no object."""
+    told = _settings(folder).get("quantization_config") or {}
+    if not isinstance(told, dict):
+        raise InputError(
+            f'{folder / "config.json"}: expected "quantization_config" to be an object, found '
+            f"{told!r}"
+        )
+    return told
 
 
 def _check_codes(folder: Path, stored: Stored, precision: str) -> None:

@@ -90,10 +90,12 @@ def shape_of(folder) -> Shape:
     try:
         layers, config.num_hidden_layers = config.num_hidden_layers, 1
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+            model = AutoModelForCausalLM.from_config(
+                config, attn_implementation="eager", trust_remote_code=False
+            )
         config.num_hidden_layers = layers
         layer = model.base_model.layers[0]
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
+    except (ValueError, KeyError, AttributeError, TypeError, ArithmeticError) as error:
         raise InputError(f"{folder}: not a base of Llama's architecture: {brief(error)}") from error
     linears = {
         name.rpartition(".")[2]: tuple(module.weight.shape)
