@@ -1,6 +1,7 @@
 """Every script takes a base as its tensors are, or refuses it and names those that are wrong."""
 
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -14,9 +15,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from llama_lora.chat.adapters import load
+from llama_lora.cli import InputError
 from llama_lora.model import adapter, base_values
 from llama_lora.model.base import load_base
 from llama_lora.model.folder import load_config
+from llama_lora.model.hardware import dtype_name
 from llama_lora.model.shape import shape_of
 from llama_lora.weights.hf_weights import FolderWeights
 from llama_lora.weights.merge import merge
@@ -71,6 +74,10 @@ MISFITS = {
     "more layers, without the prefix": (
         lambda w: w | {"layers.2.mlp.down_proj.weight": torch.ones(32, 64)},
         "found the tensor layers.2.mlp.down_proj.weight, for which the model",
+    ),
+    "stored twice": (
+        lambda w: w | {f"{QUERY.removeprefix('model.')}.weight": torch.ones(32, 32)},
+        f'found the tensor {QUERY.removeprefix("model.")}.weight twice, with "model." before',
     ),
     "bias of the output layer": (
         lambda w: w | {"lm_head.bias": torch.ones(2000)},
@@ -210,6 +217,9 @@ BITS = {
     },
 }
 
+MLP = "gate_proj", "up_proj", "down_proj"
+CODES = {"8bit": "int8", "4bit": "uint8"}
+
 
 @pytest.fixture(scope="module")
 def half(random_base, tmp_path_factory) -> Path:
@@ -284,13 +294,46 @@ def test_codes_of_which_the_config_says_nothing(tmp_path, quantized):
 
 def test_a_part_of_a_quantized_weight_is_missing(tmp_path, quantized, random_lora):
     precision, folder = quantized
-    lost = {"8bit": f"{QUERY}.SCB", "4bit": f"{QUERY}.weight.absmax"}[precision]
-    for name in (lost, f"{QUERY}.weight", NORM):
+    parts = {
+        "8bit": [f"{QUERY}.SCB"],
+        "4bit": [
+            f"{QUERY}.weight.{part}"
+            for part in ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
+        ],
+    }
+    for name in (*parts[precision], f"{QUERY}.weight", NORM):
         base = with_tensors(tmp_path / name, folder, without(name))
         done = readers.all_of(base, random_lora, tmp_path)
         done.pop("merge")  # of no quantized base
         for script, ended in done.items():
             assert f"{base}: expected the tensor {name}, found none" in error_line(ended), script
+
+
+def test_codes_of_another_shape_than_the_config_says(tmp_path, quantized, random_lora):
+    _, folder = quantized
+    base = configured(shutil.copytree(folder, tmp_path / "base"), intermediate_size=128)
+    done = readers.all_of(base, random_lora, tmp_path)
+    done.pop("merge")
+    shapes = "down_proj.weight of shape (32, 128), found (32, 64)"
+    for script, ended in done.items():
+        assert f"{base}: expected model.layers.0.mlp.{shapes}" in error_line(ended), script
+
+
+def test_a_base_that_is_partly_quantized_is_planned_as_stored(tmp_path, half):
+    """As published bases are that leave what suffers most in 16 bits."""
+    for precision, settings in BITS.items():
+        base = shutil.copytree(half, tmp_path / precision)
+        config = BitsAndBytesConfig(**settings, llm_int8_skip_modules=[*MLP, "lm_head"])
+        model = AutoModelForCausalLM.from_pretrained(
+            half, quantization_config=config, dtype=torch.float16
+        )
+        model.save_pretrained(base)
+        shape, whole = shape_of(base), shape_of(half)
+        stored = sum(tensor.nbytes for tensor in load_file(base / "model.safetensors").values())
+        assert shape.weight_bytes(precision, 2) == stored
+        assert shape.weight_bytes(precision, 4) - stored == 2 * (whole.parameters - shape.quantized)
+        attention = sum(math.prod(whole.linears[f"{name}_proj"]) for name in "qkvo")
+        assert shape.quantized == 2 * attention
 
 
 def test_a_config_that_calls_floats_codes(tmp_path, quantized, random_base, random_lora):
@@ -312,8 +355,83 @@ def test_other_ways_of_quantizing_are_refused(tmp_path, random_base, random_lora
         assert f"{base}: its weights are quantized with {method}, expected 16 bits" in line, script
 
 
-def test_dtypes_that_are_no_floats_of_ours(tmp_path, random_base):
-    """A merge that would round 64 bits in silence, or read integers as weights."""
-    base = with_tensors(tmp_path / "base", random_base, lambda w: w | {NORM: w[NORM].double()})
-    with pytest.raises(Exception, match="expected model.norm.weight in float16, bfloat16, float32"):
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float8_e4m3fn, torch.int32, torch.int8])
+def test_dtypes_that_are_no_floats_of_ours(tmp_path, random_base, random_lora, dtype):
+    """A merge would round 64 bits in silence, and all would read integers as weights."""
+    base = with_tensors(tmp_path / "base", random_base, lambda w: w | {NORM: w[NORM].to(dtype)})
+    expected = f"{base}: expected {NORM} in float16, bfloat16, float32, found {dtype_name(dtype)}"
+    for script, done in readers.all_of(base, random_lora, tmp_path).items():
+        assert expected in error_line(done), script
+
+
+def test_codes_without_their_scales(tmp_path, quantized, random_lora):
+    """Neither these nor the config tell that they are codes."""
+    precision, folder = quantized
+    lost = {"8bit": ".SCB", "4bit": ".weight."}[precision]
+    base = with_tensors(
+        tmp_path / "base", folder, lambda w: {name: w[name] for name in w if lost not in name}
+    )
+    configured(base, quantization_config=None)
+    for script, done in readers.all_of(base, random_lora, tmp_path).items():
+        expected = f"_proj.weight in float16, bfloat16, float32, found {CODES[precision]}"
+        assert expected in error_line(done), script
+
+
+def test_integers_that_are_no_weights_do_no_harm(tmp_path, random_base):
+    more = {"model.layers.0.self_attn.positions": torch.arange(4), "step": torch.tensor([True])}
+    load_config(with_tensors(tmp_path / "base", random_base, lambda w: w | more))
+
+
+# Reading the files
+
+
+def test_files_are_read_once_as_long_as_they_stay_the_same(tmp_path, random_base, monkeypatch):
+    """An old pickle, which takes the memory of all its tensors each time."""
+    base = configured(shutil.copytree(random_base, tmp_path / "base"), tie_word_embeddings=True)
+    weights = load_file(base / "model.safetensors")
+    (base / "model.safetensors").unlink()
+    pickled(base, weights, _use_new_zipfile_serialization=False)
+    read, load_pickle = [], torch.load
+    monkeypatch.setattr(
+        torch, "load", lambda *given, **how: read.append(given) or load_pickle(*given, **how)
+    )
+    assert not load_config(base).tie_word_embeddings
+    assert len(read) == 2  # once for the names, once to compare values
+    assert not load_config(base).tie_word_embeddings
+    shape_of(base)
+    assert len(read) == 2
+    pickled(base, weights | {"lm_head.weight": weights["model.embed_tokens.weight"]})
+    assert load_config(base).tie_word_embeddings
+    (base / "pytorch_model.bin").unlink()
+    with pytest.raises(InputError, match="expected model.safetensors"):
         FolderWeights(base)
+
+
+def test_a_config_is_not_shared(random_base):
+    load_config(random_base).num_hidden_layers = 1
+    assert load_config(random_base).num_hidden_layers == 2
+
+
+# Configs that make no model
+
+UNUSABLE = {
+    "a size that is text": {"hidden_size": "abc"},
+    "positions that are text": {"max_position_embeddings": "512"},
+    "rope that is text": {"rope_scaling": "linear"},
+    "no heads": {"num_attention_heads": 0},
+    "sizes that do not fit": {"hidden_size": 31},
+}
+
+
+@pytest.mark.parametrize("case", UNUSABLE)
+def test_settings_that_make_no_model(tmp_path, random_base, random_lora, case):
+    base = configured(shutil.copytree(random_base, tmp_path / "base"), **UNUSABLE[case])
+    for script, done in readers.all_of(base, random_lora, tmp_path).items():
+        assert f"{base}: this model cannot be loaded: " in error_line(done), script
+
+
+def test_a_quantization_that_is_no_object(tmp_path, random_base, random_lora):
+    base = configured(shutil.copytree(random_base, tmp_path / "base"), quantization_config="8bit")
+    expected = f"{base}/config.json: expected \"quantization_config\" to be an object, found '8bit'"
+    for script, done in readers.all_of(base, random_lora, tmp_path).items():
+        assert expected in error_line(done), script

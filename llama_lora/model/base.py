@@ -4,6 +4,7 @@ import logging
 from pathlib import Path
 
 from llama_lora.cli import InputError
+from llama_lora.model import codes
 from llama_lora.model.folder import load_config, quantized_as
 from llama_lora.model.hardware import compute_dtype, dtype_name, present
 from llama_lora.text import named
@@ -55,6 +56,7 @@ def load_base(folder, quantization: str = "none", dtype=None, device=None):
         raise
     except (OSError, SafetensorError, ValueError, KeyError, ArithmeticError, RuntimeError) as error:
         raise InputError(f"{folder}: this model cannot be loaded: {error}") from error
+    found["mismatched_keys"] |= codes.misshapen(model)
     check_complete(Path(folder), model, **found)
     if stored:
         _compute_in(model, dtype)

@@ -8,11 +8,10 @@ import random
 from pathlib import Path
 
 from llama_lora.model.hardware import dtype_name
-from llama_lora.model.stored import Stored
+from llama_lora.model.stored import FLOATS, Stored
 
 KEY = "base_values"  # in the metadata of a safetensors file, which other readers ignore
 LAYERS, VALUES = 8, 8  # of so many layers so many values, the first of the weight
-FLOATS = "float16", "bfloat16", "float32"
 ROUNDING = 2**-7  # what a value may be off that is stored in bfloat16 here and in float16 there
 SMALL = 1e-7  # the same for what is near zero
 

@@ -5,15 +5,12 @@ import sys
 from pathlib import Path
 
 from llama_lora.cli import InputError, warn_once
-from llama_lora.model.hardware import present, resolve_quantization
-from llama_lora.model.stored import Stored
-from llama_lora.text import cause, named
+from llama_lora.model import codes
+from llama_lora.model.hardware import dtype_name, present, resolve_quantization
+from llama_lora.model.stored import FLOATS, Stored
+from llama_lora.text import cause
 
 EMBEDDINGS, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-
-# What bitsandbytes stores beside the codes of a weight, by the name of the weight without its end.
-SCALES = ".SCB"
-STATES = ".weight.quant_state.bitsandbytes__"  # and "nf4" or "fp4"
 
 
 def check_folder(folder: Path) -> None:
@@ -54,20 +51,24 @@ def load_config(folder):
     """The config of the base in `folder`, as transformers has it, put right by its tensors.
 
     An output layer that is stored is not the embeddings, whatever config.json says, unless it
-    equals them; and quantized weights are quantized where it says nothing of it.
+    equals them; quantized weights are quantized where it says nothing of it; and a padding token
+    beyond the embeddings is none.
 
     Raises:
         InputError: no base there, or one that needs code of its own, or is quantized in a way that
-            is not read here; or tensors that are not quantized as it says.
+            is not read here; or tensors that are not quantized as it says, or no floats of ours.
     """
     folder = Path(folder)
     config = read_config(folder)
     if other := getattr(config, "transformers_weights", None):
         raise InputError(f"{folder}: config.json names other weights ({other}), which is not read")
     stored = Stored(folder)
+    in_codes = set()
     if precision := quantized_as(folder):
-        _check_codes(folder, stored, precision)
+        codes.check(folder, stored, precision)
+        in_codes = codes.layers(stored, precision)
         config.quantization_config = _quantization(folder, precision)
+    _check_dtypes(folder, stored, in_codes)
     if getattr(config, "tie_word_embeddings", False) and not _tied(stored):
         warn_once(
             f"({folder}: config.json says that the output layer is the embeddings, but another "
@@ -143,10 +144,7 @@ def quantized_as(folder) -> str | None:
                 "bits of bitsandbytes: use the base that they were made from"
             )
         return bits[0]
-    names = Stored(folder).files
-    if any(name.endswith(SCALES) for name in names):
-        return "8bit"
-    return "4bit" if any(STATES in name for name in names) else None
+    return codes.precision_of(Stored(folder))
 
 
 def resolve_precision(folder, wanted: str, card=None) -> tuple[str, str]:
@@ -197,35 +195,18 @@ def _told(folder: Path) -> dict:
     return told
 
 
-def _check_codes(folder: Path, stored: Stored, precision: str) -> None:
-    """Every weight in codes has what is needed to read them, and there are some.
+def _check_dtypes(folder: Path, stored: Stored, in_codes: set[str]) -> None:
+    """Every weight is of one of the `FLOATS`, apart from those of layers `in_codes`.
 
-    Of a folder without weights, whose plan alone can be wanted, nothing is checked.
+    Integers under other names are counts and positions, which are no weights.
     """
-    import torch
-
-    def layers(ending: str) -> set[str]:
-        return {name.partition(ending)[0] for name in stored.files if ending in name}
-
-    code, ending = {"8bit": (torch.int8, SCALES), "4bit": (torch.uint8, STATES)}[precision]
-    in_codes = {
-        name.removesuffix(".weight")
-        for name, tensor in stored.headers()
-        if tensor.dtype == code and name.endswith(".weight")
-    }
-    readable = layers(ending)
-    if stored.files and not in_codes | readable:
-        raise InputError(
-            f"{folder}: config.json says that the weights are quantized with bitsandbytes, but "
-            'none is: remove "quantization_config" from it'
-        )
-    parts = {f"{layer}.weight" for layer in readable}
-    if precision == "4bit":
-        parts |= {f"{weight}.{part}" for weight in parts for part in ("absmax", "quant_map")}
-    lacking = parts - stored.files.keys()
-    lacking |= {layer + ending + "nf4" * (precision == "4bit") for layer in in_codes - readable}
-    if lacking:
-        raise InputError(f"{folder}: expected {named(lacking)}, found none")
+    for name, tensor in stored.headers.items():
+        dtype, weight = dtype_name(tensor.dtype), name.endswith(".weight")
+        if dtype in FLOATS or weight and name.removesuffix(".weight") in in_codes:
+            continue
+        if weight or tensor.is_floating_point():
+            expected = ", ".join(FLOATS)
+            raise InputError(f"{folder}: expected {name} in {expected}, found {dtype}")
 
 
 def _tied(stored: Stored) -> bool:
@@ -233,10 +214,5 @@ def _tied(stored: Stored) -> bool:
 
     Pickles hold both in any case.
     """
-    import torch
-
     names = [stored.name_of(parameter) for parameter in (EMBEDDINGS, HEAD)]
-    if None in names:
-        return True
-    embeddings, head = map(stored.load, names)
-    return embeddings.dtype == head.dtype and torch.equal(embeddings, head)
+    return None in names or stored.equal(*names)

@@ -1,10 +1,12 @@
-"""What a base model consists of, from its config alone: no weights are read, none are allocated."""
+"""What a base model consists of, from its config: no weights are read, none are allocated."""
 
 import math
 from dataclasses import dataclass
 
 from llama_lora.cli import InputError
-from llama_lora.model.folder import load_config
+from llama_lora.model.codes import Codes, measure
+from llama_lora.model.folder import load_config, quantized_as
+from llama_lora.model.stored import Stored
 from llama_lora.text import brief
 
 NF4_BYTES = 1 / 2 + (1 + 4 / 256) / 64  # blocks of 64 share a scale, 256 scales share another
@@ -23,11 +25,17 @@ class Shape:
     layers: int
     other: int  # weights that stay in the compute dtype: embeddings, head, norms, biases
     head: int  # weights of the output layer, shared with the embeddings or not
+    codes: Codes | None = None  # of a folder that stores some
 
     @property
     def linear(self) -> int:
-        """Weights of all decoder layers' linear layers: those that are quantized."""
+        """Weights of all decoder layers' linear layers."""
         return self.layers * sum(math.prod(size) for size in self.linears.values())
+
+    @property
+    def quantized(self) -> int:
+        """Weights that are quantized, where some are: those of linear layers, or as stored."""
+        return self.codes.weights if self.codes else self.linear
 
     @property
     def parameters(self) -> int:
@@ -40,6 +48,8 @@ class Shape:
 
     def weight_bytes(self, quantization: str, itemsize: int) -> float:
         """Bytes of the loaded weights; `itemsize` of an unquantized one."""
+        if self.codes:
+            return self.codes.bytes + (self.parameters - self.codes.weights) * itemsize
         told = getattr(self.config, "quantization_config", None) or {}
         twice = told.get("bnb_4bit_use_double_quant", True)
         outputs = self.layers * sum(size[0] for size in self.linears.values())
@@ -78,7 +88,7 @@ def head_size(config) -> int:
 
 
 def shape_of(folder) -> Shape:
-    """The shape of the base model in `folder`, read from its config.json.
+    """The shape of the base model in `folder`, read from its config.json and its codes.
 
     Raises:
         InputError: no base model there, or not one of Llama's architecture.
@@ -106,4 +116,9 @@ def shape_of(folder) -> Shape:
     outside = sum(parameter.numel() for parameter in model.parameters()) - in_layer
     rest = in_layer - sum(math.prod(size) for size in linears.values())
     head = model.get_output_embeddings().weight.numel()
-    return Shape(config, linears, layers, outside + layers * rest, head)
+    return Shape(config, linears, layers, outside + layers * rest, head, _codes(folder))
+
+
+def _codes(folder) -> Codes | None:
+    precision, stored = quantized_as(folder), Stored(folder)
+    return measure(stored, precision) if precision and stored.headers else None

@@ -87,7 +87,8 @@ class Forecast:
         found, setup, shape = self.plan, self.plan.setup, self.plan.setup.shape
         dtype = {4: "fp32", 2: "16 bits"}[setup.itemsize]
         bits = {"8bit": "8 bits", "4bit": "4 bits", "none": dtype}[setup.quantization]
-        linear, other = shape.linear / 1e6, shape.other / 1e6
+        linear = shape.quantized / 1e6
+        other = shape.parameters / 1e6 - linear
         parts = f" in {setup.parts} parts of at most" if setup.parts > 1 else " of"
         offloaded = ", what they start from on the host" if setup.offload else ""
         tiles = f", MLPs in {setup.tiles} tiles" if found.recomputed and setup.tiles > 1 else ""

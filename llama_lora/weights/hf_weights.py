@@ -10,10 +10,7 @@ from transformers.utils.loading_report import LoadStateDictInfo
 from llama_lora.cli import InputError
 from llama_lora.model.base import check_complete
 from llama_lora.model.folder import load_config, quantized_as
-from llama_lora.model.hardware import dtype_name
 from llama_lora.model.stored import INDEX, PICKLED, WEIGHTS, Stored
-
-FLOATS = torch.float16, torch.bfloat16, torch.float32
 
 
 class FolderWeights:
@@ -34,7 +31,7 @@ class FolderWeights:
             name: tuple(parameter.shape) for name, parameter in self.model.named_parameters()
         }
         self._stored = Stored(folder)
-        if not self._stored.files:
+        if not self._stored.headers:
             raise InputError(
                 f"{folder}: expected {WEIGHTS} or {INDEX} in it, or {PICKLED}, found none"
             )
@@ -59,8 +56,8 @@ class FolderWeights:
         return {name: stored for name, stored in names.items() if stored}
 
     def _check(self) -> torch.dtype:
-        """Look at every tensor's type and shape; return the type to keep."""
-        headers = dict(self._stored.headers())
+        """Look at every tensor's shape; return the type to keep."""
+        headers = self._stored.headers
         shapes = {name: tuple(headers[stored].shape) for name, stored in self._names.items()}
         known = {self._stored.name_of(name) for name in self.model.state_dict()}
         found = LoadStateDictInfo(
@@ -78,12 +75,6 @@ class FolderWeights:
         self.model._adjust_missing_and_unexpected_keys(found)  # by what transformers passes over
         check_complete(self.folder, self.model, **found.to_dict())
         dtypes = Counter(headers[stored].dtype for stored in self._names.values())
-        for name, stored in self._names.items():
-            if (dtype := headers[stored].dtype) not in FLOATS:
-                expected = ", ".join(map(dtype_name, FLOATS))
-                raise InputError(
-                    f"{self.folder}: expected {name} in {expected}, found {dtype_name(dtype)}"
-                )
         dtype = dtypes.most_common(1)[0][0]
         return torch.float16 if dtype == torch.float32 else dtype
 
