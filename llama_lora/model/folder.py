@@ -120,11 +120,15 @@ def beyond_positions(folder, flag: str, tokens: int) -> str | None:
     most, limit = positions(config), positions(config, packed=True)
     if tokens <= limit:
         return None
-    what = f"is made for {limit:,} tokens in a row (max_position_embeddings in its config.json, "
-    what += "with any rope_scaling)"
-    if limit < most:
-        what = f"has rotary angles that examples of over {limit:,} tokens would change for all "
-        what += "others of their micro-batch (rope_type in its config.json)"
+    made_for = (
+        f"is made for {limit:,} tokens in a row (max_position_embeddings in its config.json, with "
+        "any rope_scaling)"
+    )
+    changes = (
+        f"has rotary angles that examples of over {limit:,} tokens would change for all others of "
+        "their micro-batch (rope_type in its config.json)"
+    )
+    what = changes if limit < most else made_for
     return f"{flag} {tokens}: the base in {folder} {what}; use {flag} {limit}, or less"
 
 

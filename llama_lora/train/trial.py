@@ -59,7 +59,10 @@ def windows(folder) -> list[int | None]:
         )
     except InputError as error:
         raise InputError(f"{folder}: {error}") from None
-    except (ValueError, LookupError, AttributeError, TypeError, RuntimeError) as error:
+    except (
+        *(ValueError, LookupError, ArithmeticError),
+        *(AttributeError, TypeError, RuntimeError),
+    ) as error:
         raise InputError(f"{folder}: cannot see how its layers attend: {brief(error)}") from error
     if len(found) != config.get_text_config().num_hidden_layers:
         raise InputError(f"{folder}: not all of its layers attend; take another base")
