@@ -42,7 +42,7 @@ def main(args: argparse.Namespace) -> None:
     pages.publish(
         args,
         "Memory of long conversations",
-        meaning(args, model),
+        meaning(args),
         pages.table(rows, left=1),
         "## A layer of LLaMA-7B",
         "By the formulae, in 16 bits on a card, LoRA of rank 32 on all linear layers, a token:",
@@ -139,14 +139,13 @@ def foretold(args, model, recomputed: bool, offloaded: bool, tiles: int) -> floa
     return args.tokens * (layers * waiting + at_work + beside)
 
 
-def meaning(args: argparse.Namespace, model) -> str:
-    from llama_lora.model.hardware import dtype_name
-
+def meaning(args: argparse.Namespace) -> str:
     return f"""\
-{pages.origin()}, in
-{dtype_name(model.dtype)}. {args.layers} layers with hidden states of {args.hidden:,}, {args.heads}
-heads and MLPs of {args.intermediate:,}; `--quantization {args.quantization}`, LoRA of rank 16 on
-all linear layers, dropout {args.dropout:g}.
+{pages.origin()}.
+
+{args.layers} layers with hidden states of {args.hidden:,}, {args.heads} heads and MLPs of
+{args.intermediate:,}; `--quantization {args.quantization}`, LoRA of rank 16 on all linear layers,
+dropout {args.dropout:g}.
 
 One step on a conversation of {args.tokens:,} tokens: what it holds at most besides the
 weights, and what the formulae of `llama_lora/train/footprint.py` say."""

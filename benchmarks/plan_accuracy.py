@@ -28,7 +28,7 @@ SETTINGS = [
 
 def parse_args() -> argparse.Namespace:
     parser = runs.parser(__doc__, "plan-accuracy.md")
-    parser.add_argument("--steps", type=int, default=2, help="of each; memory peaks in the second")
+    parser.add_argument("--steps", type=int, default=6, help="of each")
     return parser.parse_args()
 
 

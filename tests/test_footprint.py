@@ -83,9 +83,12 @@ def peak(model, tokens) -> int:
     return live.peak
 
 
-def per_token(measure, model, tokens: int = 400) -> float:
-    """What grows with the tokens; of a peak only where they outweigh what does not."""
-    measure(model, 30)  # what is made once
+def per_token(measure, model, tokens: int = 480) -> float:
+    """What grows with the tokens; of a peak only where they outweigh what does not.
+
+    In steps of `attention.STEP`, so that nothing is filled up.
+    """
+    measure(model, 32)  # what is made once
     return (measure(model, 2 * tokens) - measure(model, tokens)) / tokens
 
 
@@ -105,8 +108,8 @@ def test_what_waits_for_the_backward_pass(tmp_path, setting, shape):
     itemsize = setting[1].itemsize
     two, three = (built(tmp_path / str(n), n, setting, shape) for n in (2, 3))
     expected = footprint.kept_per_token(*arguments(setting, shape))
-    found = per_token(held, two, 50)
-    assert per_token(held, three, 50) - found == expected
+    found = per_token(held, two, 64)
+    assert per_token(held, three, 64) - found == expected
     ends = (
         footprint.ends_per_token(config_of(shape), itemsize) - footprint.IDS
     )  # which the test made
@@ -115,7 +118,7 @@ def test_what_waits_for_the_backward_pass(tmp_path, setting, shape):
     assert found == 2 * expected + ends
     for model in (two, three):
         recompute.checkpoint(model.get_base_model(), layers_of(model))
-    found = per_token(held, three, 50) - per_token(held, two, 50)
+    found = per_token(held, three, 64) - per_token(held, two, 64)
     assert found == footprint.checkpoint_per_token(config_of(shape), itemsize)
 
 
@@ -145,8 +148,8 @@ def test_what_dora_keeps_besides(tmp_path, dropout):
         """Bytes per token, and bytes whatever the tokens."""
         setting = quantization, torch.bfloat16, dropout, targets
         model = built(tmp_path / f"{quantization}-{use_dora}", 1, setting, shape, use_dora)
-        slope = per_token(held, model, 50)
-        return slope, held(model, 50) - 50 * slope
+        slope = per_token(held, model, 64)
+        return slope, held(model, 64) - 64 * slope
 
     without, frozen = found("4bit", False), found("4bit", True)
     assert frozen[0] - without[0] == footprint.dora_per_token(targets, 2)

@@ -2,7 +2,7 @@
 
 import json
 import math
-import resource
+import re
 import sys
 import time
 import warnings
@@ -177,7 +177,9 @@ def peak_memory() -> int:
     """Most bytes this process held so far: of the card's memory, or without one of the host's."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_reserved()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    # Not `ru_maxrss`, which begins with what the process held that started this one.
+    status = Path("/proc/self/status").read_text()
+    return int(re.search(r"^VmHWM:\s+(\d+) kB$", status, re.MULTILINE)[1]) << 10
 
 
 def quieten(args) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from llama_lora.model.cards import GIB
 from llama_lora.model.shape import Shape
-from llama_lora.train import footprint, loss, recompute
+from llama_lora.train import allocator, footprint, loss, recompute
 from llama_lora.train.footprint import FP32
 
 # What CUDA and the libraries on it take, unseen by torch: assumed, not measured. The context is
@@ -18,9 +18,7 @@ CUDA_CONTEXT = 0.2 * GIB + CUDA_LIBRARIES
 GRADIENT_BYTES = 2 * FP32  # of a parameter: computed apart from those that the optimizer reads
 COMFORTABLE = 0.9  # share of the memory that what is chosen here leaves in use at most
 FRAGMENTATION = 0.04  # of what comes and goes
-# The same on a CPU, by benchmarks/plan_accuracy.py: glibc's heap keeps what lies between blocks,
-# unless layers recompute: then training has it give large ones back, see `allocator`.
-HOLES_IN_HEAP = 0.4
+PRODUCTS = 0.1 * GIB  # in 16 bits on a CPU: what oneDNN has compiled and keeps, measured
 IN_FLIGHT = 3  # layers whose inputs are on the card while the others' wait on the host
 
 
@@ -126,6 +124,8 @@ def memory(setup: Setup, recomputed: int) -> dict[str, float]:
     losses = loss.CHUNK_BYTES * (2 + itemsize / FP32)  # logits, and what is computed from them
     unfolded = footprint.dequantized_bytes(shape.config, setup.quantization, itemsize)
     workspace = 2 * unfolded + fragmentation(setup, recomputed) * (activations + losses)
+    if not setup.on_card and itemsize < FP32:
+        workspace += PRODUCTS
     if setup.use_dora:
         workspace += footprint.dora_workspace(setup.targets)
     return {
@@ -141,8 +141,11 @@ def memory(setup: Setup, recomputed: int) -> dict[str, float]:
 
 
 def fragmentation(setup: Setup, recomputed: int) -> float:
-    """Of the memory that comes and goes, the share that is held besides and of no use."""
-    return FRAGMENTATION if setup.on_card or recomputed else HOLES_IN_HEAP
+    """Of the memory that comes and goes, the share that is held besides and of no use.
+
+    Where layers recompute on a CPU, its heap gives large blocks back, see `allocator`.
+    """
+    return FRAGMENTATION if setup.on_card or recomputed else allocator.HOLES[setup.itemsize]
 
 
 def activation_bytes(setup: Setup, recomputed: int) -> float:

@@ -17,12 +17,11 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from llama_lora.cli import InputError
 from llama_lora.model.cards import GIB
 from llama_lora.train import tiles
-from llama_lora.train.allocator import give_back_large_blocks
+from llama_lora.train.allocator import HOLES, give_back_large_blocks
 from llama_lora.train.offload import Offload
 
 PROBE_TOKENS = 128
 SHARE = 0.85  # of the free memory; the rest is for the kernels' workspaces and fragmentation
-SHARE_OF_HEAP = 0.6  # of the host's, whose heap keeps holes, see `plan`
 TILE = 2048  # tokens that keep any card busy
 
 
@@ -129,7 +128,7 @@ def _needed(model, layers: list, tokens: int, reserved: float) -> int:
     per_token, fixed = layer_bytes(model, layers)
     per_layer = per_token * tokens + fixed
     inputs = tokens * model.config.hidden_size * model.dtype.itemsize
-    share = SHARE if model.device.type == "cuda" else SHARE_OF_HEAP
+    share = SHARE if model.device.type == "cuda" else SHARE / (1 + HOLES[model.dtype.itemsize])
     free = free_memory() * share - reserved - inputs * len(layers) - 2 * per_layer
     return len(layers) - max(-1, min(len(layers), int(free // per_layer)))
 

@@ -10,7 +10,8 @@ from transformers import PrinterCallback
 from llama_lora.cli import InputError
 from llama_lora.model import adapter
 from llama_lora.model.template import IGNORE
-from llama_lora.train import checkpoints
+from llama_lora.train import checkpoints, rehearsal
+from llama_lora.train.allocator import large_blocks_given_back
 from llama_lora.train.best import Best, trainable
 from llama_lora.train.gradients import Gradients
 from llama_lora.train.logs import LogFile, LogLine, Totals
@@ -116,6 +117,7 @@ class LoraTrainer(transformers.Trainer):
         def loss_of(part):
             return self.compute_loss(self.model, part, num_items_in_batch=num_items_in_batch)
 
+        loss_of = rehearsal.before(loss_of, self.model)
         value, gradients = self.gradients.compute(loss_of, batch, self._loss_scale())
         self._check_finite(value, gradients, names)
         options = {"scale_wrt_gas": False} if self.is_deepspeed_enabled else {}
@@ -187,6 +189,7 @@ class LoraTrainer(transformers.Trainer):
         )
 
     @torch.no_grad()
+    @large_blocks_given_back()
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         """Held-out loss per labelled token, over all processes.
 
