@@ -9,7 +9,7 @@ from importlib.metadata import version
 
 import pytest
 import torch
-from conftest import ROOT, run_here, run_script
+from conftest import ROOT, run_script
 
 from llama_lora.cli import InputError
 from llama_lora.model import hardware, probe
@@ -96,7 +96,7 @@ def test_a_cpu_computes_in_bf16_where_it_has_instructions(bf16, amx, dtype, monk
 def test_an_unknown_dtype_is_one_line(script, code, monkeypatch):
     monkeypatch.setenv(hardware.DTYPE_SWITCH, "bf16")
     own = ["--model_name_or_path", "b", "--data_path", "d", "--output_dir", "o"]
-    done = run_here(script, *(own if code == 2 else []))
+    done = run_script(script, *(own if code == 2 else []))
     assert done.returncode == code
     assert "LLAMA_LORA_DTYPE=bf16: expected float32, bfloat16 or float16" in done.stderr
     assert "Traceback" not in done.stderr
