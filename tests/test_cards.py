@@ -71,37 +71,6 @@ def test_what_the_cpu_gets():
     assert not card.runs_triton
 
 
-@pytest.mark.parametrize(
-    ("bf16", "amx", "dtype"),
-    [
-        (False, False, torch.float32),
-        (True, False, torch.bfloat16),
-        (False, True, torch.bfloat16),
-    ],
-)
-def test_a_cpu_computes_in_bf16_where_it_has_instructions(bf16, amx, dtype, monkeypatch):
-    monkeypatch.delenv(hardware.DTYPE_SWITCH)
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: bf16)
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
-    assert hardware.compute_dtype(hardware.CARDS["CPU"]) == dtype
-    for name in ("float32", "bfloat16", "float16"):
-        monkeypatch.setenv(hardware.DTYPE_SWITCH, name)
-        assert hardware.compute_dtype() == getattr(torch, name)
-
-
-@pytest.mark.parametrize(
-    ("script", "code"),
-    [("fastchat/train/check_machine.py", 1), ("fastchat/train/train_lora.py", 2)],
-)
-def test_an_unknown_dtype_is_one_line(script, code, monkeypatch):
-    monkeypatch.setenv(hardware.DTYPE_SWITCH, "bf16")
-    own = ["--model_name_or_path", "b", "--data_path", "d", "--output_dir", "o"]
-    done = run_script(script, *(own if code == 2 else []))
-    assert done.returncode == code
-    assert "LLAMA_LORA_DTYPE=bf16: expected float32, bfloat16 or float16" in done.stderr
-    assert "Traceback" not in done.stderr
-
-
 @pytest.mark.parametrize("name", ["P100", "V100"])
 def test_8bit_is_refused_where_its_kernels_do_not_exist(name):
     with pytest.raises(InputError, match=rf"found {name} .*; use --quantization 4bit"):

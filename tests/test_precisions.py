@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 from llama_lora.chat.adapters import load
 from llama_lora.model import adapter
 from llama_lora.model.base import load_base
-from llama_lora.model.hardware import DTYPE_SWITCH, QUANTIZATIONS, dtype_name
+from llama_lora.model.cards import CARDS
+from llama_lora.model.hardware import DTYPE_SWITCH, QUANTIZATIONS, compute_dtype, dtype_name
 from llama_lora.model.template import load_tokenizer
 
 TRAIN = "fastchat/train/train_lora.py"
@@ -155,3 +156,34 @@ def test_an_adapter_is_trained_over_the_weights_that_quantizing_keeps(bits, tiny
         weights = load_file(output / adapter.WEIGHTS)
         found.append(torch.cat([weights[name].flatten() for name in sorted(weights)]))
     assert torch.nn.functional.cosine_similarity(*found, dim=0) > 0.9999
+
+
+@pytest.mark.parametrize(
+    ("bf16", "amx", "dtype"),
+    [
+        (False, False, torch.float32),
+        (True, False, torch.bfloat16),
+        (False, True, torch.bfloat16),
+    ],
+)
+def test_a_cpu_computes_in_bf16_where_it_has_instructions(bf16, amx, dtype, monkeypatch):
+    monkeypatch.delenv(DTYPE_SWITCH)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: bf16)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    assert compute_dtype(CARDS["CPU"]) == dtype
+    for chosen in DTYPES:
+        monkeypatch.setenv(DTYPE_SWITCH, dtype_name(chosen))
+        assert compute_dtype() == chosen
+
+
+@pytest.mark.parametrize(
+    ("script", "code"),
+    [("fastchat/train/check_machine.py", 1), (TRAIN, 2)],
+)
+def test_an_unknown_dtype_is_one_line(script, code, monkeypatch):
+    monkeypatch.setenv(DTYPE_SWITCH, "bf16")
+    own = ["--model_name_or_path", "b", "--data_path", "d", "--output_dir", "o"]
+    done = run_script(script, *(own if code == 2 else []))
+    assert done.returncode == code
+    assert "LLAMA_LORA_DTYPE=bf16: expected float32, bfloat16 or float16" in done.stderr
+    assert "Traceback" not in done.stderr

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from llama_lora.cli import InputError
 from llama_lora.model import codes
-from llama_lora.model.folder import load_config, quantized_as
+from llama_lora.model.folder import load_config
 from llama_lora.model.hardware import compute_dtype, dtype_name, present
 from llama_lora.text import named
 
@@ -35,10 +35,10 @@ def load_base(folder, quantization: str = "none", dtype=None, device=None):
     logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     dtype = dtype or compute_dtype()
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    stored = quantized_as(folder)
+    stored = getattr(config, "quantization_config", None)
     if stored:
         quantization = "none"  # by us
-        config.quantization_config["bnb_4bit_compute_dtype"] = dtype_name(dtype)
+        stored["bnb_4bit_compute_dtype"] = dtype_name(dtype)
     try:
         model, found = AutoModelForCausalLM.from_pretrained(
             folder,

@@ -81,6 +81,22 @@ def load_config(folder):
     return config
 
 
+def without_values(config, attention: str = "eager", dtype=None):
+    """The model of `config` on the meta device, where it has names and shapes and takes no memory.
+
+    Args:
+        attention: the implementation; the config may ask for one that is not installed.
+        dtype: of its parameters; None for the config's own.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(
+            config, dtype=dtype, attn_implementation=attention, trust_remote_code=False
+        )
+
+
 def embedding_rows(config) -> int:
     """How many tokens have a row of the embeddings: ids from 0 up."""
     return config.get_text_config().vocab_size

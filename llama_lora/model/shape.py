@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from llama_lora.cli import InputError
 from llama_lora.model.codes import Codes, measure
-from llama_lora.model.folder import load_config, quantized_as
+from llama_lora.model.folder import load_config, quantized_as, without_values
 from llama_lora.model.stored import Stored
 from llama_lora.text import brief
 
@@ -94,15 +94,11 @@ def shape_of(folder) -> Shape:
         InputError: no base model there, or not one of Llama's architecture.
     """
     import torch
-    from transformers import AutoModelForCausalLM
 
     config = load_config(folder)
     try:
         layers, config.num_hidden_layers = config.num_hidden_layers, 1
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(
-                config, attn_implementation="eager", trust_remote_code=False
-            )
+        model = without_values(config)
         config.num_hidden_layers = layers
         layer = model.base_model.layers[0]
     except (ValueError, KeyError, AttributeError, TypeError, ArithmeticError) as error:

@@ -282,7 +282,7 @@ def check(model, data, lora, training) -> None:
         f"--base_name {training.base_name}: expected an id on the Hub, owner/name": (
             training.base_name is None or HUB_ID.fullmatch(training.base_name)
         ),
-        "float16: DeepSpeed computes in it on no such CPU; use python3, or another dtype": (
+        "fp16 under DeepSpeed: not on this CPU; train with python3, or in another dtype": (
             not training.fp16 or training.deepspeed is None or _deepspeed_runs_fp16()
         ),
         "--lora_target_modules lm_head: the head stays frozen": (

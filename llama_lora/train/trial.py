@@ -7,12 +7,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM
+from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from llama_lora.cli import InputError
-from llama_lora.model.folder import load_config
+from llama_lora.model.folder import load_config, without_values
 from llama_lora.text import brief
 from llama_lora.train.attention import BY_EXAMPLE, attend
 
@@ -42,13 +42,7 @@ def windows(folder) -> list[int | None]:
     AttentionInterface.register(ON_TRIAL, record)
     config = load_config(folder)
     try:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(
-                config,
-                dtype=torch.bfloat16,
-                attn_implementation=ON_TRIAL,
-                trust_remote_code=False,
-            )
+        model = without_values(config, ON_TRIAL, torch.bfloat16)
         ids = torch.zeros((1, 2), dtype=torch.long, device="meta")
         # With a mask, since whether positions restart cannot be seen without values.
         model(

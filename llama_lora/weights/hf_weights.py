@@ -4,12 +4,11 @@ from collections import Counter
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM
 from transformers.utils.loading_report import LoadStateDictInfo
 
 from llama_lora.cli import InputError
 from llama_lora.model.base import check_complete
-from llama_lora.model.folder import load_config, quantized_as
+from llama_lora.model.folder import load_config, quantized_as, without_values
 from llama_lora.model.stored import INDEX, PICKLED, WEIGHTS, Stored
 
 
@@ -26,7 +25,7 @@ class FolderWeights:
     def __init__(self, folder: Path):
         """Raises `InputError`: no unquantized weights there that fit the folder's config."""
         self.folder = folder
-        self.model = _without_values(folder)
+        self.model = _unquantized(folder)
         self.shapes = {
             name: tuple(parameter.shape) for name, parameter in self.model.named_parameters()
         }
@@ -79,8 +78,8 @@ class FolderWeights:
         return torch.float16 if dtype == torch.float32 else dtype
 
 
-def _without_values(folder: Path):
-    """The model that `folder` holds, on the meta device."""
+def _unquantized(folder: Path):
+    """The model that `folder` holds, without values; raises `InputError`: it is quantized."""
     if quantized_as(folder):
         raise InputError(
             f"{folder}: expected 16-bit weights, found weights quantized with bitsandbytes; use "
@@ -88,9 +87,6 @@ def _without_values(folder: Path):
         )
     config = load_config(folder)
     try:
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(
-                config, attn_implementation="eager", trust_remote_code=False
-            )
+        return without_values(config)
     except (OSError, ValueError, KeyError, TypeError, ArithmeticError) as error:
         raise InputError(f"{folder}: this model cannot be loaded: {error}") from error
