@@ -120,7 +120,9 @@ def test_sixteen_bits_under_deepspeed_train_as_fp32(tiny_base, tmp_path):
     for dtype in DTYPES:
         output = tmp_path / dtype_name(dtype)
         own = ["--model_name_or_path", tiny_base, "--data_path", corpus, "--output_dir", output]
-        more = ["--lora_dropout", "0", "--deepspeed", "./deepspeed-config.json"]
+        # At 1e-2 gradients of this base grow until some overflow in fp16, and steps are skipped.
+        more = shlex.split("--lora_dropout 0 --learning_rate 3e-3")
+        more += ["--deepspeed", "deepspeed-config.json"]
         done = run_script(
             *deepspeed(2),
             *(driver, *own, *FLAGS, *more),
@@ -129,11 +131,11 @@ def test_sixteen_bits_under_deepspeed_train_as_fp32(tiny_base, tmp_path):
         assert done.returncode == 0, done.stderr[-3000:]
         lines = (output / "trainer_log.jsonl").read_text().splitlines()
         log = [json.loads(line) for line in lines]
-        found[dtype] = [line.get("loss", line.get("eval_loss")) for line in log]
+        found[dtype] = [line["eval_loss"] for line in log if "eval_loss" in line]
     falls = {dtype: losses[0] - losses[-1] for dtype, losses in found.items()}
-    assert falls[torch.float32] > 0.2
-    for dtype in DTYPES:  # of a loss of 7.6, so that not learning would be far off
-        assert falls[dtype] == pytest.approx(falls[torch.float32], rel=0.05)
+    assert falls[torch.float32] > 0.1
+    for dtype in DTYPES:
+        assert falls[dtype] == pytest.approx(falls[torch.float32], rel=0.01)
 
 
 @pytest.mark.parametrize("bits", ["8bit", "4bit"])
