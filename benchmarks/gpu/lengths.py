@@ -77,7 +77,7 @@ def pieces(window: int, scale: int, words: int) -> Pieces:
 def piece(tokens: int, labelled: int, words: int, draw: np.random.Generator):
     """An `Example` whose last tokens are its answer."""
     from llama_lora.model.template import IGNORE
-    from llama_lora.train.examples import Example
+    from llama_lora.train.packing import Example
 
     ids = draw.integers(SPECIAL, words, tokens, dtype=np.int32)
     labels = ids.copy()
