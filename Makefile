@@ -10,7 +10,7 @@ export LLAMA_LORA_CACHE = $(CURDIR)/$(D)/tokens
 export OMP_WAIT_POLICY = passive
 SHELL := /bin/bash
 .DELETE_ON_ERROR:
-.PHONY: help setup extras browser demo test test-slow lint bench clean
+.PHONY: help setup extras browser demo test test-slow lint bench gpu clean
 
 help:  ## list these commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## */\t/' | expand -t 12
@@ -61,6 +61,9 @@ bench: .venv/complete $(D)/adapter/summary.json  ## measure every figure in docs
 	python3 benchmarks/long_context.py --write
 	python3 benchmarks/merge_memory.py --write
 	python3 benchmarks/first_token.py --write
+
+gpu: .venv/complete  ## measure a CUDA card in ten minutes, for docs/gpu.md
+	python3 benchmarks/gpu_16gb.py --resume
 
 clean:  ## remove what the demo and the tools wrote; .venv stays
 	rm -rf $(D) build *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -10,6 +10,7 @@ import torch
 from gpu import lengths
 from gpu.card import SmallCard
 from gpu.rows import Row
+from llama_lora.model.base import load_base
 from llama_lora.model.hardware import compute_dtype, dtype_name
 from llama_lora.model.shape import shape_of
 
@@ -74,6 +75,13 @@ class Contender:
     def load(self):
         """The model with LoRA matrices to train."""
         raise NotImplementedError
+
+    def plain_base(self):
+        """The base as it is loaded here, but with the attention that transformers gives it."""
+        task = self.task
+        base = load_base(task.folder, task.quantization, task.dtype, self.card.device)
+        base.set_attn_implementation("sdpa")
+        return base
 
     def measure(self, row: Row) -> Iterator[dict]:
         """Findings of a row, the last of which stands; raises where memory runs out."""

@@ -2,13 +2,13 @@
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
-import operators
 import torch
+from torch.backends import cuda
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers.training_args import OptimizerNames
 
@@ -22,6 +22,7 @@ from gpu.contender import (
     Optimization,
     autocast,
 )
+from gpu.profiles import profile
 from gpu.rows import SEARCHING, Row
 from llama_lora.cli import InputError
 from llama_lora.model.template import IGNORE
@@ -30,7 +31,7 @@ from llama_lora.train.best import trainable
 from llama_lora.train.gradients import Gradients
 from llama_lora.train.packing import MicroBatches, collate
 
-TRIES = 8  # of the search for the longest context
+TRIES = 3  # of the search for the longest context
 NEAR = 0.05  # between the longest that fits and the shortest that does not
 
 
@@ -67,7 +68,7 @@ class Ours(Contender):
 
     def measure(self, row: Row) -> Iterator[dict]:
         with kernel(row):
-            yield from self.longest(row) if row.search else self.speed(row)
+            yield from self.longest(row) if row.measures == "context" else self.speed(row)
 
     # ---- Speed and memory ----
 
@@ -241,11 +242,16 @@ def untile(base) -> None:
             module.__dict__.pop("forward", None)
 
 
+@contextmanager
 def kernel(row: Row):
-    """A context: attention has the kernel that the row asks for, where there is a card."""
-    if row.kernel == "any" or not torch.cuda.is_available():
-        return nullcontext()
-    return sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION)
+    """Attention has the kernel that the row asks for, where there is a card."""
+    with ExitStack() as undone:
+        if row.kernel == "memory-efficient" and torch.cuda.is_available():
+            undone.enter_context(sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION))
+        elif row.kernel != "any":
+            undone.callback(cuda.enable_cudnn_sdp, cuda.cudnn_sdp_enabled())
+            cuda.enable_cudnn_sdp(row.kernel == "cuDNN")
+        yield
 
 
 def outcome(check: Callable, model) -> str:
@@ -254,26 +260,3 @@ def outcome(check: Callable, model) -> str:
     except InputError as error:
         return str(error)
     return "holds"
-
-
-def profile(step: Callable, card) -> dict:
-    """The operators that a step spends most of the device's time in themselves.
-
-    Each of `operators` is its name, calls, and seconds; kernels count for the operator that started
-    them. `busy` is the share of the step in which the device computes; None without a card.
-    """
-    from torch.profiler import ProfilerActivity
-
-    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * card.cuda
-    card.wait()
-    with torch.profiler.profile(activities=activities) as seen:
-        began = time.perf_counter()
-        step()
-        card.wait()
-        seconds = time.perf_counter() - began
-    longest, total = operators.longest(seen)
-    return {
-        "operators": longest,
-        "profiled_seconds": total,
-        "busy": total / seconds if card.cuda else None,
-    }

@@ -13,12 +13,7 @@ class Trl(Contender):
     """TRL with the same LoRA and rows to a step; it pads each batch to its longest row."""
 
     def load(self):
-        from llama_lora.model.base import load_base
-
-        task = self.task
-        base = load_base(task.folder, task.quantization, task.dtype, self.card.device)
-        base.set_attn_implementation("sdpa")  # transformers' own
-        return base
+        return self.plain_base()
 
     def lora(self):
         """What the trainer is to add to the model; None once it is there."""
