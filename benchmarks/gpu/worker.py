@@ -125,8 +125,14 @@ def measure_rows(request: dict) -> Iterator[dict]:
             for row in rows:
                 yield too_large(row, f"while it loads: {error}")
             return
-        loaded = {"loaded": [first.contender, first.base, first.quantization, first.dtype]}
-        yield loaded | {"checks": contender.checks(), **card.peak(), "versions": versions()}
+        loaded = [first.contender, first.base, first.quantization, first.dtype, first.rank]
+        loaded += ["answers"] * (first.measures == "answers")
+        yield {
+            "loaded": loaded,
+            "checks": contender.checks(),
+            **card.peak(),
+            "versions": versions(),
+        }
         for row in rows:
             yield from attempts(contender, row, card)
 
