@@ -1,8 +1,6 @@
 """A card with less memory than the one that is here, and what a process takes of it."""
 
 import gc
-import shutil
-import subprocess
 from pathlib import Path
 
 import psutil
@@ -80,15 +78,6 @@ class SmallCard:
         """`torch.cuda.mem_get_info` as the small card has it."""
         free, total = self._whole_card()
         return max(0, free - max(0, total - self.limit)), min(total, self.limit)
-
-
-def driver() -> str | None:
-    """The version of NVIDIA's driver; None where nobody tells it."""
-    if shutil.which("nvidia-smi") is None:
-        return None
-    asked = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    told = subprocess.run(asked, capture_output=True, text=True).stdout.split()
-    return told[0] if told else None
 
 
 def _resident_peak() -> int:

@@ -5,6 +5,7 @@ All of it on a small base of random weights, by the parts and the scripts that t
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,7 +16,7 @@ from gpu import base, lengths, scripts
 from gpu.contender import LEARNING_RATE, autocast
 from llama_lora.model.hardware import compute_dtype, dtype_name, present
 from llama_lora.model.template import IGNORE
-from llama_lora.train import lora_model
+from llama_lora.train import lora_model, machine
 from llama_lora.train.attention import BY_EXAMPLE
 from llama_lora.train.best import trainable
 from llama_lora.train.gradients import Gradients
@@ -31,6 +32,7 @@ PRECISIONS = "none", "8bit", "4bit"
 
 def outcomes(cache: Path, shape: str) -> Iterator[dict]:
     """Each check by its name, with how it ended, as soon as it has."""
+    yield from computations()
     folder = base.made(cache, shape, "check")
     for name, check in all_checks(folder, cache / shape / "runs"):
         try:
@@ -38,6 +40,15 @@ def outcomes(cache: Path, shape: str) -> Iterator[dict]:
         except Exception as error:  # the other checks go on
             outcome = f"failed: {type(error).__name__}: {error}".splitlines()[0][:300]
         yield {"check": name, "outcome": outcome}
+
+
+def computations() -> Iterator[dict]:
+    """What check_machine.py tries: a step in each precision, the optimizer, attention's kernels."""
+    pin = version("bitsandbytes")
+    for found in (*machine.bases(pin), machine.optimizer(pin), machine.attention()):
+        right = "right" if found.ok else "WRONG"
+        told = "; ".join(filter(None, [found.found, found.kernels]))
+        yield {"check": found.what, "outcome": f"{right}: {told}"}
 
 
 def all_checks(folder: Path, runs: Path) -> Iterator[tuple[str, Callable[[], str]]]:

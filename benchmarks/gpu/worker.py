@@ -81,10 +81,9 @@ def device(cache: Path, shape: str) -> dict:
     from products import peak_rate
 
     from gpu import base
-    from gpu.card import driver
     from llama_lora.model.hardware import compute_dtype, dtype_name, present
     from llama_lora.model.shape import shape_of
-    from llama_lora.train import pace
+    from llama_lora.train import driver, pace
 
     kind = KINDS[shape]["7B"]
     folder = base.made(cache, shape, "7B")
@@ -95,7 +94,7 @@ def device(cache: Path, shape: str) -> dict:
         "memory": card.memory,
         "dtype": dtype_name(compute_dtype()),
         "cuda": torch.version.cuda,
-        "driver": driver(),
+        "driver": next(iter(driver.ask("driver_version")), None),
         "peak_flops": peak_rate(folder, 8192 // kind.scale),
         "planner_rate": pace.measured_rate(shape_of(folder), compute_dtype(), on),
     }
