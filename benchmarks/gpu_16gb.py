@@ -153,7 +153,7 @@ def tell_what_remains(results: Results) -> None:
         told = re.sub(r"^\S*/(?=benchmarks/)", "", shlex.join(command))
         print(f"{remaining} of {len(results.wanted)} remain: python3 {told}")
     else:
-        print(f"all {len(results.wanted)} rows are measured")
+        print(f"all {len(results.wanted)} are measured")
 
 
 if __name__ == "__main__":

@@ -324,3 +324,26 @@ def test_a_machine_trains_merges_and_answers_with_the_carried_packages(
         "human",
         "gpt",
     ]
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_cards_measures_every_row_there(machine, tmp_path):
+    def run(*flags):
+        own = ["--shape", "tiny", "--steps", 1, "--cache", tmp_path / "cache", "--minutes", 9]
+        done = machine("benchmarks/gpu_16gb.py", *own, "--out", tmp_path / "out", *flags)
+        assert done.returncode == 0, done.stderr
+        (path,) = (tmp_path / "out").glob("*.json")
+        return json.loads(path.read_text()), (tmp_path / "out/gpu.md").read_text(), done.stdout
+
+    first, page, told = run("--only", "ours int8 512 × 14")
+    assert "try the code out" in page
+    assert len(first["rows"]) == 3
+    assert "all 3 are measured" in told
+    whole, page, told = run("--resume")
+    wrong = {name: row for name, row in whole["rows"].items() if row["status"] != "measured"}
+    wrong |= {what: found for what, found in whole["checks"].items() if "right" not in found}
+    assert wrong == {}
+    assert len(whole["checks"]) == 12
+    assert {name: whole["rows"][name] for name in first["rows"]} == first["rows"]
+    assert "remain" not in told
+    assert "not measured yet" not in page.partition("### Training")[2]

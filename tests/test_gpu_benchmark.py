@@ -426,27 +426,3 @@ def test_a_worker_that_dies_loses_one_row(benchmark, results):
     worker.end()
     assert {row["status"] for row in told.rows.values()} == {"failed"}
     assert all("config.json" in row["note"] for row in told.rows.values())
-
-
-@pytest.mark.slow
-def test_every_row_and_check_on_a_cpu(tmp_path):
-    def run(*flags):
-        own = ["--shape", "tiny", "--steps", STEPS, "--cache", tmp_path / "cache"]
-        own += ["--out", tmp_path / "out", "--minutes", 20]
-        done = run_script("benchmarks/gpu_16gb.py", *own, *flags, timeout=1500)
-        assert done.returncode == 0, done.stderr
-        (path,) = (tmp_path / "out").glob("*.json")
-        return json.loads(path.read_text()), (tmp_path / "out/gpu.md").read_text(), done.stdout
-
-    first, page, told = run("--only", "ours int8 512 × 14")
-    assert "try the code out" in page
-    assert len(first["rows"]) == 3
-    assert "all 3 rows are measured" in told
-    whole, page, told = run("--resume")
-    assert {row["status"] for row in whole["rows"].values()} == {"measured"}
-    assert {name: whole["rows"][name] for name in first["rows"]} == first["rows"]
-    assert "remain" not in told
-    wrong = {what: found for what, found in whole["checks"].items() if "right" not in found}
-    assert wrong == {}
-    assert len(whole["checks"]) == 7
-    assert "not measured yet" not in page.partition("### Training")[2]
