@@ -91,6 +91,18 @@ def unfold(model, dtype) -> None:
                 setattr(module, name, plain)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_eight_bits_answer_as_they_train(dtype, tmp_path, monkeypatch):
+    """Also with the products of a CPU without AVX512, whose sums are too large for fp16."""
+    monkeypatch.setattr(torch, "_int_mm", lambda a, b: (a.float() @ b.float()).to(torch.int32))
+    model = adapted_llama(tmp_path, "8bit", dtype, hidden_size=256, intermediate_size=512)
+    logits = {}
+    for training in (True, False):
+        with autocast(dtype), torch.no_grad():
+            logits[training] = model.train(training)(batch(50)["input_ids"]).logits.float()
+    assert (logits[True] - logits[False]).norm() < 0.02 * logits[True].norm()
+
+
 @pytest.mark.parametrize("quantization", PRECISIONS)
 def test_the_probe_goes_trainings_own_way(quantization, monkeypatch):
     """It tells where weights that were packed for answering are trained through."""

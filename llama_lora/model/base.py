@@ -1,6 +1,7 @@
 """Load a base model in 16 (or 32), 8 or 4 bits."""
 
 import logging
+from functools import partial
 from pathlib import Path
 
 from llama_lora.cli import InputError
@@ -61,6 +62,7 @@ def load_base(folder, quantization: str = "none", dtype=None, device=None):
     if stored:
         _compute_in(model, dtype)
     keep_nf4_layout(model)
+    keep_int8_sums(model)
     return model
 
 
@@ -125,6 +127,28 @@ def keep_nf4_layout(model) -> None:
     for module in model.modules():
         if isinstance(module, Linear4bit):
             module.support_avx512bf16_for_cpu = False
+
+
+def keep_int8_sums(model) -> None:
+    """Let no autocast round the products of 8-bit layers in `eval()` on a CPU.
+
+    Where it has no AVX512, bitsandbytes multiplies the codes in fp32, which autocast would turn to
+    16 bits: in fp16 their sums overflow, and what the layers answer is noise.
+    """
+    from bitsandbytes.nn import Linear8bitLt
+
+    for module in model.modules():
+        if isinstance(module, Linear8bitLt) and module.weight.device.type == "cpu":
+            module.forward = partial(_outside_autocast_in_eval, module, module.forward)
+
+
+def _outside_autocast_in_eval(module, forward, x):
+    import torch
+
+    if module.training:
+        return forward(x)
+    with torch.autocast("cpu", enabled=False):
+        return forward(x)
 
 
 def _quantization_config(quantization: str, dtype):
