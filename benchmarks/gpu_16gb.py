@@ -101,7 +101,8 @@ def check_imports(worker: Worker, args: argparse.Namespace) -> None:
     """Say all that is missing at once, before anything that takes time."""
     found = only_finding(worker, {"imports": True})
     if found["missing"]:
-        raise InputError("\n".join(found["missing"]))
+        print(*(f"error: {line}" for line in found["missing"]), sep="\n", file=sys.stderr)
+        sys.exit(1)
     if args.shape == "full" and not found["cuda"]:
         raise InputError("no CUDA card here; --shape tiny tries the code out on a CPU")
 
