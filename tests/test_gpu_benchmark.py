@@ -317,8 +317,8 @@ while todo:
         continue
     if name not in needed:
         needed.add(name)
-        plain = (one for one in requirements if not one.marker or one.marker.evaluate({"extra": ""}))
-        todo += [one.name for one in plain]
+        extra = {"extra": ""}
+        todo += [one.name for one in requirements if not one.marker or one.marker.evaluate(extra)]
 hidden = {
     module
     for module, owners in metadata.packages_distributions().items()
