@@ -62,7 +62,7 @@ bench: .venv/complete $(D)/adapter/summary.json  ## measure every figure in docs
 	python3 benchmarks/merge_memory.py --write
 	python3 benchmarks/first_token.py --write
 
-gpu: .venv/complete  ## measure a CUDA card in ten minutes, for docs/gpu.md
+gpu: .venv/complete  ## measure a CUDA card for 8.5 minutes, or go on with it, for docs/gpu.md
 	python3 benchmarks/gpu_16gb.py --resume
 
 clean:  ## remove what the demo and the tools wrote; .venv stays

@@ -16,12 +16,15 @@ import time
 from collections import defaultdict
 from pathlib import Path
 
-from gpu.process import ROOT, Worker, has
-from gpu.results import Results, write_page
-from gpu.rows import CHECKS, KINDS, OTHERS, Row, jobs
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # it also runs where this project is not installed
 
-from llama_lora.cli import InputError, one_line_errors
-from llama_lora.options import Help
+from gpu.process import Worker, has  # noqa: E402
+from gpu.results import Results, write_page  # noqa: E402
+from gpu.rows import CHECKS, KINDS, OTHERS, Row  # noqa: E402
+
+from llama_lora.cli import InputError, one_line_errors  # noqa: E402
+from llama_lora.options import Help  # noqa: E402
 
 CHECKING = 90  # seconds, at most
 
@@ -57,14 +60,13 @@ def main(args: argparse.Namespace) -> None:
     args.cache = args.cache.absolute()
     args.cache.mkdir(parents=True, exist_ok=True)
     with Workers(args, deadline) as workers:
-        check_imports(workers.shared, args)
-        device = only_finding(workers.shared, request(args, device=True))
-        results = Results(args, device["device"], absent(args))
-        for job in jobs(results.missing()):
+        results = Results(args, look(workers.shared, args), absent(args))
+        results.add_rates(only_finding(workers.shared, request(args, rates=True)))
+        for job in results.jobs():
             if job == CHECKS:
                 check(workers.shared, results, args)
             else:
-                measure(job, workers.of(job[0].contender), results, args)
+                measure(job, workers.of(job[0]), results, args)
     tell_what_remains(results)
 
 
@@ -87,24 +89,29 @@ class Workers:
 
     @property
     def shared(self) -> Worker:
-        return self.of("")
+        return self.workers["worker"]
 
-    def of(self, contender: str) -> Worker:
-        chosen = "unsloth" if contender == "unsloth" else "worker"
+    def of(self, row: Row) -> Worker:
+        """The one for the rows of a job like this; the other would take its part of the card."""
+        chosen = "unsloth" if row.contender == "unsloth" else "worker"
         for name, worker in self.workers.items():
-            if name != chosen:
-                worker.end()  # it would take its part of the card
+            if name != chosen or row.fresh:
+                worker.end()
         return self.workers[chosen]
 
 
-def check_imports(worker: Worker, args: argparse.Namespace) -> None:
-    """Say all that is missing at once, before anything that takes time."""
-    found = only_finding(worker, {"imports": True})
+def look(worker: Worker, args: argparse.Namespace) -> dict:
+    """The device; what is missing is told at once, before anything that takes time."""
+    found = only_finding(worker, {"look": True})
     if found["missing"]:
         print(*(f"error: {line}" for line in found["missing"]), sep="\n", file=sys.stderr)
         sys.exit(1)
-    if args.shape == "full" and not found["cuda"]:
+    if found["missing_for_scripts"]:
+        lacking = ", ".join(found["missing_for_scripts"])
+        print(f"not installed: {lacking}; so the scripts that are checked will fail")
+    if args.shape == "full" and found["device"]["capability"] is None:
         raise InputError("no CUDA card here; --shape tiny tries the code out on a CPU")
+    return found["device"]
 
 
 def only_finding(worker: Worker, asked: dict) -> dict:
@@ -126,7 +133,7 @@ def absent(args: argparse.Namespace) -> list[str]:
 
 
 def check(worker: Worker, results: Results, args: argparse.Namespace) -> None:
-    for found in worker.ask(request(args, checks=True), CHECKING):
+    for found in worker.ask(request(args, checks=results.checks_done), CHECKING):
         results.add_check(found["check"], found["outcome"])
     results.end_checks("" if worker.answered else worker.problem())
 
@@ -134,17 +141,17 @@ def check(worker: Worker, results: Results, args: argparse.Namespace) -> None:
 def measure(job: list[Row], worker: Worker, results: Results, args: argparse.Namespace) -> None:
     """Measure the rows of a job; a worker that dies loses one of them, and the next goes on."""
     while job:
-        rows, loaded = [row.as_dict() for row in job], False
+        rows, begun = [row.as_dict() for row in job], None
         for findings in worker.ask(request(args, rows=rows, gib=args.gib, steps=args.steps)):
-            loaded = True
-            results.add(findings)
-        job = [row for row in job if row.name not in results.rows]
-        if worker.timed_out:
+            if "begins" in findings:
+                begun = findings["begins"]
+            else:
+                results.add(findings)
+        if worker.answered or worker.timed_out:
             return
-        if not worker.answered:
-            lost = job[:1] if loaded else job
-            results.fail(lost, worker.problem())
-            job = job[len(lost) :]
+        results.fail([begun] if begun else rows, worker.problem())
+        missing = results.missing()
+        job = [row for row in job if row in missing]
 
 
 def tell_what_remains(results: Results) -> None:

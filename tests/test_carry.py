@@ -343,7 +343,7 @@ def test_the_benchmark_of_cards_measures_every_row_there(machine, tmp_path):
     wrong = {name: row for name, row in whole["rows"].items() if row["status"] != "measured"}
     wrong |= {what: found for what, found in whole["checks"].items() if "right" not in found}
     assert wrong == {}
-    assert len(whole["checks"]) == 12
+    assert len(whole["checks"]) == 10
     assert {name: whole["rows"][name] for name in first["rows"]} == first["rows"]
     assert "remain" not in told
     assert "not measured yet" not in page.partition("### Training")[2]

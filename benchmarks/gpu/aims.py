@@ -51,7 +51,7 @@ def longest_context(results: dict):
     found = [r for r in rows if (r["row"]["quantization"], r["row"]["base"]) == ("4bit", "7B")]
     if not found:
         return aim, "", None
-    reached, ended = found[0]["tokens"] >= CONTEXT, found[0]["status"] == "measured"
+    reached, ended = found[0]["tokens"] >= CONTEXT, found[0]["fails_at"]
     return aim, fitting(found[0]), reached if reached or ended else None
 
 

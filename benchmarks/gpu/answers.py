@@ -26,6 +26,7 @@ class Answers(Contender):
         first, *more = self.times(prompt)
         yield {
             "first_token": first - began,
+            "answer_tokens": len(more) + 1,
             "answer_tokens_per_second": len(more) / (more[-1] - first),
             "dtype": dtype_name(self.model.dtype),
             **self.card.peak(),

@@ -8,6 +8,8 @@ import torch
 
 from llama_lora.model.cards import GIB
 
+SPARE = 128 << 20  # bytes of the card for the kernels that CUDA loads when they are first called
+
 
 class SmallCard:
     """The CUDA device, held to `gib` GiB with what CUDA itself takes; without one, the host.
@@ -25,7 +27,7 @@ class SmallCard:
 
     def __enter__(self):
         if self.cuda:
-            self.limit = min(self.limit, self._whole_card()[1])
+            self.limit = min(self.limit, self._whole_card()[1] - SPARE)
             torch.cuda.mem_get_info = self._free_and_total
         self.start()
         return self

@@ -3,64 +3,74 @@
 All of it on a small base of random weights, by the parts and the scripts that training is made of.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import torch
 
 from gpu import base, lengths, scripts
-from gpu.contender import LEARNING_RATE, autocast
+from gpu.contender import autocast
+from gpu.ours import adapted, on_device
+from gpu.reasons import first_line
+from gpu.rows import ALL_LINEAR
 from llama_lora.model.hardware import compute_dtype, dtype_name, present
 from llama_lora.model.template import IGNORE
-from llama_lora.train import lora_model, machine
+from llama_lora.train import machine
 from llama_lora.train.attention import BY_EXAMPLE
 from llama_lora.train.best import trainable
 from llama_lora.train.gradients import Gradients
-from llama_lora.train.packing import collate
 
 # Of two ways of computing the same in a few layers: what rounding explains, by dtype.
 LIMITS = {torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.01}
 PACKED = [100, 60, 37, 9]  # tokens of the examples of a micro-batch
 MANY = [250] * 16
 SCALE = 1024.0  # of the loss, for fp16
-PRECISIONS = "none", "8bit", "4bit"
 
 
-def outcomes(cache: Path, shape: str) -> Iterator[dict]:
-    """Each check by its name, with how it ended, as soon as it has."""
-    yield from computations()
+def outcomes(cache: Path, shape: str, done: list[str]) -> Iterator[dict]:
+    """Each check by its name, with how it ended, as soon as it has; not those that are `done`."""
     folder = base.made(cache, shape, "check")
-    for name, check in all_checks(folder, cache / shape / "runs"):
-        try:
-            outcome = check()
-        except Exception as error:  # the other checks go on
-            outcome = f"failed: {type(error).__name__}: {error}".splitlines()[0][:300]
-        yield {"check": name, "outcome": outcome}
+    with scripts.Scripts(folder, cache / shape / "runs") as trained:
+        trained.start()
+        for name, check in all_checks(folder, trained):
+            if name not in done:
+                yield {"check": name, "outcome": outcome_of(check)}
 
 
-def computations() -> Iterator[dict]:
-    """What check_machine.py tries: a step in each precision, the optimizer, attention's kernels."""
+def outcome_of(check: Callable[[], str]) -> str:
+    try:
+        return check()
+    except Exception as error:  # the other checks go on
+        return f"failed: {first_line(error)}"
+
+
+def all_checks(folder: Path, trained: scripts.Scripts) -> Iterator[tuple[str, Callable[[], str]]]:
+    """Every check by its name.
+
+    The scripts train meanwhile: what is asked of them comes last, since to import takes them long.
+    """
     pin = version("bitsandbytes")
-    for found in (*machine.bases(pin), machine.optimizer(pin), machine.attention()):
-        right = "right" if found.ok else "WRONG"
-        told = "; ".join(filter(None, [found.found, found.kernels]))
-        yield {"check": found.what, "outcome": f"{right}: {told}"}
-
-
-def all_checks(folder: Path, runs: Path) -> Iterator[tuple[str, Callable[[], str]]]:
-    """Every check by its name; those that run the scripts keep what they write in `runs`."""
-    for precision in PRECISIONS:
+    yield "a layer trains in 8, 4 and 16 bits", lambda: told(machine.bases(pin))
+    yield "8-bit AdamW", lambda: told([machine.optimizer(pin)])
+    yield "the kernels of attention", lambda: told([machine.attention()])
+    for precision in "none", "8bit", "4bit":
         name = f"gradients of packed examples are those of each alone, --quantization {precision}"
         yield name, lambda precision=precision: packed_beside_apart(folder, precision)
     yield "attention is the model's own eager one", lambda: attention_beside_eager(folder)
     yield "lack of memory is survived with the same gradients", lambda: lack_of_memory(folder)
-    trained = scripts.Scripts(folder, runs)
     yield "a training that was killed resumes with the same losses", trained.killed_and_resumed
     yield "an adapter is trained, merged and asked", trained.merged_and_asked
+
+
+def told(findings: Iterable[machine.Finding]) -> str:
+    """What check_machine.py finds; where the card has no kernel for something, no fault is."""
+    found = list(findings)
+    wrong = any(one.remedy or one.stops or "wrong" in one.found for one in found)
+    parts = ["; ".join(filter(None, [one.found, one.kernels])) for one in found]
+    return f"{'WRONG' if wrong else 'right'}: {'. '.join(parts)}"
 
 
 def verdict(error: float, dtype: torch.dtype) -> str:
@@ -103,31 +113,15 @@ class Step:
     def __init__(self, folder: Path, precision: str, sizes: list[int]):
         self.dtype = compute_dtype()
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.model = self._load(folder, precision)
-        words = self.model.config.vocab_size
-        draw = np.random.default_rng(0)
-        batch = collate([[lengths.piece(size, size // 2, words, draw) for size in sizes]])
-        del batch["names"]
-        self.batch = {k: v.to(self.device) if torch.is_tensor(v) else v for k, v in batch.items()}
-        self.most, self.parts = None, 1
-
-    def _load(self, folder: Path, precision: str):
-        lora = SimpleNamespace(
-            lora_r=8,
-            lora_alpha=16,
-            lora_dropout=0.0,
-            lora_target_modules=["all-linear"],
-            use_dora=False,
-            use_rslora=False,
-        )
-        args = SimpleNamespace(
-            compute_dtype=self.dtype, device=self.device, seed=0, learning_rate=LEARNING_RATE
-        )
-        model = lora_model.load(str(folder), precision, lora, args)
-        for name, parameter in trainable(model):
+        where = self.dtype, self.device
+        self.model = adapted(folder, precision, *where, 8, ALL_LINEAR, dropout=0.0).train()
+        for name, parameter in trainable(self.model):
             if "lora_B" in name:
                 torch.nn.init.normal_(parameter, std=0.02)
-        return model
+        words, draw = self.model.config.vocab_size, np.random.default_rng(0)
+        examples = [lengths.piece(size, size // 2, words, draw) for size in sizes]
+        self.batch = on_device(examples, self.device)
+        self.most, self.parts = None, 1
 
     def gradients(self, parts: int) -> torch.Tensor:
         """Of all matrices, in one vector; what `parts` came to is kept."""

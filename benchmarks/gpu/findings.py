@@ -24,4 +24,10 @@ def of(results: dict, contender: str, quantization: str, window: int) -> list[di
 
 def fitting(row: dict) -> str:
     """The longest context that fits, as far as the search has come."""
-    return f"{row['tokens']:,}{' or more' if row['status'] == SEARCHING else ''}"
+    open_end = row["status"] == SEARCHING or not (row["fails_at"] or is_the_most(row))
+    return f"{row['tokens']:,}{' or more' if open_end else ''}"
+
+
+def is_the_most(row: dict) -> bool:
+    """Whether nothing longer was worth trying."""
+    return row["tokens"] == row["row"]["length"]

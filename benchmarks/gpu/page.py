@@ -8,14 +8,16 @@ from pages import PRECISIONS
 from gpu.aims import aims
 from gpu.findings import fitting, measured
 from gpu.rows import CHECKS, KINDS, SEARCHING, Row, all_rows
-from llama_lora.train.pace import EFFICIENCY
 
 NOT_YET = "not measured yet"
 NOTHING = "–"
-PUBLIC = {"8B": "40,724"}  # tokens of context that others tell, 4 bits, rank 32, on 16 GB
+NOT_HERE = "not on this card"
+# What others tell of cards of 16 GB, in 4 bits with rank 32: the tokens of the longest context, and
+# a training of TinyLlama in a public notebook.
+PUBLIC_CONTEXT, PUBLIC_TRAINING = {"8B": "40,724"}, {"1.1B": "2,441 tokens/s in 13.5 GB"}
 OPERATORS = 3  # that are named of each step
 NO_CARD = {
-    "device": {"name": "No card yet"},
+    "device": {"name": "No card yet", "capability": None},
     "settings": {"shape": "full", "gib": 14.6},
     "rows": {},
     "models": {},
@@ -48,17 +50,19 @@ def page(found: list[dict]) -> str:
 TITLE = """\
 # What cards do
 
-`make gpu` on a machine with a CUDA card measures all of this in ten minutes, the most telling rows
-first (docs/results/README.md). The page is written from the files in docs/results/, one a card.
+`make gpu` on a machine with a CUDA card measures this, in runs of 8.5 minutes that go on where the
+last one ended, the most telling rows first (docs/results/README.md). The page is written from the
+files in docs/results/, one a card.
 
 Bases have random weights in the sizes of Llama 2 7B, Llama 3 8B and TinyLlama 1.1B. The tokens are
 random, and their number in each conversation and answer is that of real pieces of ShareGPT, counted
 by SmolLM2's tokenizer. The process is held to the memory named, of which CUDA itself takes its
 part. Peak memory is what torch reserved and what CUDA took. A labelled token is one of an answer;
 rates are those of an epoch at the pace of the timed steps, so that padding counts as time and not
-as tokens. The reference is FastChat's recipe: rows padded to the length, the plain loss, all layers
-recomputed, fp16. Where it runs out of memory it is tried again with half as many rows. A plan is
-what `--dry_run` says of the same training."""
+as tokens. The reference is FastChat's recipe: rows padded to the length, the plain loss, fp16, all
+layers recomputed but where the row says otherwise; like this project it lets CUDA's blocks grow
+(`expandable_segments`). Where it runs out of memory it is tried again with half as many rows.
+Planned is what the plan chooses and foretells for the memory named, as `--dry_run` does."""
 
 
 def of_card(results: dict) -> list[str]:
@@ -126,12 +130,12 @@ def rows_of(results: dict) -> list[Row]:
 
 
 def speed_row(row: Row, results: dict) -> dict:
-    mine = results["rows"].get(row.name)
-    theirs = beside(row, results)
+    mine, theirs = found_of(row, results), beside(row, results)
     rate = "labelled_per_second"
     both = is_measured(mine) and is_measured(theirs)
     return {
         "training": row.name.removeprefix("ours "),
+        "tokens/s": cell(mine, "tokens_per_second", number),
         "labelled tokens/s": cell(mine, rate, number),
         "reference": cell(theirs, rate, number) + fewer_rows(row, theirs),
         "ours ÷ reference": f"{mine[rate] / theirs[rate]:.2f}" if both else NOTHING,
@@ -139,18 +143,29 @@ def speed_row(row: Row, results: dict) -> dict:
         "planned": cell(mine, "planned", pages.gib) if is_measured(mine) else NOTHING,
         "planned ÷ peak": f"{mine['planned'] / mine['peak']:.2f}" if is_measured(mine) else NOTHING,
         "reference's peak": cell(theirs, "peak", pages.gib),
+        "others tell": PUBLIC_TRAINING.get(row.base, NOTHING),
         "how": how_computed(mine),
     }
 
 
+def found_of(row: Row, results: dict) -> dict | None:
+    """What was found of a row, if it is for this card."""
+    found = results["rows"].get(row.name)
+    if found is None and not row.is_for(results["device"]["capability"]):
+        return {"status": NOT_HERE}
+    return found
+
+
 def beside(row: Row, results: dict) -> dict | None:
     """What was found of the reference with the same name, or with the most rows that fit."""
-    name, found, batch = row.name.replace("ours", "reference", 1), None, row.batch
-    if name not in {other.name for other in rows_of(results)}:
+    name = row.name.replace("ours", "reference", 1)
+    other = next((other for other in rows_of(results) if other.name == name), None)
+    if other is None:
         return {"status": NOTHING}
-    while batch and not is_measured(found):
-        found = results["rows"].get(name.replace(f"× {row.batch}", f"× {batch}"), found)
-        batch //= 2
+    found = found_of(other, results)
+    while other.can_be_halved and not is_measured(found):
+        other = other.halved()
+        found = results["rows"].get(other.name, found)
     return found
 
 
@@ -187,7 +202,7 @@ def how_computed(row: dict | None) -> str:
 
 
 def answers_row(row: Row, results: dict) -> dict:
-    mine, theirs = results["rows"].get(row.name), beside(row, results)
+    mine, theirs = found_of(row, results), beside(row, results)
     return {
         "base": PRECISIONS[row.quantization],
         "first token, s": cell(mine, "first_token", "{:.3f}".format),
@@ -203,7 +218,7 @@ def answers_row(row: Row, results: dict) -> dict:
 
 
 def context_rows(results: dict) -> list[dict]:
-    return [context_row(row, results["rows"].get(row.name)) for row in own_rows(results, "context")]
+    return [context_row(row, found_of(row, results)) for row in own_rows(results, "context")]
 
 
 def context_row(row: Row, found: dict | None) -> dict:
@@ -212,14 +227,24 @@ def context_row(row: Row, found: dict | None) -> dict:
     return {
         "base": f"{row.base} {PRECISIONS[row.quantization]}",
         "fits, tokens": fitting(found) if is_measured(found) else cell(found, "tokens", number),
-        "does not": number(found["fails_at"]) if found and found.get("fails_at") else NOTHING,
-        "others tell": PUBLIC.get(row.base, NOTHING) if row.quantization == "4bit" else NOTHING,
+        "does not": does_not_fit(found) if is_measured(found) else NOTHING,
+        "others tell": told_by_others(row),
         "peak": cell(found, "peak", pages.gib),
         "planned": cell(found, "planned", pages.gib),
         "tokens/s": cell(found, "tokens_per_second", number),
         "whole conversations": cell(found, "whole_conversations", "{:.1%}".format),
         "how": "; ".join(found["set_up"]) if found else NOTHING,
     }
+
+
+def does_not_fit(found: dict) -> str:
+    """The shortest that was tried and did not fit, and why."""
+    tokens = found["fails_at"]
+    return f"{tokens:,}, for lack of {found['lacking']}" if tokens else NOTHING
+
+
+def told_by_others(row: Row) -> str:
+    return PUBLIC_CONTEXT.get(row.base, NOTHING) if row.quantization == "4bit" else NOTHING
 
 
 CONTEXT = """\
@@ -247,7 +272,7 @@ def pace_rows(results: dict) -> list[dict]:
         {
             "training": row["row"]["name"],
             "share of the rate": f"{row['operations_per_second'] / rate:.0%}",
-            "assumed": f"{EFFICIENCY[row['row']['quantization']]:.0%}",
+            "assumed": f"{row['assumed_share']:.0%}",
             "layers recomputed": f"{row['recomputed']} of {row['layers']}",
             "in the plan": str(row.get("planned_recomputed", NOTHING)),
         }

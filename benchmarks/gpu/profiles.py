@@ -19,6 +19,20 @@ def profile(step: Callable, card) -> dict:
     them. `launches` are the kernels started, and `waits` how often the host waited for the card.
     `busy` is the share of the step in which the device computes; None without a card.
     """
+    nothing, _ = profiled(lambda: None, card)
+    seen, seconds = profiled(step, card)
+    longest, total = operators.longest(seen)
+    return {
+        "operators": longest,
+        "profiled_seconds": total,
+        "busy": total / seconds if card.cuda else None,
+        "launches": called(seen, LAUNCHES),
+        "waits": called(seen, WAITS) - called(nothing, WAITS),  # but for those of the profile
+    }
+
+
+def profiled(step: Callable, card) -> tuple[torch.profiler.profile, float]:
+    """A profile of `step`, and the seconds that it took."""
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * card.cuda
     card.wait()
     with torch.profiler.profile(activities=activities) as seen:
@@ -26,16 +40,9 @@ def profile(step: Callable, card) -> dict:
         step()
         card.wait()
         seconds = time.perf_counter() - began
-    longest, total = operators.longest(seen)
-    return {
-        "operators": longest,
-        "profiled_seconds": total,
-        "busy": total / seconds if card.cuda else None,
-        "launches": called(seen, LAUNCHES),
-        "waits": called(seen, WAITS) - card.cuda,  # but for the one above
-    }
+    return seen, seconds
 
 
 def called(seen: torch.profiler.profile, names: tuple[str, ...]) -> int:
     """How often functions with these beginnings of names were called."""
-    return sum(one.count for one in seen.key_averages() if one.key.startswith(names))
+    return sum(event.name.startswith(names) for event in seen.events())

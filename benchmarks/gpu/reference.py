@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-from gpu.contender import ALPHA, DROPOUT, Clock, Contender, Optimization, autocast
+from gpu.contender import ENOUGH, Clock, Contender, Optimization, autocast
 from gpu.profiles import profile
 from gpu.rows import Row
 from llama_lora.model.template import IGNORE
@@ -15,7 +15,7 @@ class Reference(Contender):
     """FastChat's: rows padded to the length, the plain loss, all layers recomputed."""
 
     def load(self):
-        from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+        from peft import get_peft_model, prepare_model_for_kbit_training
 
         task, base = self.task, self.plain_base()
         base.config.use_cache = False
@@ -25,20 +25,12 @@ class Reference(Contender):
         elif recomputes:
             base.gradient_checkpointing_enable()
             base.enable_input_require_grads()
-        config = LoraConfig(
-            r=task.first.rank,
-            lora_alpha=ALPHA,
-            target_modules=list(task.first.targets),
-            lora_dropout=DROPOUT,
-            bias="none",
-            task_type="CAUSAL_LM",
-        )
-        return get_peft_model(base, config)
+        return get_peft_model(base, self.lora_config())
 
     def measure(self, row: Row) -> Iterator[dict]:
         pieces = self.pieces(row)
         optimization = Optimization(self.model, row.optim, self.task.dtype, self.card.device)
-        clock = Clock(self.card)
+        clock = Clock(self.card, self.task.steps)
         self.model.train()
 
         def step(number: int) -> torch.Tensor:
@@ -49,13 +41,13 @@ class Reference(Contender):
             optimization.step(loss)
             return loss
 
-        for number in range(self.task.steps + 1):
-            loss = step(number)
+        while clock.goes_on():
+            loss = step(clock.timed + 1)
             clock.tick()
-        share = self.task.steps * row.batch / len(pieces)
+        share = clock.timed * row.batch / len(pieces)
         found = self.found(clock, pieces, share) | {"loss": loss.item()}
         yield found
-        if row.profiled:
+        if row.profiled and found["seconds_per_step"] < ENOUGH:
             yield found | profile(lambda: step(1), self.card)
 
 

@@ -7,10 +7,11 @@ from pathlib import Path
 
 from machine import processor, today
 
-from gpu.rows import CHECKS, KINDS, SEARCHING, Row, all_rows
+from gpu.rows import CHECKS, KINDS, SEARCHING, Row, all_rows, jobs
 from llama_lora.cli import InputError
 
 DONE = "measured", "out of memory"  # what --resume need not try again
+REST = "the other checks"
 ROOT = Path(__file__).parents[2]
 
 
@@ -24,7 +25,7 @@ class Results:
     """
 
     def __init__(self, args: argparse.Namespace, device: dict, absent: list[str]):
-        """Begin anew, or with --resume where the last run ended.
+        """Go on where the last run ended with --resume; else begin anew, and lay that run aside.
 
         Args:
             device: what is known of it.
@@ -35,11 +36,19 @@ class Results:
         self.path = args.out / f"{slug(device['name'], args.shape)}.json"
         every = all_rows(KINDS[args.shape])
         self.order = [row.name for row in every if row != CHECKS]
-        self.wanted = wanted([r for r in every if r == CHECKS or r.contender not in absent], args)
+        self.wanted = chosen([row for row in every if self._can_be(row)], args)
         self.models, self.rows, self.checks, self.checked = {}, {}, {}, False
+        self._told = ""
         if args.resume:
             self._go_on()
+        elif self.path.is_file():
+            self.path.replace(self.path.with_suffix(".json.old"))
         self.write()
+
+    def _can_be(self, row: Row | str) -> bool:
+        if row == CHECKS:
+            return True
+        return row.contender not in self.absent and row.is_for(self.device["capability"])
 
     def _go_on(self) -> None:
         """From what a run with the same settings measured before."""
@@ -51,20 +60,33 @@ class Results:
         kept = *DONE, SEARCHING
         self.rows = {name: row for name, row in told["rows"].items() if row["status"] in kept}
         self.models, self.checks, self.checked = told["models"], told["checks"], told["checked"]
+        self.device = told["device"] | self.device
+
+    def jobs(self) -> list[list[Row] | str]:
+        """What is missing, by what one model is loaded for."""
+        return jobs(self.missing(), self.device["dtype"])
 
     def missing(self) -> list[Row | str]:
-        """What no run has ended."""
-        return [one for one in self.wanted if not self._has(one)]
+        """What no run has ended; of a row that did not fit, the smaller one that is tried next."""
+        return [left for one in self.wanted if (left := self._left(one))]
+
+    def _left(self, one: Row | str) -> Row | str | None:
+        if one == CHECKS:
+            return None if self.checked else CHECKS
+        status = self.rows.get(one.name, {}).get("status")
+        if status == "out of memory" and one.can_be_halved:
+            return self._left(one.halved())
+        return None if status in (*DONE, "failed") else one
 
     @property
     def failed(self) -> list[str]:
         """Rows that the next run tries again."""
         return [name for name, row in self.rows.items() if row["status"] == "failed"]
 
-    def _has(self, one: Row | str) -> bool:
-        if one == CHECKS:
-            return self.checked
-        return self.rows.get(one.name, {}).get("status") in (*DONE, "failed")
+    def add_rates(self, found: dict) -> None:
+        """How fast the device computes products."""
+        self.device |= found
+        self.write()
 
     def add(self, findings: dict) -> None:
         if "loaded" in findings:
@@ -72,12 +94,26 @@ class Results:
         else:
             name = findings["row"]["name"]
             self.rows[name] = findings
-            tell(name, findings)
+            self._tell(name, findings)
         self.write()
 
-    def fail(self, rows: list[Row], note: str) -> None:
+    def _tell(self, name: str, row: dict) -> None:
+        """Print a row, unless that is what was printed last."""
+        from gpu.page import line
+
+        told = line(name, row)
+        if told != self._told:
+            print(told, flush=True)
+        self._told = told
+
+    def fail(self, rows: list[dict], note: str) -> None:
         for row in rows:
-            self.add({"row": row.as_dict(), "status": "failed", "note": note})
+            self.add({"row": row, "status": "failed", "note": note})
+
+    @property
+    def checks_done(self) -> list[str]:
+        """The names of those that need not be made again."""
+        return [name for name, found in self.checks.items() if not found.startswith("failed")]
 
     def add_check(self, name: str, outcome: str) -> None:
         self.checks[name] = outcome
@@ -87,10 +123,9 @@ class Results:
     def end_checks(self, problem: str) -> None:
         """All were made, or a problem keeps the rest from being made."""
         self.checked = not problem
+        self.checks.pop(REST, None)
         if problem:
-            self.add_check("the other checks", f"not run: {problem}")
-        else:
-            self.checks.pop("the other checks", None)
+            self.add_check(REST, f"failed: {problem}")
         self.write()
 
     def write(self) -> None:
@@ -121,23 +156,16 @@ class Results:
         return sizes.index(name.partition(" × ")[0]), known
 
 
-def wanted(rows: list[Row | str], args: argparse.Namespace) -> list[Row | str]:
+def chosen(rows: list[Row | str], args: argparse.Namespace) -> list[Row | str]:
     """Those with one of the texts of --only in their names."""
     if not args.only:
         return rows
     names = [row if row == CHECKS else row.name for row in rows]
     pairs = zip(rows, names, strict=True)
-    chosen = [row for row, name in pairs if any(text in name for text in args.only)]
-    if not chosen:
+    found = [row for row, name in pairs if any(text in name for text in args.only)]
+    if not found:
         raise InputError(f"--only {' '.join(args.only)}: no such row; there are {'; '.join(names)}")
-    return chosen
-
-
-def tell(name: str, row: dict) -> None:
-    """A row as it is told while the benchmark goes on."""
-    from gpu.page import line
-
-    print(line(name, row), flush=True)
+    return found
 
 
 def write_page(out: Path) -> Path:

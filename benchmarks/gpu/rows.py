@@ -8,11 +8,14 @@ from itertools import groupby
 
 from pages import PRECISIONS
 
+from llama_lora.model.cards import INT8_CAPABILITY
+
 README = "README's command"  # what it adds to the name of its row
-CONTEXT_RANK = 32
+CONTEXT_RANK, ALL_LINEAR = 32, ("all-linear",)
 SEARCHING = "searching"  # the status of a search for the longest context that has not ended
 SIZES = (512, 14), (1024, 7), (2048, 4)  # lengths, and the rows of a micro-batch of the reference
 LONGEST = SIZES[-1]
+AMPERE = 8, 0  # the capability from which bf16, and more kernels of attention, are there
 CHECKS = "checks"  # what stands among the rows where the checks of the card have their turn
 OTHERS = {"unsloth": "unsloth", "TRL": "trl"}  # contenders that need a module of their own
 
@@ -101,15 +104,37 @@ class Row:
     optim: str = "adamw_torch"
     profiled: bool = False
 
-    @property
-    def job(self) -> tuple:
-        """What rows have in common that are measured with one model."""
-        trains = self.measures != "answers"
-        return self.contender, self.base, self.quantization, self.dtype, trains, *self.lora
+    def job(self, fastest: str) -> tuple:
+        """What rows have in common that are measured with one model; `fastest` is a dtype."""
+        dtype = fastest if self.dtype == "fastest" else self.dtype
+        trains, fresh = self.measures != "answers", self.fresh
+        return self.contender, self.base, self.quantization, dtype, trains, fresh, *self.lora
 
     @property
     def lora(self) -> tuple:
         return self.rank, self.targets
+
+    @property
+    def fresh(self) -> bool:
+        """Whether it wants a process in which nothing was computed before.
+
+        A context shares the card with all that libraries have loaded, and cuDNN plans anew for
+        each length that it has not met.
+        """
+        return self.measures == "context" or "cuDNN" in self.kernel
+
+    def is_for(self, capability: list[int] | None) -> bool:
+        """Whether a card of that capability can do this, and does not do it in another row."""
+        if capability is None:
+            return True
+        if self.quantization == "8bit" and tuple(capability) < INT8_CAPABILITY:
+            return False
+        return self.kernel == "any" or tuple(capability) >= AMPERE
+
+    @property
+    def can_be_halved(self) -> bool:
+        """Whether it is tried with fewer rows where it does not fit; ours computes in parts."""
+        return self.contender != "ours" and self.measures == "speed" and self.batch > 1
 
     def halved(self) -> "Row":
         """The same with half as many rows to a micro-batch."""
@@ -136,11 +161,10 @@ def all_rows(kinds: dict[str, Kind]) -> list[Row | str]:
         *make.against_the_plan(),
         *make.answers(),
         *make.pairs("4bit"),
-        *make.old_cards("4bit"),
-        *make.kernels("4bit"),
         *make.pairs("8bit"),
+        *make.old_cards("4bit"),
         *make.old_cards("8bit"),
-        *make.kernels("8bit"),
+        *make.cudnn(),
         *make.tiny_llama(),
         *make.others(),
         *make.contexts(),
@@ -161,12 +185,12 @@ class Rows:
         length = window // self.kinds[base].scale
         return Row(name, contender, quantization, window, length, batch, base, **values)
 
-    def pair(self, quantization: str, size: tuple[int, int], **values) -> list[Row]:
+    def pair(self, quantization: str, size: tuple[int, int], *more, **values) -> list[Row]:
         """Ours beside FastChat's recipe."""
         recipe = {"dtype": "float16", "recompute": "True"} | values
         return [
-            self.row("ours", quantization, size, **values),
-            self.row("reference", quantization, size, **recipe),
+            self.row("ours", quantization, size, *more, **values),
+            self.row("reference", quantization, size, *more, **recipe),
         ]
 
     def pairs(self, quantization: str) -> list[Row]:
@@ -193,19 +217,14 @@ class Rows:
         sizes = SIZES[0], LONGEST
         return [self.row("ours", quantization, s, "as on a T4 or P100", **old) for s in sizes]
 
-    def kernels(self, quantization: str) -> list[Row]:
-        return [
-            self.row("ours", quantization, LONGEST, told, kernel=kernel)
-            for told, kernel in (("cuDNN's attention on", "cuDNN"), ("and off", "no cuDNN"))
-        ]
+    def cudnn(self) -> list[Row]:
+        kernels = ("cuDNN's attention on", "cuDNN"), ("cuDNN's attention off", "no cuDNN")
+        return [self.row("ours", "4bit", LONGEST, told, kernel=kernel) for told, kernel in kernels]
 
     def tiny_llama(self) -> list[Row]:
         """What a public notebook trains on a T4: 2,441 tokens/s in 13.5 GB."""
-        values = {"recompute": "False", "rank": CONTEXT_RANK, "targets": ("all-linear",)}
-        return [
-            self.row(one, "4bit", (4096, 2), "nothing recomputed", "1.1B", **values)
-            for one in ("ours", "reference")
-        ]
+        values = {"recompute": "False", "rank": CONTEXT_RANK, "targets": ALL_LINEAR}
+        return self.pair("4bit", (4096, 2), "nothing recomputed", "1.1B", **values)
 
     def answers(self) -> list[Row]:
         return [
@@ -244,17 +263,20 @@ class Rows:
                 measures="context",
                 recompute="True",
                 rank=CONTEXT_RANK,
-                targets=("all-linear",),
+                targets=ALL_LINEAR,
                 optim="adamw_8bit",
             )
             for base, quantization in (("8B", "4bit"), ("7B", "4bit"), ("7B", "8bit"))
         ]
 
 
-def jobs(rows: list[Row | str]) -> list[list[Row] | str]:
-    """What one model is loaded for after the other: rows in their order, and the checks."""
+def jobs(rows: list[Row | str], fastest: str) -> list[list[Row] | str]:
+    """What one model is loaded for after the other: rows in their order, and the checks.
+
+    `fastest` is the dtype that the device computes in by itself.
+    """
 
     def key(row: Row | str):
-        return row if row == CHECKS else row.job
+        return row if row == CHECKS else row.job(fastest)
 
     return [CHECKS if key_of == CHECKS else list(group) for key_of, group in groupby(rows, key=key)]

@@ -7,15 +7,16 @@ import signal
 import subprocess
 import sys
 import time
-from functools import cached_property
 from pathlib import Path
+from threading import Thread
 
 from gpu.process import ROOT, environment
+from gpu.reasons import last_line
 
 TRAIN, MERGE = "fastchat/train/train_lora.py", "fastchat/model/merge_lora.py"
 QUESTION, ANSWER = "Who are you?", "I am the one who was trained here."
 STEPS, SAVED, KILLED = 80, 20, 25  # in all, between checkpoints, and where the kill comes
-NEAR = 0.02  # between losses of the same step, of which some sums have another order
+NEAR = 0.02  # nats, between losses of the same step, of which some sums have another order
 FLAGS = shlex.split(f"""
 --num_train_epochs 1 --per_device_train_batch_size 1 --model_max_length 256 --packing False
 --learning_rate 1e-2 --lora_r 16 --lora_dropout 0.05 --lora_target_modules all-linear
@@ -29,63 +30,77 @@ class Failed(Exception):
 
 
 class Scripts:
-    """Runs them on a base, and keeps what they write in a folder."""
+    """Runs them on a base, and keeps what they write in a folder; ends what still runs at last."""
 
     def __init__(self, base: Path, runs: Path):
-        self.base, self.runs = base, runs
+        self.base, self.runs, self.running = base, runs, []
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_) -> None:
+        for process in self.running:
+            process.kill()
+
+    def start(self) -> None:
+        """Two equal trainings at the same time, one of which is killed on its way."""
+        shutil.rmtree(self.runs, ignore_errors=True)
+        self.runs.mkdir(parents=True)
+        (self.runs / "corpus.json").write_text(json.dumps([chat(i) for i in range(STEPS)]))
+        self.whole, self.killed = self._train("whole"), self._train("killed")
+        self.killer = Thread(target=kill_in_time, args=(self.killed, self.runs / "killed"))
+        self.killer.start()
 
     def killed_and_resumed(self) -> str:
         """The losses after a resume beside those of the run that nobody killed."""
-        whole, killed = self.trained
+        self.killer.join()
+        if self.killed.wait() != -signal.SIGKILL:
+            raise Failed(f"it ended before it was killed: {self._last_line('killed')}")
         self._wait(self._train("killed"))
-        expected, found = losses(whole), losses(killed)
+        self._wait(self.whole)
+        expected, found = losses(self.runs / "whole"), losses(self.runs / "killed")
         later = [step for step in expected if step > SAVED]
         if not set(later) <= found.keys():
             return f"WRONG: it ended at step {max(found)} of {STEPS}"
-        error = max(abs(found[step] / expected[step] - 1) for step in later)
+        error = max(abs(found[step] - expected[step]) for step in later)
         right = "right" if error <= NEAR else "WRONG"
-        return f"{right}: losses {error:.2%} apart at most in {len(later)} steps"
+        return f"{right}: losses {error:.4f} apart at most in {len(later)} steps"
 
     def merged_and_asked(self) -> str:
         """The answers of base with adapter and of the merged model, both what was trained."""
-        whole, _ = self.trained
-        merged = self.runs / "merged"
-        own = "--base_model", self.base, "--lora_weights", whole
-        self._wait(self._start("merge", MERGE, *own, "--output_dir", merged, "--overwrite"))
-        asked = [
-            self._start(name, "generate.py", *model, "--prompt", QUESTION, "--temperature", "0")
-            for name, model in (("adapter", own), ("merged model", ("--base_model", merged)))
-        ]
+        self._wait(self.whole)
+        merged, adapter = self.runs / "merged", self.runs / "whole"
+        own = "--base_model", self.base, "--lora_weights", adapter
+        with_adapter = self._ask("adapter", *own)
+        self._wait(self._start("merge", MERGE, *own, "--output_dir", merged))
+        asked = with_adapter, self._ask("merged model", "--base_model", merged)
         said = {process.name: self._wait(process).strip() for process in asked}
         wrong = [f"the {name} says {text[:60]!r}" for name, text in said.items() if text != ANSWER]
         return f"WRONG: {'; '.join(wrong)}" if wrong else f"right: both say {ANSWER!r}"
 
-    @cached_property
-    def trained(self) -> tuple[Path, Path]:
-        """The folders of two equal trainings at the same time, of which one was killed."""
-        shutil.rmtree(self.runs, ignore_errors=True)
-        self.runs.mkdir(parents=True)
-        (self.runs / "corpus.json").write_text(json.dumps([chat(i) for i in range(STEPS)]))
-        whole, killed = self._train("whole"), self._train("killed")
-        while killed.poll() is None and max(losses(self.runs / "killed"), default=0) < KILLED:
-            time.sleep(0.02)
-        killed.kill()
-        if killed.wait() != -signal.SIGKILL:
-            raise Failed(f"the training to be killed: {self._last_line('killed')}")
-        self._wait(whole)
-        return self.runs / "whole", self.runs / "killed"
-
     def _train(self, name: str) -> subprocess.Popen:
         own = "--model_name_or_path", self.base, "--data_path", self.runs / "corpus.json"
         return self._start(name, TRAIN, *own, "--output_dir", self.runs / name, *FLAGS)
+
+    def _ask(self, name: str, *model) -> subprocess.Popen:
+        greedy = "--prompt", QUESTION, "--temperature", "0"
+        return self._start(name, "generate.py", *model, *greedy)
 
     def _start(self, name: str, *command) -> subprocess.Popen:
         """A script, with its output in files of that name."""
         command = [sys.executable, *map(str, command)]
         told = self.runs / f"{name}.out", self.runs / f"{name}.err"
         with open(told[0], "w") as out, open(told[1], "w") as err:
-            process = subprocess.Popen(command, stdout=out, stderr=err, cwd=ROOT, env=environment())
+            process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=err,
+                cwd=ROOT,
+                env=environment(),
+            )
         process.name = name
+        self.running.append(process)
         return process
 
     def _wait(self, process: subprocess.Popen) -> str:
@@ -95,8 +110,15 @@ class Scripts:
         return (self.runs / f"{process.name}.out").read_text()
 
     def _last_line(self, name: str) -> str:
-        told = [(self.runs / f"{name}.{kind}").read_text().split("\n") for kind in ("out", "err")]
-        return next((line for line in reversed([*told[0], *told[1]]) if line.strip()), "nothing")
+        told = [self.runs / f"{name}.{kind}" for kind in ("out", "err")]
+        return last_line("\n".join(path.read_text(errors="replace") for path in told))
+
+
+def kill_in_time(process: subprocess.Popen, run: Path) -> None:
+    """Kill a training between two of its checkpoints."""
+    while process.poll() is None and max(losses(run), default=0) < KILLED:
+        time.sleep(0.02)
+    process.kill()
 
 
 def losses(run: Path) -> dict[int, float]:

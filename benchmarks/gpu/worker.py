@@ -1,11 +1,13 @@
 """A process of gpu_16gb.py: answers requests on stdin with findings as JSON on stdout."""
 
+import gc
 import json
 import sys
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from gpu.reasons import first_line
 from gpu.rows import KINDS, Row
 
 PACKAGES = "torch", "transformers", "peft", "bitsandbytes", "accelerate", "trl", "unsloth"
@@ -13,38 +15,49 @@ MARK = "gpu_16gb "  # what a line of findings begins with, among whatever librar
 
 
 def main() -> None:
-    """Each request is a line, and the last finding of each says how many bytes are still held."""
+    """Each request is a line; at the end of its findings is told how many bytes are still held."""
     from llama_lora.train.allocator import expect_all_sizes
 
     expect_all_sizes()
     for line in sys.stdin:
-        for findings in answer(json.loads(line)):
-            tell(findings)
+        try:
+            for findings in answer(json.loads(line)):
+                tell(findings)
+        except Exception as error:
+            tell({"failed": first_line(error)})
+            raise
         tell({"held": held()})
 
 
 def tell(findings: dict) -> None:
-    print(MARK + json.dumps(findings), flush=True)
+    """On a line of its own, whatever a library has printed before."""
+    print(f"\n{MARK}{json.dumps(findings)}", flush=True)
 
 
 def answer(request: dict) -> Iterator[dict]:
     """What is asked for.
 
     Args:
-        request: `imports`: whether all is there; or, with the `cache` for bases and their `shape`,
-            `device`: what is here; `checks`: whether it computes right; or `rows`, with the `gib`
-            that they are held to and the `steps` that are timed.
+        request: `look`: whether all is there, and what the device is; or, with the `cache` for
+            bases and their `shape`, `rates`: how fast it is; `checks`: whether it computes right,
+            but for those that it lists; or `rows`, with the `gib` that they are held to and the
+            `steps` that are timed.
     """
-    if "imports" in request:
+    if "look" in request:
         from gpu import imports
 
-        yield imports.found()
-    elif "device" in request:
-        yield {"device": device(Path(request["cache"]), request["shape"])}
+        missing = imports.missing()
+        if missing:
+            yield {"missing": missing}
+        else:
+            scripts = imports.missing_for_scripts()
+            yield {"missing": [], "missing_for_scripts": scripts, "device": device()}
+    elif "rates" in request:
+        yield rates(Path(request["cache"]), request["shape"])
     elif "checks" in request:
         from gpu import checks
 
-        yield from checks.outcomes(Path(request["cache"]), request["shape"])
+        yield from checks.outcomes(Path(request["cache"]), request["shape"], request["checks"])
     else:
         yield from measure_rows(request)
 
@@ -61,13 +74,13 @@ def versions() -> dict[str, str]:
 
 
 def held() -> int:
-    """Bytes of the card that tensors still hold, when all that was measured is let go of."""
-    import gc
-
+    """Bytes of the card that are still held, when all that was measured is let go of."""
     torch = sys.modules.get("torch")
     if torch is None or not torch.cuda.is_initialized():
         return 0
     gc.collect()
+    torch._C._cuda_clearCublasWorkspaces()
+    torch._C._host_emptyCache()
     torch.cuda.empty_cache()
     return torch.cuda.memory_allocated()
 
@@ -75,19 +88,14 @@ def held() -> int:
 # ---- The device ----
 
 
-def device(cache: Path, shape: str) -> dict:
-    """What is here, and how fast; the first base is made, too."""
+def device() -> dict:
+    """What is here."""
     import torch
-    from products import peak_rate
 
-    from gpu import base
     from llama_lora.model.hardware import compute_dtype, dtype_name, present
-    from llama_lora.model.shape import shape_of
-    from llama_lora.train import driver, pace
+    from llama_lora.train import driver
 
-    kind = KINDS[shape]["7B"]
-    folder = base.made(cache, shape, "7B")
-    card, on = present(), "cuda" if torch.cuda.is_available() else "cpu"
+    card = present()
     return {
         "name": card.name,
         "capability": card.capability,
@@ -95,7 +103,22 @@ def device(cache: Path, shape: str) -> dict:
         "dtype": dtype_name(compute_dtype()),
         "cuda": torch.version.cuda,
         "driver": next(iter(driver.ask("driver_version")), None),
-        "peak_flops": peak_rate(folder, 8192 // kind.scale),
+    }
+
+
+def rates(cache: Path, shape: str) -> dict:
+    """How fast the device computes the products of the first base, which is made."""
+    import torch
+    from products import peak_rate
+
+    from gpu import base
+    from llama_lora.model.hardware import compute_dtype
+    from llama_lora.model.shape import shape_of
+    from llama_lora.train import pace
+
+    folder, on = base.made(cache, shape, "7B"), "cuda" if torch.cuda.is_available() else "cpu"
+    return {
+        "peak_flops": peak_rate(folder, 8192 // KINDS[shape]["7B"].scale),
         "planner_rate": pace.measured_rate(shape_of(folder), compute_dtype(), on),
     }
 
@@ -161,20 +184,26 @@ def attempts(contender, row, card) -> Iterator[dict]:
 
     while True:
         problem = None
+        yield {"begins": row.as_dict()}
         card.start()
         try:
             for found in contender.measure(row):
                 yield {"row": row.as_dict(), "status": "measured", **found}
         except (RuntimeError, LocalError) as error:
-            if isinstance(error, RuntimeError) and not out_of_memory(error):
+            if isinstance(error, RuntimeError) and not (out_of_memory(error) or of_cuda(error)):
                 raise
             problem = str(error)  # and not the error itself, which holds on to what was computed
         if problem is None:
             return
         yield too_large(row, problem)
-        if row.contender == "ours" or row.batch == 1:
+        if not row.can_be_halved:
             return
         row = row.halved()
+
+
+def of_cuda(error: RuntimeError) -> bool:
+    """Whether CUDA itself lacked memory, for a kernel that it loads or a library."""
+    return "CUDA error: out of memory" in str(error)
 
 
 def too_large(row, problem: str) -> dict:
