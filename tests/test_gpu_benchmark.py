@@ -6,6 +6,7 @@ import sys
 import textwrap
 import time
 from argparse import Namespace
+from contextlib import nullcontext
 from importlib import import_module
 from pathlib import Path
 
@@ -46,7 +47,7 @@ def work(benchmark, base):
         every = named(rows)
         request = {"cache": str(base.parents[1]), "shape": "tiny", "gib": gib, "steps": STEPS}
         request["rows"] = [every[name].as_dict() for name in names]
-        return list(benchmark("gpu.worker").answer(request))
+        return [found for found in benchmark("gpu.worker").answer(request) if "begins" not in found]
 
     return run
 
@@ -170,7 +171,7 @@ def test_smaller_micro_batches(benchmark):
             yield {"labelled_per_second": 1}
 
     card = Namespace(start=lambda: None)
-    found = list(worker.attempts(Small(), row, card))
+    found = [one for one in worker.attempts(Small(), row, card) if "begins" not in one]
     assert [(one["row"]["name"], one["status"]) for one in found] == [
         ("reference int8 2,048 × 4", "out of memory"),
         ("reference int8 2,048 × 2", "out of memory"),
@@ -279,8 +280,11 @@ def test_a_card_is_not_asked_for_what_it_cannot_do_or_does_in_another_row(benchm
     assert {row.quantization for row in p100} == {"4bit", "none"}
     assert {row.kernel for row in t4} == {"any"}
     assert len(h200) == len(named(gpu_rows, "full"))
-    loads = {len(gpu_rows.jobs(found, fastest)) for found, fastest in [(t4, "float16")]}
-    assert loads == {17}
+    command = gpu_rows.Rows(gpu_rows.KINDS["full"]).command()
+    (there,) = (job for job in gpu_rows.jobs(t4, "float16") if command in job)
+    (elsewhere,) = (job for job in gpu_rows.jobs(h200, "bfloat16") if command in job)
+    assert len(there) == 3  # of one dtype, so with one model
+    assert len(elsewhere) == 1
 
 
 def test_the_page_is_that_of_the_results(benchmark):
@@ -549,7 +553,7 @@ def test_a_device_that_computes_wrong_is_told(benchmark, base, monkeypatch):
     assert checks.packed_beside_apart(folder, "none").startswith("right")
     assert checks.attention_beside_eager(folder).startswith("right")
     assert checks.lack_of_memory(folder).startswith("right")
-    monkeypatch.setattr(checks, "MANY", [9])
+    monkeypatch.setattr(checks, "little_memory", nullcontext)
     assert checks.lack_of_memory(folder).startswith("WRONG")
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS as FUNCTIONS
 
