@@ -62,7 +62,7 @@ def all_checks(folder: Path, trained: scripts.Scripts) -> Iterator[tuple[str, Ca
     yield "attention is the model's own eager one", lambda: attention_beside_eager(folder)
     yield "lack of memory is survived with the same gradients", lambda: lack_of_memory(folder)
     yield "a training that was killed resumes with the same losses", trained.killed_and_resumed
-    yield "an adapter is trained, merged and asked", trained.merged_and_asked
+    yield "an adapter is trained, merged and asked", lambda: merged_beside_adapter(trained)
 
 
 def told(findings: Iterable[machine.Finding]) -> str:
@@ -105,6 +105,28 @@ def lack_of_memory(folder: Path) -> str:
         found = step.gradients(parts=1)
     told = verdict(distance(found, expected), step.dtype)
     return f"{told}, in {step.parts} parts" if step.parts > 1 else "WRONG: nothing was lacking"
+
+
+def merged_beside_adapter(trained: scripts.Scripts) -> str:
+    """The scores of the merged model beside those of base and adapter, along a text."""
+    adapter, merged = trained.merged()
+    if not trained.answer(merged):
+        return "WRONG: the merged model says nothing"
+    expected = scores(trained.base, adapter)
+    changed = distance(scores(trained.base), expected)
+    error = distance(scores(merged), expected)
+    if not error < changed / 10:
+        return f"WRONG: {error:.2%} apart, and the base alone {changed:.2%}"
+    return f"{verdict(error, compute_dtype())}, and the base alone {changed:.2%}"
+
+
+@torch.inference_mode()
+def scores(base: Path, adapter: Path | None = None) -> torch.Tensor:
+    """Of every word after each of a text, as generate.py's model gives them."""
+    from llama_lora.chat.adapters import load
+
+    model, _, _ = load(base, adapter)
+    return model(torch.arange(3, 103, device=model.device)[None]).logits.float()
 
 
 class Step:
