@@ -10,7 +10,7 @@ export LLAMA_LORA_CACHE = $(CURDIR)/$(D)/tokens
 export OMP_WAIT_POLICY = passive
 SHELL := /bin/bash
 .DELETE_ON_ERROR:
-.PHONY: help setup extras browser demo test test-slow lint bench clean
+.PHONY: help setup extras browser demo test test-slow lint bench gpu clean
 
 help:  ## list these commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## */\t/' | expand -t 12
@@ -37,7 +37,7 @@ test: .venv/complete  ## run the tests (under 10 minutes on 2 cores)
 	python3 -m pytest
 
 # `skipif`: the tests too that `make test` skips where the extras and Chromium are missing.
-test-slow: .venv/extras $(D)/SmolLM2-135M-Instruct.Q4_1.gguf $(D)/sharegpt.json $(D)/tokenizer.model $(D)/older/complete  ## add the extras and, where it may, Chromium; run the slow tests
+test-slow: .venv/extras $(D)/SmolLM2-135M-Instruct.Q4_1.gguf $(D)/sharegpt.json $(D)/tokenizer.model $(D)/older/complete $(D)/target/complete $(D)/carried/README.txt  ## add the extras and, where it may, Chromium; run the slow tests
 	@timeout 300 tools/browser.sh &> $(D)/browser.log || \
 	    echo "no Chromium, so its tests are skipped: $(D)/browser.log says why"
 	python3 -m pytest -m "slow or skipif"
@@ -61,6 +61,9 @@ bench: .venv/complete $(D)/adapter/summary.json  ## measure every figure in docs
 	python3 benchmarks/long_context.py --write
 	python3 benchmarks/merge_memory.py --write
 	python3 benchmarks/first_token.py --write
+
+gpu: .venv/complete  ## measure a CUDA card for 8.5 minutes, or go on with it, for docs/gpu.md
+	python3 benchmarks/gpu_16gb.py --resume
 
 clean:  ## remove what the demo and the tools wrote; .venv stays
 	rm -rf $(D) build *.egg-info .pytest_cache .ruff_cache .hypothesis
@@ -92,12 +95,17 @@ $(D)/tokenizer.model: | .venv/complete
 	mv $(D)/mistral/mistral_common/data/tokenizer.model.v1 $@
 	rm -rf $(D)/mistral
 
-# Libraries of the generation before, which read what this project writes as well.
-$(D)/older/complete: tests/requirements-older.txt | .venv/complete
+# Libraries of the generation before, which read what this project writes as well; and what the
+# machine of a card has, with the packages that are carried to it.
+$(D)/older/complete $(D)/target/complete: $(D)/%/complete: tests/requirements-%.txt | .venv/complete
 	rm -rf $(@D)
 	python3 -m venv $(@D)
 	$(@D)/bin/pip install --quiet --disable-pip-version-check -r $<
 	touch $@
+
+$(D)/carried/README.txt: tools/carry.py tools/wheels.py requirements.txt tests/requirements-target.txt | .venv/complete
+	python3 tools/carry.py --out $(@D) \
+	    --python $$(python3 -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 
 $(D)/base/config.json: $(D)/SmolLM2-135M-Instruct.Q4_1.gguf
 	python3 convert_llama_weights_to_hf.py --gguf $< --output_dir $(@D) --overwrite

@@ -1,108 +1,167 @@
-"""Peak memory and speed of training a 7B base in 16 GiB, beside the reference and the plan.
+"""Memory, speed and correctness of training a 7B base in a 16 GB card, beside a reference.
 
 python3 benchmarks/gpu_16gb.py
 
-Needs a CUDA card with at least that much memory, and no network: the base is made of random weights
-on the spot, and trained on as many tokens as real conversations have. Writes DEVICE.json and
-DEVICE.md to docs/results after every row; a run that was cut off goes on with --resume.
+Needs a CUDA card with at least that much memory, and no network: bases are made of random weights
+on the spot, and trained on as many tokens as real conversations have. Writes DEVICE.json to
+docs/results and the page docs/gpu.md after every row, the most telling rows first. What there is no
+time for, a later call measures with --resume.
 """
 
 import argparse
 import re
+import shlex
 import sys
 import time
 from collections import defaultdict
 from pathlib import Path
 
-from gpu.process import NO_TIME, ROOT, Process, has
-from gpu.results import Results
-from gpu.rows import KINDS, OTHERS, Row, jobs
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # it also runs where this project is not installed
 
-from llama_lora.cli import InputError, one_line_errors
+from gpu.process import Worker, has  # noqa: E402
+from gpu.results import Results, write_page  # noqa: E402
+from gpu.rows import CHECKS, KINDS, OTHERS, Row  # noqa: E402
+
+from llama_lora.cli import InputError, one_line_errors  # noqa: E402
+from llama_lora.options import Help  # noqa: E402
+
+CHECKING = 90  # seconds, at most
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=Help)
     add = parser.add_argument
-    add("--gib", type=float, default=16, help="GiB that each training is held to")
-    add("--minutes", type=float, default=25, help="for all of it")
+    add("--gib", type=float, default=14.6, help="GiB that each training is held to; a T4 has 14.6")
+    add("--minutes", type=float, default=8.5, help="for all of it")
     add("--steps", type=int, default=3, help="timed of each row, after one that sets things up")
     add("--only", nargs="+", metavar="TEXT", help="rows with one of these in their names")
-    add("--resume", action="store_true", help="keep the rows that DEVICE.json has already")
-    add("--shape", choices=KINDS, default="7b", help="of the base; tiny tries the code out")
+    add("--resume", action="store_true", help="go on from the JSON file of an earlier call")
+    add("--shape", choices=KINDS, default="full", help="of the bases; tiny tries the code out")
     add("--unsloth", metavar="PYTHON", default=sys.executable, help="that has unsloth installed")
-    add("--cache", type=Path, default=ROOT / ".bench/gpu", help="for the base and logs")
-    add("--out", type=Path, default=ROOT / "docs/results", help="folder for the results")
+    add("--cache", type=Path, default=ROOT / ".bench/gpu", help="for bases (32 GB) and logs")
+    help = "folder for the results; default: docs/results, with --shape tiny in the cache"
+    add("--out", type=Path, help=help)
+    add("--page", action="store_true", help="only write the page anew from the files in --out")
     args = parser.parse_args()
-    if args.steps < 1 or args.gib <= 0:
-        parser.error("--steps and --gib: expected more than 0")
+    if args.steps < 1 or args.gib <= 0 or args.minutes <= 0:
+        parser.error("--steps, --gib and --minutes: expected more than 0")
+    tiny = args.cache.absolute() / "results"
+    args.out = args.out or (tiny if args.shape == "tiny" else ROOT / "docs/results")
     return args
 
 
 @one_line_errors
 def main(args: argparse.Namespace) -> None:
+    if args.page:
+        print(write_page(args.out))
+        return
     deadline = time.monotonic() + 60 * args.minutes
-    check_device(args)
+    args.cache = args.cache.absolute()
     args.cache.mkdir(parents=True, exist_ok=True)
-    results = Results(args, look_at_device(args, deadline), absent(args))
-    results.write()
-    for job in jobs(results.missing()):
-        measure(job, results, args, deadline)
-    print(f"{results.path}\n{results.path.with_suffix('.md')}")
+    with Workers(args, deadline) as workers:
+        results = Results(args, look(workers.shared, args), absent(args))
+        results.add_rates(only_finding(workers.shared, request(args, rates=True)))
+        for job in results.jobs():
+            if job == CHECKS:
+                check(workers.shared, results, args)
+            else:
+                measure(job, workers.of(job[0]), results, args)
+    tell_what_remains(results)
 
 
-def check_device(args: argparse.Namespace) -> None:
-    import torch
+class Workers:
+    """One for all contenders but unsloth, whose pins, and patches, are its own; one at a time."""
 
-    if args.shape == "7b" and not torch.cuda.is_available():
+    def __init__(self, args: argparse.Namespace, deadline: float):
+        pythons = defaultdict(lambda: sys.executable, unsloth=args.unsloth)
+        self.workers = {
+            name: Worker(args.cache / f"{name}.log", deadline, pythons[name])
+            for name in ("worker", "unsloth")
+        }
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_) -> None:
+        for worker in self.workers.values():
+            worker.end()
+
+    @property
+    def shared(self) -> Worker:
+        return self.workers["worker"]
+
+    def of(self, row: Row) -> Worker:
+        """The one for the rows of a job like this; the other would take its part of the card."""
+        chosen = "unsloth" if row.contender == "unsloth" else "worker"
+        for name, worker in self.workers.items():
+            if name != chosen or row.fresh:
+                worker.end()
+        return self.workers[chosen]
+
+
+def look(worker: Worker, args: argparse.Namespace) -> dict:
+    """The device; what is missing is told at once, before anything that takes time."""
+    found = only_finding(worker, {"look": True})
+    if found["missing"]:
+        print(*(f"error: {line}" for line in found["missing"]), sep="\n", file=sys.stderr)
+        sys.exit(1)
+    if found["missing_for_scripts"]:
+        lacking = ", ".join(found["missing_for_scripts"])
+        print(f"not installed: {lacking}; so the scripts that are checked will fail")
+    if args.shape == "full" and found["device"]["capability"] is None:
         raise InputError("no CUDA card here; --shape tiny tries the code out on a CPU")
+    return found["device"]
 
 
-def look_at_device(args: argparse.Namespace, deadline: float) -> dict:
-    process = Process(request(args), args.cache / "device.log", deadline)
-    found = [findings["device"] for findings in process]
-    if not found:
-        raise InputError(f"the device cannot be used: {process.problem()}")
+def only_finding(worker: Worker, asked: dict) -> dict:
+    found = list(worker.ask(asked))
+    if not worker.answered:
+        raise InputError(worker.problem())
     return found[0]
+
+
+def request(args: argparse.Namespace, **what) -> dict:
+    """What a worker is asked for, and on which bases."""
+    return {"cache": str(args.cache), "shape": args.shape, **what}
 
 
 def absent(args: argparse.Namespace) -> list[str]:
     """The contenders that are not installed."""
-    return [name for name, module in OTHERS.items() if not has(pythons(args)[name], module)]
+    pythons = defaultdict(lambda: sys.executable, unsloth=args.unsloth)
+    return [name for name, module in OTHERS.items() if not has(pythons[name], module)]
 
 
-def pythons(args: argparse.Namespace) -> dict[str, str]:
-    """The Python of each contender: unsloth's pins are not this project's."""
-    return defaultdict(lambda: sys.executable, unsloth=args.unsloth)
+def check(worker: Worker, results: Results, args: argparse.Namespace) -> None:
+    for found in worker.ask(request(args, checks=results.checks_done), CHECKING):
+        results.add_check(found["check"], found["outcome"])
+    results.end_checks("" if worker.answered else worker.problem())
 
 
-def measure(job: list[Row], results: Results, args: argparse.Namespace, deadline: float) -> None:
-    """Measure the rows of a job, in as many processes as it takes: one that dies loses one row."""
-    python = pythons(args)[job[0].contender]
+def measure(job: list[Row], worker: Worker, results: Results, args: argparse.Namespace) -> None:
+    """Measure the rows of a job; a worker that dies loses one of them, and the next goes on."""
     while job:
-        log = args.cache / (re.sub(r"\W+", "-", "-".join(map(str, job[0].job[:4]))) + ".log")
-        process = Process(request(args, job), log, deadline, python)
-        loaded = False
-        for findings in process:
-            loaded = True
-            results.add(findings)
-        missing = [row for row in job if row.name not in results.rows]
-        if process.timed_out:
-            results.fail(missing, "not run", NO_TIME)
-        elif missing:
-            results.fail(missing[: 1 if loaded else None], "failed", process.problem())
-        job = [row for row in missing if row.name not in results.rows]
+        rows, begun = [row.as_dict() for row in job], None
+        for findings in worker.ask(request(args, rows=rows, gib=args.gib, steps=args.steps)):
+            if "begins" in findings:
+                begun = findings["begins"]
+            else:
+                results.add(findings)
+        if worker.answered or worker.timed_out:
+            return
+        results.fail([begun] if begun else rows, worker.problem())
+        missing = results.missing()
+        job = [row for row in job if row in missing]
 
 
-def request(args: argparse.Namespace, job: list[Row] | None = None) -> dict:
-    """What a worker is asked to do."""
-    base = {"folder": str(args.cache / args.shape), "shape": args.shape}
-    if job is None:
-        return base
-    rows = [row.as_dict() for row in job]
-    return {**base, "gib": args.gib, "steps": args.steps, "rows": rows}
+def tell_what_remains(results: Results) -> None:
+    print(f"{results.path}\n{results.page}")
+    if remaining := len(results.missing()) + len(results.failed):
+        command = [*sys.argv, *["--resume"] * ("--resume" not in sys.argv)]
+        told = re.sub(r"^\S*/(?=benchmarks/)", "", shlex.join(command))
+        print(f"{remaining} of {len(results.wanted)} remain: python3 {told}")
+    else:
+        print(f"all {len(results.wanted)} are measured")
 
 
 if __name__ == "__main__":

@@ -16,6 +16,8 @@ import pages
 import training_runs as runs
 from pages import ROOT
 
+from llama_lora.train.screen import HEADING
+
 CHECK = ROOT / "fastchat/train/check_machine.py"
 RANK = 16
 
@@ -63,8 +65,9 @@ of a token of the answers. A 7B was not measured here."""
 def checks() -> str:
     """The lines of check_machine.py that tell an error, and its verdict."""
     done = subprocess.run([sys.executable, CHECK], capture_output=True, text=True)
-    lines = [line for line in done.stdout.splitlines() if " from fp32" in line]
-    verdict = [line for line in done.stdout.splitlines() if line.startswith("Training can")]
+    told = done.stdout.partition(HEADING)[0].splitlines()
+    lines = [line for line in told if " from fp32" in line]
+    verdict = [line for line in told if line.startswith("Training can")]
     return "\n".join([*lines, "", *verdict])
 
 

@@ -10,9 +10,8 @@ from transformers import AutoModelForCausalLM
 from llama_lora.cli import InputError
 from llama_lora.model.template import IGNORE
 from llama_lora.train import loss
-from llama_lora.train.examples import Example
 from llama_lora.train.gradients import Gradients, split
-from llama_lora.train.packing import collate
+from llama_lora.train.packing import Example, collate
 
 
 def random_head(tokens: int, words: int, labelled: float, dtype=torch.float32):

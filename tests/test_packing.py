@@ -11,8 +11,13 @@ from transformers import AutoModelForCausalLM
 from llama_lora.cli import InputError
 from llama_lora.model.template import IGNORE, Template
 from llama_lora.train.attention import BY_EXAMPLE
-from llama_lora.train.examples import Example
-from llama_lora.train.packing import MicroBatches, best_fit_decreasing, check_isolation, collate
+from llama_lora.train.packing import (
+    Example,
+    MicroBatches,
+    best_fit_decreasing,
+    check_isolation,
+    collate,
+)
 
 
 @settings(max_examples=300)

@@ -24,8 +24,8 @@ from llama_lora.model.hardware import DTYPE_SWITCH
 from llama_lora.model.template import IGNORE, Template, load_tokenizer
 from llama_lora.train import attention, pace, trial
 from llama_lora.train.attention import BY_EXAMPLE, attend
-from llama_lora.train.examples import Example, hold_out, load_examples
-from llama_lora.train.packing import check_isolation, collate
+from llama_lora.train.examples import hold_out, load_examples
+from llama_lora.train.packing import Example, check_isolation, collate
 
 WINDOWED = ["mistral", "phi3", "gemma3", "qwen2"]
 TRAIN = "fastchat/train/train_lora.py"

@@ -5,10 +5,19 @@ from pathlib import Path
 
 import torch
 
-from gpu.rows import Kind
+from gpu.rows import KINDS, Kind
 
+SIZES = "sizes.json"  # what it was made with; written last
 STD = 0.02  # of Llama's own initialization, with which fp16 stays finite
+END = 2  # the id of </s>
 OUTLIERS, FACTOR = 6, 8.0  # hidden dimensions that are large in a trained 7B (see `make`)
+
+
+def made(cache: Path, shape: str, name: str) -> Path:
+    """The folder of a base, which is made where it is not there yet."""
+    folder = cache / shape / name
+    make(folder, KINDS[shape][name])
+    return folder
 
 
 @torch.no_grad()
@@ -20,23 +29,24 @@ def make(folder: Path, kind: Kind) -> None:
     """
     from transformers import AutoModelForCausalLM, LlamaConfig
 
-    config = LlamaConfig(**kind.config, pad_token_id=0, tie_word_embeddings=False)
     if _is_there(folder, kind):
         return
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").unlink(missing_ok=True)
+    (folder / SIZES).unlink(missing_ok=True)
+    config = LlamaConfig(**kind.config, pad_token_id=0, tie_word_embeddings=False)
     with torch.device("meta"):
         sizes = AutoModelForCausalLM.from_config(config, trust_remote_code=False).state_dict()
     _write_shards(folder, {name: tensor.shape for name, tensor in sizes.items()})
     _tokenizer(kind.config["vocab_size"]).save_pretrained(folder)
     config.architectures, config.dtype = ["LlamaForCausalLM"], "float16"
     config.save_pretrained(folder)
+    (folder / SIZES).write_text(json.dumps(kind.config))
 
 
 def _is_there(folder: Path, kind: Kind) -> bool:
     """Whether a complete base of these sizes is in the folder."""
-    path = folder / "config.json"
-    return path.is_file() and kind.config.items() <= json.loads(path.read_text()).items()
+    path = folder / SIZES
+    return path.is_file() and json.loads(path.read_text()) == kind.config
 
 
 def _write_shards(folder: Path, sizes: dict[str, torch.Size]) -> None:
@@ -66,17 +76,22 @@ def _weight(name: str, size: torch.Size) -> torch.Tensor:
             weight[:: -(-size[0] // OUTLIERS)] = FACTOR
     else:
         weight = torch.randn(size, device=device) * STD
+    if name == "lm_head.weight":
+        weight[END] = 0  # never the likeliest token, so that answers are as long as they may be
     return weight.half().cpu()
 
 
 def _tokenizer(words: int):
-    """A tokenizer with as many words; what other trainers ask for, although they get token ids."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
+    """Of bytes, and of as many other words as there are, which no text has."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    vocabulary = {"<unk>": 0, "<s>": 1, "</s>": 2} | {f"w{i}": i for i in range(3, words)}
-    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    told = ["<unk>", "<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    told += [f"<w{number}>" for number in range(words - len(told))]
+    vocabulary = {word: number for number, word in enumerate(told)}
+    backend = Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         unk_token="<unk>",

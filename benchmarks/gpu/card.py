@@ -8,12 +8,14 @@ import torch
 
 from llama_lora.model.cards import GIB
 
+SPARE = 128 << 20  # bytes of the card for the kernels that CUDA loads when they are first called
+
 
 class SmallCard:
     """The CUDA device, held to `gib` GiB with what CUDA itself takes; without one, the host.
 
-    The process sees a card of that size: what it may allocate and what is said to be free. On a CPU
-    nothing can be held back, so that `check` raises when it was too much.
+    Within its context the process sees a card of that size: what it may allocate and what is said
+    to be free. On a CPU nothing can be held back, so that `check` raises when it was too much.
     """
 
     def __init__(self, gib: float):
@@ -21,11 +23,19 @@ class SmallCard:
         self.device = torch.device("cuda", 0) if self.cuda else torch.device("cpu")
         self.before = 0 if self.cuda else psutil.Process().memory_info().rss
         self.limit = round(gib * GIB)
+        self._whole_card = torch.cuda.mem_get_info
+
+    def __enter__(self):
         if self.cuda:
-            self._whole_card = torch.cuda.mem_get_info
-            self.limit = min(self.limit, self._whole_card()[1])
+            self.limit = min(self.limit, self._whole_card()[1] - SPARE)
             torch.cuda.mem_get_info = self._free_and_total
-            self.start()
+        self.start()
+        return self
+
+    def __exit__(self, *_):
+        torch.cuda.mem_get_info = self._whole_card
+        if self.cuda:
+            torch.cuda.set_per_process_memory_fraction(1.0)
 
     def start(self) -> None:
         """Let go of what is not in use, and measure the peak from here on."""

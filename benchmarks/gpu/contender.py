@@ -9,11 +9,13 @@ import torch
 
 from gpu import lengths
 from gpu.card import SmallCard
-from gpu.rows import Row
+from gpu.rows import ALL_LINEAR, Row
+from llama_lora.model.base import load_base
 from llama_lora.model.hardware import compute_dtype, dtype_name
 from llama_lora.model.shape import shape_of
 
 ALPHA, DROPOUT, LEARNING_RATE = 16, 0.05, 2e-5
+ENOUGH = 10  # seconds of timed steps
 
 
 @dataclass
@@ -50,8 +52,18 @@ class Task:
 class Clock:
     """The ends of steps; the first step sets things up, and what follows is timed."""
 
-    def __init__(self, card: SmallCard):
-        self.card, self.ends = card, []
+    def __init__(self, card: SmallCard, steps: int):
+        """`steps` are those to time; fewer, but one at least, where they take `ENOUGH` seconds."""
+        self.card, self.steps, self.ends = card, steps, []
+
+    def goes_on(self) -> bool:
+        """Whether there is a step left to time."""
+        return self.timed < 1 or (self.timed < self.steps and self.seconds < ENOUGH)
+
+    @property
+    def timed(self) -> int:
+        """Steps that were timed so far."""
+        return len(self.ends) - 1
 
     def tick(self) -> None:
         """A step has ended. Raises `torch.OutOfMemoryError` where it took too much of a host."""
@@ -75,6 +87,27 @@ class Contender:
         """The model with LoRA matrices to train."""
         raise NotImplementedError
 
+    def plain_base(self):
+        """The base as it is loaded here, but with the attention that transformers gives it."""
+        task = self.task
+        base = load_base(task.folder, task.quantization, task.dtype, self.card.device)
+        base.set_attn_implementation("sdpa")
+        return base
+
+    def lora_config(self, dropout: float = DROPOUT):
+        """For peft, which knows "all-linear" as one word."""
+        from peft import LoraConfig
+
+        row = self.task.first
+        return LoraConfig(
+            r=row.rank,
+            lora_alpha=ALPHA,
+            target_modules=row.targets[0] if row.targets == ALL_LINEAR else list(row.targets),
+            lora_dropout=dropout,
+            bias="none",
+            task_type="CAUSAL_LM",
+        )
+
     def measure(self, row: Row) -> Iterator[dict]:
         """Findings of a row, the last of which stands; raises where memory runs out."""
         raise NotImplementedError
@@ -97,7 +130,8 @@ class Contender:
         # Frozen weights cost 2 a token forward and 2 backward, the head for labelled tokens alone.
         flops = 4 * (self.shape.linear * tokens + self.shape.head * labelled)
         return {
-            "seconds_per_step": clock.seconds / self.task.steps,
+            "steps": clock.timed,
+            "seconds_per_step": clock.seconds / clock.timed,
             "tokens_per_second": tokens,
             "labelled_per_second": labelled,
             "useful_flops": flops,

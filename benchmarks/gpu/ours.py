@@ -2,13 +2,15 @@
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
-import operators
 import torch
+from bitsandbytes.nn import Linear8bitLt
+from torch.backends import cuda
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers.training_args import OptimizerNames
 
@@ -16,12 +18,14 @@ from gpu import lengths
 from gpu.contender import (
     ALPHA,
     DROPOUT,
+    ENOUGH,
     LEARNING_RATE,
     Clock,
     Contender,
     Optimization,
     autocast,
 )
+from gpu.profiles import profile
 from gpu.rows import SEARCHING, Row
 from llama_lora.cli import InputError
 from llama_lora.model.template import IGNORE
@@ -30,7 +34,7 @@ from llama_lora.train.best import trainable
 from llama_lora.train.gradients import Gradients
 from llama_lora.train.packing import MicroBatches, collate
 
-TRIES = 8  # of the search for the longest context
+TRIES = 3  # of the search for the longest context
 NEAR = 0.05  # between the longest that fits and the shortest that does not
 
 
@@ -38,36 +42,22 @@ class Ours(Contender):
     """Trains as train_lora.py does, without what logs and saves."""
 
     def load(self):
-        row = self.task.first
-        lora = SimpleNamespace(
-            lora_r=row.rank,
-            lora_alpha=ALPHA,
-            lora_dropout=DROPOUT,
-            lora_target_modules=list(row.targets),
-            use_dora=False,
-            use_rslora=False,
-        )
-        args = SimpleNamespace(
-            compute_dtype=self.task.dtype,
-            device=self.card.device,
-            seed=0,
-            learning_rate=LEARNING_RATE,
-        )
-        return lora_model.load(str(self.task.folder), self.task.quantization, lora, args)
+        row, task = self.task.first, self.task
+        where = task.dtype, self.card.device
+        return adapted(task.folder, task.quantization, *where, row.rank, row.targets, DROPOUT)
 
     def checks(self) -> dict[str, str]:
         """Those of the Trainer before its first step."""
         base = self.model.get_base_model()
         with autocast(self.card.device, self.task.dtype):
-            apart = outcome(packing.check_isolation, base)
-        return {
-            "packed examples are kept apart": apart,
-            "the loss in chunks is the model's own": outcome(loss.check, base),
-        }
+            return {
+                "packed examples are kept apart": outcome(packing.check_isolation, base),
+                "the loss in chunks is the model's own": outcome(loss.check, base),
+            }
 
     def measure(self, row: Row) -> Iterator[dict]:
         with kernel(row):
-            yield from self.longest(row) if row.search else self.speed(row)
+            yield from self.longest(row) if row.measures == "context" else self.speed(row)
 
     # ---- Speed and memory ----
 
@@ -78,21 +68,22 @@ class Ours(Contender):
         autos = {"parts": row.recompute == "auto", "offload": self.card.cuda}
         planned = forecast.choose(setup, self.card.limit, {name for name in autos if autos[name]})
         run = Run(self, row, planned.setup.part_tokens, planned.setup.parts)
-        clock = Clock(self.card)
-        for number in range(self.task.steps + 1):
-            run.step(training[number])
+        clock = Clock(self.card, self.task.steps)
+        while clock.goes_on():
+            run.step(training[clock.timed + 1])
             clock.tick()
-        timed = np.concatenate(training.members[1 : self.task.steps + 1])
+        timed = np.concatenate(training.members[1 : clock.timed + 1])
         done = training.lengths[timed].sum() / training.lengths.sum()
         found = self.found(clock, pieces, float(done)) | run.account(setup)
-        found["planned_recomputed"] = planned.recomputed
+        found |= {"planned": planned.total, "planned_recomputed": planned.recomputed}
         learned = lengths.Pieces(pieces[i] for i in timed).labelled
         work = pace.Work.of(training.lengths[timed], learned)
         share = found["recomputed"] / found["layers"]
         operations = pace.operations(self.shape, work, setup.lora_parameters, share)
         found["operations_per_second"] = operations / clock.seconds
+        found["assumed_share"] = pace.EFFICIENCY[row.quantization]
         yield found
-        if row.profiled:
+        if row.profiled and found["seconds_per_step"] < ENOUGH:
             yield found | profile(lambda: run.step(training[1]), self.card)
 
     def setup(self, row: Row, tokens: int, longest: int, **more) -> plan.Setup:
@@ -119,7 +110,7 @@ class Ours(Contender):
     def longest(self, row: Row) -> Iterator[dict]:
         """One example alone, ever longer; what fits is told as soon as it is known."""
         grain = max(16, 256 // self.task.scale)
-        best, fails = {"tokens": 0}, None
+        best, fails, self.lacking = {"tokens": 0}, None, ""
         tokens = self.planned_longest(row, grain)
         for _ in range(TRIES):
             found = self.try_context(row, tokens)
@@ -130,8 +121,8 @@ class Ours(Contender):
             if found:
                 yield found | {"fails_at": fails, "status": SEARCHING}
         if not best["tokens"]:
-            raise torch.OutOfMemoryError(f"at one example of {fails:,} tokens")
-        yield best | {"fails_at": fails}
+            raise torch.OutOfMemoryError(f"{self.lacking} at one example of {fails:,} tokens")
+        yield best | {"fails_at": fails, "lacking": self.lacking}
 
     def planned_longest(self, row: Row, grain: int) -> int:
         """Tokens that the planner says fit."""
@@ -150,6 +141,7 @@ class Ours(Contender):
 
     def try_context(self, row: Row, tokens: int) -> dict | None:
         """The figures of a step with one example of so many tokens; None if it does not fit."""
+        set_back(self.model.get_base_model())
         self.card.start()
         draw = np.random.default_rng(tokens)
         words = self.shape.config.vocab_size
@@ -162,7 +154,9 @@ class Ours(Contender):
             self.card.wait()
             seconds = time.perf_counter() - began
             self.card.check()
-        except (torch.OutOfMemoryError, InputError):  # of the card, or of the host
+        except (torch.OutOfMemoryError, InputError) as error:
+            host = isinstance(error, InputError) or not self.card.cuda
+            self.lacking = "memory of the host" if host else "memory of the card"
             return None
         return {
             "tokens": tokens,
@@ -194,19 +188,19 @@ class Run:
     def __init__(self, ours: Ours, row: Row, tokens: int, parts: int, offload: str = "auto"):
         self.model, self.device, self.dtype = ours.model, ours.card.device, ours.task.dtype
         base = self.model.get_base_model()
-        untile(base)
+        set_back(base)
         optim, trained = OptimizerNames(row.optim).value, trainable(self.model)
         reserved = preparation.bytes_to_come(optim, trained)
-        self.told = [recompute.set_up(base, row.recompute, tokens, offload, reserved=reserved)]
+        with autocast(self.device, self.dtype):
+            told = recompute.set_up(base, row.recompute, tokens, offload, reserved=reserved)
+        self.told = [told]
         self.optimization = Optimization(self.model, row.optim, self.dtype, self.device)
         self.gradients = Gradients(self.optimization.parameters, self.told.append, parts)
 
     def step(self, examples: list) -> None:
         """As `LoraTrainer.training_step`, and the optimizer's step after it."""
         self.model.train()
-        batch = collate([examples])
-        del batch["names"]
-        batch = {k: v.to(self.device) if torch.is_tensor(v) else v for k, v in batch.items()}
+        batch = on_device(examples, self.device)
         count = (batch["labels"] != IGNORE).sum()
 
         def loss_of(part: dict) -> torch.Tensor:
@@ -230,22 +224,55 @@ class Run:
             "parts": self.gradients.parts,
             "set_up": self.told,
             "planned": sum(parts.values()),
-            "planned_parts": parts,
+            "planned_as_set_up": parts,
         }
 
 
-def untile(base) -> None:
-    """Undo what `recompute.set_up` did to MLPs for the row before."""
+def adapted(folder: Path, quantization: str, dtype, device, rank: int, targets, dropout: float):
+    """A base with LoRA matrices, as train_lora.py loads it."""
+    lora = SimpleNamespace(
+        lora_r=rank,
+        lora_alpha=ALPHA,
+        lora_dropout=dropout,
+        lora_target_modules=list(targets),
+        use_dora=False,
+        use_rslora=False,
+    )
+    args = SimpleNamespace(compute_dtype=dtype, device=device, seed=0, learning_rate=LEARNING_RATE)
+    return lora_model.load(str(folder), quantization, lora, args)
+
+
+def on_device(examples: list, device: torch.device) -> dict:
+    """A micro-batch as the model takes it."""
+    batch = collate([examples])
+    del batch["names"]
+    return {k: v.to(device) if torch.is_tensor(v) else v for k, v in batch.items()}
+
+
+def set_back(base) -> None:
+    """Undo what `recompute.set_up` did for the row before, and let go of its memory on the host."""
+    recompute.checkpoint(base, [])
     for layer in base.base_model.layers:
+        layer.__dict__.pop("_gradient_checkpointing_func", None)
         for module in (layer.post_attention_layernorm, layer.mlp):
             module.__dict__.pop("forward", None)
+    for module in base.modules():
+        if isinstance(module, Linear8bitLt):
+            module._forward_hooks.clear()
+    if torch.cuda.is_available():
+        torch._C._host_emptyCache()
 
 
+@contextmanager
 def kernel(row: Row):
-    """A context: attention has the kernel that the row asks for, where there is a card."""
-    if row.kernel == "any" or not torch.cuda.is_available():
-        return nullcontext()
-    return sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION)
+    """Attention has the kernel that the row asks for, where there is a card."""
+    with ExitStack() as undone:
+        if row.kernel == "memory-efficient" and torch.cuda.is_available():
+            undone.enter_context(sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION))
+        elif row.kernel != "any":
+            undone.callback(cuda.enable_cudnn_sdp, cuda.cudnn_sdp_enabled())
+            cuda.enable_cudnn_sdp(row.kernel == "cuDNN")
+        yield
 
 
 def outcome(check: Callable, model) -> str:
@@ -254,26 +281,3 @@ def outcome(check: Callable, model) -> str:
     except InputError as error:
         return str(error)
     return "holds"
-
-
-def profile(step: Callable, card) -> dict:
-    """The operators that a step spends most of the device's time in themselves.
-
-    Each of `operators` is its name, calls, and seconds; kernels count for the operator that started
-    them. `busy` is the share of the step in which the device computes; None without a card.
-    """
-    from torch.profiler import ProfilerActivity
-
-    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * card.cuda
-    card.wait()
-    with torch.profiler.profile(activities=activities) as seen:
-        began = time.perf_counter()
-        step()
-        card.wait()
-        seconds = time.perf_counter() - began
-    longest, total = operators.longest(seen)
-    return {
-        "operators": longest,
-        "profiled_seconds": total,
-        "busy": total / seconds if card.cuda else None,
-    }

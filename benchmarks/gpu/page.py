@@ -1,19 +1,28 @@
-"""The findings of gpu_16gb.py as Markdown: the aims, the rows, the plan, where the time goes."""
+"""The findings of gpu_16gb.py as Markdown: a part for each card, ours beside the reference."""
 
 import math
-from collections.abc import Iterator
 
 import pages
 from pages import PRECISIONS
 
-from gpu.rows import FULL, README, SEARCHING
-from llama_lora.train.pace import EFFICIENCY
+from gpu.aims import aims
+from gpu.findings import fitting, measured
+from gpu.rows import CHECKS, KINDS, SEARCHING, Row, all_rows
 
-LONGEST = FULL[-1][0]
-PLAN_ERROR = 0.10
-CONTEXT = 40_000
-COMMAND_GB = 11  # that the README's command may take, in 10^9 bytes
-NOT_HERE = "–"
+NOT_YET = "not measured yet"
+NOTHING = "–"
+NOT_HERE = "not on this card"
+# What others tell of cards of 16 GB, in 4 bits with rank 32: the tokens of the longest context, and
+# a training of TinyLlama in a public notebook.
+PUBLIC_CONTEXT, PUBLIC_TRAINING = {"8B": "40,724"}, {"1.1B": "2,441 tokens/s in 13.5 GB"}
+OPERATORS = 3  # that are named of each step
+NO_CARD = {
+    "device": {"name": "No card yet", "capability": None},
+    "settings": {"shape": "full", "gib": 14.6},
+    "rows": {},
+    "models": {},
+    "checks": {},
+}
 
 
 def line(name: str, row: dict) -> str:
@@ -25,286 +34,284 @@ def line(name: str, row: dict) -> str:
         told.append(pages.gib(row["peak"]))
     if "labelled_per_second" in row:
         told.append(f"{row['labelled_per_second']:,.0f} labelled tokens/s")
+    if "first_token" in row:
+        told.append(f"first token after {row['first_token']:.3f} s")
     if "tokens" in row:
         told.append(f"{row['tokens']:,} tokens fit")
     return " | ".join(told)
 
 
-def page(results: dict) -> str:
-    """The whole page."""
-    parts = [heading(results), aims_text(results), training_text(results), plan_text(results)]
-    parts += [context_text(results), profile_text(results), checks_text(results)]
-    return "\n\n".join(part for part in parts if part) + "\n"
+def page(found: list[dict]) -> str:
+    """The page of all cards; without one, what will be measured."""
+    parts = [TITLE, *[part for results in found or [NO_CARD] for part in of_card(results)]]
+    return "\n\n".join(pages.wrapped(part) for part in parts if part) + "\n"
+
+
+TITLE = """\
+# What cards do
+
+`make gpu` on a machine with a CUDA card measures this, in runs of 8.5 minutes that go on where the
+last one ended, the most telling rows first (docs/results/README.md). The page is written from the
+files in docs/results/, one a card.
+
+Bases have random weights in the sizes of Llama 2 7B, Llama 3 8B and TinyLlama 1.1B. The tokens are
+random, and their number in each conversation and answer is that of real pieces of ShareGPT, counted
+by SmolLM2's tokenizer. The process is held to the memory named, of which CUDA itself takes its
+part. Peak memory is what torch reserved and what CUDA took. A labelled token is one of an answer;
+rates are those of an epoch at the pace of the timed steps, so that padding counts as time and not
+as tokens. The reference is FastChat's recipe: rows padded to the length, the plain loss, fp16, all
+layers recomputed but where the row says otherwise; like this project it lets CUDA's blocks grow
+(`expandable_segments`). Where it runs out of memory it is tried again with half as many rows.
+Planned is what the plan chooses and foretells for the memory named, as `--dry_run` does."""
+
+
+def of_card(results: dict) -> list[str]:
+    return [
+        heading(results),
+        part("Aims", aims_rows(results)),
+        part("Training", [speed_row(row, results) for row in own_rows(results, "speed")]),
+        part("Answers", [answers_row(row, results) for row in own_rows(results, "answers")]),
+        part("The longest context", context_rows(results), CONTEXT),
+        part("Does it compute right?", checks_rows(results)),
+        part("The plan's time", pace_rows(results), PACE),
+        part("Where the time of a micro-batch goes", profile_rows(results)),
+        part("Trainers beside", [other_row(row) for row in others(results)]),
+    ]
+
+
+def part(title: str, rows: list[dict], text: str = "") -> str:
+    return "\n\n".join(filter(None, [f"### {title}", text, pages.table(rows)])) if rows else ""
 
 
 def heading(results: dict) -> str:
     device, settings = results["device"], results["settings"]
-    packages = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
-    tried_out = "" if settings["shape"] == "7b" else TRIED_OUT
-    absent = "".join(f" {name} was not installed, so it has no rows." for name in results["absent"])
+    title = f"## {device['name']}"
+    if "date" not in results:
+        return f"{title}\n\nNobody has run it on a card yet."
+    capability = ".".join(map(str, device["capability"] or ())) or "none"
+    tried_out = "" if settings["shape"] == "full" else TRIED_OUT
     return f"""\
-# LoRA on a {settings["shape"]} base in {settings["gib"]:g} GiB: {device["name"]}
+{title}
 
-`python3 benchmarks/gpu_16gb.py` on {device["name"]} ({results["processor"]}), {results["date"]};
-CUDA {device["cuda"]}, {packages}.{tried_out}{absent}{other_versions(results)}
-
-{MEANING.format(steps=settings["steps"], gib=settings["gib"])}"""
+{results["date"]}, {results["processor"]}; capability {capability}, driver {device["driver"]}, CUDA
+{device["cuda"]}; held to {settings["gib"]:g} GiB. {versions(results)}{tried_out}"""
 
 
-def other_versions(results: dict) -> str:
-    """Who ran with other versions than the rest."""
-    told = ""
+def versions(results: dict) -> str:
+    """Of the packages, and who ran with which where they differ."""
+    told: dict[str, list[str]] = {}
     for job, model in results["models"].items():
-        if model["versions"] != results["versions"]:
-            packages = ", ".join(f"{name} {v}" for name, v in model["versions"].items())
-            told += f" {job} ran with {packages}."
-    return told
+        packages = ", ".join(f"{name} {version}" for name, version in model["versions"].items())
+        told.setdefault(packages, []).append(job)
+    if len(told) == 1:
+        return f"{next(iter(told))}."
+    return " ".join(f"{packages}: {'; '.join(jobs)}." for packages, jobs in told.items())
 
 
-TRIED_OUT = " **The base is a tiny one that tries the code out; its figures mean nothing.**"
-MEANING = """\
-The base has random weights, the tokens are random, and their number in each conversation and
-answer is that of real pieces of ShareGPT (counted by SmolLM2's tokenizer). Each process is held to
-{gib:g} GiB, of which CUDA itself takes its part. Peak memory is what torch reserved plus what CUDA
-took; tensors is the most that tensors held of it. Timed are {steps} steps after one that sets
-things up. A labelled token is one of an answer; rates are those of an epoch at the pace of the
-timed steps, so that padding counts as time and not as tokens. The reference is FastChat's recipe:
-rows padded to the length, the plain loss, all layers recomputed, fp16. Where it runs out of memory
-it is tried again with half as many rows. The peak of the device is that of the fastest of the
-base's own matrix products; its share counts 2 FLOP a weight forward and 2 backward (the head for
-labelled tokens alone), and nothing that is computed twice."""
+TRIED_OUT = " **The bases are tiny ones that try the code out; these figures mean nothing.**"
 
 
-# ---- The aims ----
+def aims_rows(results: dict) -> list[dict]:
+    met = {True: "yes", False: "no", None: NOT_YET}
+    return [{"aim": a, "found": f or NOT_YET, "met": met[m]} for a, f, m in aims(results)]
 
 
-def aims_text(results: dict) -> str:
-    rows = [
-        {"aim": aim, "found": found, "met": {True: "yes", False: "no", None: NOT_HERE}[met]}
-        for aim, found, met in aims(results)
-    ]
-    return f"## Aims\n\n{pages.table(rows)}"
+# ---- Ours beside the reference ----
 
 
-def aims(results: dict) -> Iterator[tuple[str, str, bool | None]]:
-    """What was aimed at, what was found, and whether that meets it; None if it was not measured."""
-    for quantization in PRECISIONS:
-        yield against("reference", quantization, LONGEST, 3, results)
-    yield longest_batch(results)
-    yield memory_of_command(results)
-    yield share_of_peak(results)
-    yield planned_well(results)
-    yield longest_context(results)
-    for quantization in PRECISIONS:
-        yield against("unsloth", quantization, LONGEST, 1, results)
+def own_rows(results: dict, measures: str) -> list[Row]:
+    """Ours that measure this, in the order of their sizes."""
+    kind = "ours", measures
+    return [row for row in rows_of(results) if (row.contender, row.measures) == kind]
 
 
-def longest_batch(results: dict):
-    length, batch = FULL[-1]
-    aim = f"int8, {length:,} × {batch} in the memory"
-    found = [r for r in of(results, "ours", "8bit", length) if r["row"]["batch"] == batch]
-    if not found:
-        return aim, NOT_HERE, None
-    return aim, f"{pages.gib(found[0]['peak'])}, in {found[0]['parts']} part(s)", True
+def rows_of(results: dict) -> list[Row]:
+    return [row for row in all_rows(KINDS[results["settings"]["shape"]]) if row != CHECKS]
 
 
-def memory_of_command(results: dict):
-    aim = f"README's command, int8: at most {COMMAND_GB} GB ({pages.gib(COMMAND_GB * 1e9)})"
-    found = [row for row in measured(results) if row["row"]["name"].endswith(README)]
-    if not found:
-        return aim, NOT_HERE, None
-    peak, planned = found[0]["peak"], found[0]["planned"]
-    return aim, f"{pages.gib(peak)}; the plan says {pages.gib(planned)}", peak <= COMMAND_GB * 1e9
-
-
-def longest_context(results: dict):
-    aim = f"NF4, r=32: {CONTEXT:,} tokens of context"
-    rows = [row for row in results["rows"].values() if row["row"]["search"] and "tokens" in row]
-    found = [row for row in rows if row["row"]["quantization"] == "4bit"]
-    if not found:
-        return aim, NOT_HERE, None
-    reached, ended = found[0]["tokens"] >= CONTEXT, found[0]["status"] == "measured"
-    return aim, fitting(found[0]), reached if reached or ended else None
-
-
-def against(other: str, quantization: str, window: int, factor: float, results: dict):
-    aim = f"{PRECISIONS[quantization]}, {window:,} tokens: {factor:g}× {other}'s labelled tokens/s"
-    mine, theirs = (
-        max(
-            (row["labelled_per_second"] for row in of(results, name, quantization, window)),
-            default=None,
-        )
-        for name in ("ours", other)
-    )
-    if mine is None or theirs is None:
-        return aim, NOT_HERE, None
-    return aim, f"{mine / theirs:.2f}× ({mine:,.0f} against {theirs:,.0f})", mine >= factor * theirs
-
-
-def share_of_peak(results: dict):
-    aim, peak = "half of the device's matrix-product peak", results["device"]["peak_flops"]
-    ours = [row for row in measured(results, "ours") if "useful_flops" in row]
-    if not ours:
-        return aim, NOT_HERE, None
-    best = max(ours, key=lambda row: row["useful_flops"])
-    share = best["useful_flops"] / peak
-    return aim, f"{share:.0%} of {peak / 1e12:,.3g} TFLOP/s ({best['row']['name']})", share >= 0.5
-
-
-def planned_well(results: dict):
-    aim = f"the plan within {PLAN_ERROR:.0%} of the peak"
-    ratios = [row["planned"] / row["peak"] for row in measured(results) if "planned" in row]
-    if not ratios:
-        return aim, NOT_HERE, None
-    good = sum(abs(ratio - 1) <= PLAN_ERROR for ratio in ratios)
-    worst = max(ratios, key=lambda ratio: abs(ratio - 1))
-    return aim, f"{good} of {len(ratios)} rows, worst {worst:.2f}", good == len(ratios)
-
-
-# ---- Tables ----
-
-
-def training_text(results: dict) -> str:
-    rows = [training_row(row, results) for row in speeds(results)]
-    return f"## Memory and speed\n\n{pages.table(rows)}" if rows else ""
-
-
-def training_row(row: dict, results: dict) -> dict:
-    asked, done = row["row"], row["status"] == "measured"
-    peak_flops = results["device"]["peak_flops"]
-    how = [row.get("note", "")] if not done else how_computed(row)
+def speed_row(row: Row, results: dict) -> dict:
+    mine, theirs = found_of(row, results), beside(row, results)
+    rate = "labelled_per_second"
+    both = is_measured(mine) and is_measured(theirs)
     return {
-        "who": asked["contender"],
-        "base": PRECISIONS[asked["quantization"]],
-        "computes in": row.get("dtype", NOT_HERE),
-        "length × rows": f"{asked['length']:,} × {asked['batch']}",
-        "peak memory": pages.gib(row["peak"]) if done else row["status"],
-        "tensors": pages.gib(row["allocated"]) if done else NOT_HERE,
-        "tokens/s": f"{row['tokens_per_second']:,.0f}" if done else NOT_HERE,
-        "labelled tokens/s": f"{row['labelled_per_second']:,.0f}" if done else NOT_HERE,
-        "share of peak": f"{row['useful_flops'] / peak_flops:.0%}" if done else NOT_HERE,
-        "how": "; ".join(filter(None, [asked["name"].partition(", ")[2], *how])),
+        "training": row.name.removeprefix("ours "),
+        "tokens/s": cell(mine, "tokens_per_second", number),
+        "labelled tokens/s": cell(mine, rate, number),
+        "reference": cell(theirs, rate, number) + fewer_rows(row, theirs),
+        "ours ÷ reference": f"{mine[rate] / theirs[rate]:.2f}" if both else NOTHING,
+        "peak": cell(mine, "peak", pages.gib),
+        "planned": cell(mine, "planned", pages.gib) if is_measured(mine) else NOTHING,
+        "planned ÷ peak": f"{mine['planned'] / mine['peak']:.2f}" if is_measured(mine) else NOTHING,
+        "reference's peak": cell(theirs, "peak", pages.gib),
+        "others tell": PUBLIC_TRAINING.get(row.base, NOTHING),
+        "how": how_computed(mine),
     }
 
 
-def how_computed(row: dict) -> list[str]:
-    parts = row.get("parts", 1)
-    told = row.get("set_up", []) + [f"in {parts} parts"] * (parts > 1)
-    return told + ["WRONG: the loss is not finite"] * (not math.isfinite(row["loss"]))
+def found_of(row: Row, results: dict) -> dict | None:
+    """What was found of a row, if it is for this card."""
+    found = results["rows"].get(row.name)
+    if found is None and not row.is_for(results["device"]["capability"]):
+        return {"status": NOT_HERE}
+    return found
 
 
-def plan_text(results: dict) -> str:
-    rate = results["device"]["planner_rate"]
-    rows = [plan_row(row, rate) for row in measured(results) if "planned" in row]
-    return f"## The plan beside what was measured\n\n{PLAN}\n\n{pages.table(rows)}" if rows else ""
+def beside(row: Row, results: dict) -> dict | None:
+    """What was found of the reference with the same name, or with the most rows that fit."""
+    name = row.name.replace("ours", "reference", 1)
+    other = next((other for other in rows_of(results) if other.name == name), None)
+    if other is None:
+        return {"status": NOTHING}
+    found = found_of(other, results)
+    while other.can_be_halved and not is_measured(found):
+        other = other.halved()
+        found = results["rows"].get(other.name, found)
+    return found
 
 
-def plan_row(row: dict, rate: float) -> dict:
-    ratio, speed = row["planned"] / row["peak"], row.get("operations_per_second")
+def fewer_rows(row: Row, theirs: dict | None) -> str:
+    if not is_measured(theirs) or theirs["row"]["batch"] == row.batch:
+        return ""
+    return f" (× {theirs['row']['batch']})"
+
+
+def is_measured(found: dict | None) -> bool:
+    return found is not None and found["status"] in ("measured", SEARCHING)
+
+
+def cell(found: dict | None, key: str, shown) -> str:
+    """A figure, or why there is none."""
+    if found is None:
+        return NOT_YET
+    return shown(found[key]) if key in found else found["status"]
+
+
+def number(value: float) -> str:
+    return f"{value:,.0f}"
+
+
+def how_computed(row: dict | None) -> str:
+    """What was set up, or what went wrong."""
+    if row is None:
+        return NOTHING
+    if not is_measured(row):
+        return row.get("note", NOTHING)
+    told = [f"{row['dtype']}", *row.get("set_up", [])]
+    told += [f"in {row['parts']} parts"] * (row.get("parts", 1) > 1)
+    return "; ".join(told + ["WRONG: the loss is not finite"] * (not math.isfinite(row["loss"])))
+
+
+def answers_row(row: Row, results: dict) -> dict:
+    mine, theirs = found_of(row, results), beside(row, results)
     return {
-        "row": row["row"]["name"],
-        "planned": pages.gib(row["planned"]),
-        "measured": pages.gib(row["peak"]),
-        "ratio": f"{ratio:.2f}",
-        f"within {PLAN_ERROR:.0%}": "yes" if abs(ratio - 1) <= PLAN_ERROR else "no",
-        "layers recomputed": f"{row['recomputed']} of {row['layers']}",
-        "in the plan": str(row.get("planned_recomputed", NOT_HERE)),
-        "share of the rate": f"{speed / rate:.0%}" if speed else NOT_HERE,
-        "assumed": f"{EFFICIENCY[row['row']['quantization']]:.0%}",
+        "base": PRECISIONS[row.quantization],
+        "first token, s": cell(mine, "first_token", "{:.3f}".format),
+        "tokens/s": cell(mine, "answer_tokens_per_second", "{:.1f}".format),
+        "peak": cell(mine, "peak", pages.gib),
+        "reference's first token, s": cell(theirs, "first_token", "{:.3f}".format),
+        "reference's tokens/s": cell(theirs, "answer_tokens_per_second", "{:.1f}".format),
+        "reference's peak": cell(theirs, "peak", pages.gib),
     }
 
 
-PLAN = """\
-Planned is what the planner says that a training takes with as many layers recomputed, parts and
-tiles as it then had; beside it, how many layers the planner would recompute. The share of the rate
-is what the planner's time depends on: its operations a second over the rate that it measures, and
-what it assumes for that."""
+# ---- What only ours has ----
 
 
-def context_text(results: dict) -> str:
-    rows = [context_row(row) for row in results["rows"].values() if row["row"]["search"]]
-    return f"## The longest context\n\n{LONGEST_CONTEXT}\n\n{pages.table(rows)}" if rows else ""
+def context_rows(results: dict) -> list[dict]:
+    return [context_row(row, found_of(row, results)) for row in own_rows(results, "context")]
 
 
-def context_row(row: dict) -> dict:
-    base = {"base": PRECISIONS[row["row"]["quantization"]]}
-    if "tokens" not in row:
-        rest = ("does not", "peak memory", "tokens/s", "whole conversations")
-        missing = dict.fromkeys(rest, NOT_HERE)
-        return base | {"fits, tokens": row["status"], **missing, "how": row["note"]}
-    return base | {
-        "fits, tokens": fitting(row),
-        "does not": f"{row['fails_at']:,}" if row["fails_at"] else NOT_HERE,
-        "peak memory": pages.gib(row["peak"]),
-        "tokens/s": f"{row['tokens_per_second']:,.0f}",
-        "whole conversations": f"{row['whole_conversations']:.1%}",
-        "how": "; ".join(row["set_up"]),
+def context_row(row: Row, found: dict | None) -> dict:
+    if found is not None and "tokens" not in found:
+        found = found | {"set_up": [found.get("note", "")]}
+    return {
+        "base": f"{row.base} {PRECISIONS[row.quantization]}",
+        "fits, tokens": fitting(found) if is_measured(found) else cell(found, "tokens", number),
+        "does not": does_not_fit(found) if is_measured(found) else NOTHING,
+        "others tell": told_by_others(row),
+        "peak": cell(found, "peak", pages.gib),
+        "planned": cell(found, "planned", pages.gib),
+        "tokens/s": cell(found, "tokens_per_second", number),
+        "whole conversations": cell(found, "whole_conversations", "{:.1%}".format),
+        "how": "; ".join(found["set_up"]) if found else NOTHING,
     }
 
 
-def fitting(row: dict) -> str:
-    """The longest context that fits, as far as the search has come."""
-    return f"{row['tokens']:,}{' or more' if row['status'] == SEARCHING else ''}"
+def does_not_fit(found: dict) -> str:
+    """The shortest that was tried and did not fit, and why."""
+    tokens = found["fails_at"]
+    return f"{tokens:,}, for lack of {found['lacking']}" if tokens else NOTHING
 
 
-LONGEST_CONTEXT = """\
+def told_by_others(row: Row) -> str:
+    return PUBLIC_CONTEXT.get(row.base, NOTHING) if row.quantization == "4bit" else NOTHING
+
+
+CONTEXT = """\
 One example alone, LoRA of rank 32 on all linear layers, AdamW with states of 8 bits: the longest
 for which a step fits. Whole conversations is the share of real ones that are no longer."""
 
 
-def profile_text(results: dict) -> str:
-    parts = []
-    for row in measured(results):
-        if not row.get("profiled_seconds"):  # not profiled, or the profiler saw no kernel
-            continue
-        busy = "" if row["busy"] is None else f"; the device computes in {row['busy']:.0%} of it"
-        operators = [
-            {
-                "operator": f"`{name}`",
-                "calls": calls,
-                "seconds": f"{seconds:.3f}",
-                "share": f"{seconds / row['profiled_seconds']:.1%}",
-            }
-            for name, calls, seconds in row["operators"]
-        ]
-        told = f"One step of {row['row']['name']}{busy}:"
-        parts.append(f"{told}\n\n{pages.table(operators)}")
-    return "\n\n".join(["## Where the time goes", *parts]) if parts else ""
-
-
-def checks_text(results: dict) -> str:
-    rows = [{"what": what, "found": found} for what, found in results["device"]["checks"].items()]
+def checks_rows(results: dict) -> list[dict]:
     outcomes: dict[tuple[str, str], list[str]] = {}
     for job, model in results["models"].items():
         for check in model["checks"].items():
             outcomes.setdefault(check, []).append(job)
-    rows += [
+    found = [{"what": what, "found": found} for what, found in results["checks"].items()]
+    found += [
         {"what": what, "found": f"{found} ({'; '.join(jobs)})"}
         for (what, found), jobs in outcomes.items()
     ]
-    return f"## Does it compute right?\n\n{pages.table(rows)}"
+    return found or [{"what": "all that tests check on a CPU", "found": NOT_YET}]
 
 
-# ---- Rows by kind ----
-
-
-def measured(results: dict, contender: str | None = None) -> list[dict]:
+def pace_rows(results: dict) -> list[dict]:
+    rows = [row for row in measured(results) if "operations_per_second" in row]
+    rate = results["device"].get("planner_rate")
     return [
-        row
-        for row in results["rows"].values()
-        if row["status"] == "measured" and contender in (None, row["row"]["contender"])
+        {
+            "training": row["row"]["name"],
+            "share of the rate": f"{row['operations_per_second'] / rate:.0%}",
+            "assumed": f"{row['assumed_share']:.0%}",
+            "layers recomputed": f"{row['recomputed']} of {row['layers']}",
+            "in the plan": str(row.get("planned_recomputed", NOTHING)),
+        }
+        for row in rows
     ]
 
 
-def of(results: dict, contender: str, quantization: str, window: int) -> list[dict]:
-    """Measured rows of a contender, those of old cards' ways left out."""
-    return [
-        row
-        for row in measured(results, contender)
-        if (row["row"]["quantization"], row["row"]["window"]) == (quantization, window)
-        and row["row"]["kernel"] == "any"
+PACE = """\
+The share of the rate is what the plan's time depends on: a training's operations a second over the
+rate that the plan measures on the device, and what it assumes for that."""
+
+
+def profile_rows(results: dict) -> list[dict]:
+    return [profile_row(row) for row in measured(results) if row.get("profiled_seconds")]
+
+
+def profile_row(row: dict) -> dict:
+    longest = [
+        f"`{name}` {seconds / row['profiled_seconds']:.0%}"
+        for name, _, seconds in row["operators"][:OPERATORS]
     ]
+    return {
+        "training": row["row"]["name"],
+        "kernels launched": number(row["launches"]),
+        "waits for the card": number(row["waits"]),
+        "the card computes": NOTHING if row["busy"] is None else f"{row['busy']:.0%} of the time",
+        "most of it in": ", ".join(longest),
+    }
 
 
-def speeds(results: dict) -> list[dict]:
-    return [row for row in results["rows"].values() if not row["row"]["search"]]
+def others(results: dict) -> list[dict]:
+    known = "ours", "reference"
+    return [row for row in results["rows"].values() if row["row"]["contender"] not in known]
+
+
+def other_row(row: dict) -> dict:
+    return {
+        "training": row["row"]["name"],
+        "labelled tokens/s": cell(row, "labelled_per_second", number),
+        "peak": cell(row, "peak", pages.gib),
+        "note": row.get("note", NOTHING),
+    }

@@ -5,56 +5,54 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-from gpu.contender import ALPHA, DROPOUT, Clock, Contender, Optimization, autocast
+from gpu.contender import ENOUGH, Clock, Contender, Optimization, autocast
+from gpu.profiles import profile
 from gpu.rows import Row
+from llama_lora.model.template import IGNORE
 
 
 class Reference(Contender):
     """FastChat's: rows padded to the length, the plain loss, all layers recomputed."""
 
     def load(self):
-        from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+        from peft import get_peft_model, prepare_model_for_kbit_training
 
-        from llama_lora.model.base import load_base
-
-        task = self.task
-        base = load_base(task.folder, task.quantization, task.dtype, self.card.device)
-        base.set_attn_implementation("sdpa")  # transformers' own
+        task, base = self.task, self.plain_base()
         base.config.use_cache = False
-        if task.quantization == "none":
+        recomputes = task.first.recompute == "True"
+        if task.quantization != "none":
+            base = prepare_model_for_kbit_training(base, use_gradient_checkpointing=recomputes)
+        elif recomputes:
             base.gradient_checkpointing_enable()
             base.enable_input_require_grads()
-        else:
-            base = prepare_model_for_kbit_training(base, use_gradient_checkpointing=True)
-        config = LoraConfig(
-            r=task.first.rank,
-            lora_alpha=ALPHA,
-            target_modules=list(task.first.targets),
-            lora_dropout=DROPOUT,
-            bias="none",
-            task_type="CAUSAL_LM",
-        )
-        return get_peft_model(base, config)
+        return get_peft_model(base, self.lora_config())
 
     def measure(self, row: Row) -> Iterator[dict]:
         pieces = self.pieces(row)
         optimization = Optimization(self.model, row.optim, self.task.dtype, self.card.device)
-        clock = Clock(self.card)
+        clock = Clock(self.card, self.task.steps)
         self.model.train()
-        for number in range(self.task.steps + 1):
+
+        def step(number: int) -> torch.Tensor:
             members = pieces[number * row.batch : (number + 1) * row.batch]
             batch = {k: v.to(self.card.device) for k, v in padded(members, row.length).items()}
             with autocast(self.card.device, self.task.dtype):
                 loss = self.model(**batch).loss
             optimization.step(loss)
+            return loss
+
+        while clock.goes_on():
+            loss = step(clock.timed + 1)
             clock.tick()
-        share = self.task.steps * row.batch / len(pieces)
-        yield self.found(clock, pieces, share) | {"loss": loss.item()}
+        share = clock.timed * row.batch / len(pieces)
+        found = self.found(clock, pieces, share) | {"loss": loss.item()}
+        yield found
+        if row.profiled and found["seconds_per_step"] < ENOUGH:
+            yield found | profile(lambda: step(1), self.card)
 
 
 def padded(examples: list, length: int) -> dict[str, torch.Tensor]:
     """Rows of `length` tokens: int64 [examples, length]."""
-    from llama_lora.model.template import IGNORE
 
     def row(values: np.ndarray, filler: int) -> np.ndarray:
         return np.pad(values, (0, length - len(values)), constant_values=filler)

@@ -1,15 +1,22 @@
-"""What `gpu_16gb.py` measures: the bases that it makes, and the rows of its tables."""
+"""What `gpu_16gb.py` measures: the bases that it makes, and the rows of its tables, in their order.
+
+What answers the most stands first, since a card may be rented by the minute.
+"""
 
 from dataclasses import asdict, dataclass, replace
 from itertools import groupby
 
 from pages import PRECISIONS
 
+from llama_lora.model.cards import INT8_CAPABILITY
+
 README = "README's command"  # what it adds to the name of its row
-CONTEXT_RANK = 32
+CONTEXT_RANK, ALL_LINEAR = 32, ("all-linear",)
 SEARCHING = "searching"  # the status of a search for the longest context that has not ended
-FULL = (512, 14), (1024, 7), (2048, 4)  # lengths, and the rows of a micro-batch of the reference
-ENDS = FULL[0], FULL[-1]
+SIZES = (512, 14), (1024, 7), (2048, 4)  # lengths, and the rows of a micro-batch of the reference
+LONGEST = SIZES[-1]
+AMPERE = 8, 0  # the capability from which bf16, and more kernels of attention, are there
+CHECKS = "checks"  # what stands among the rows where the checks of the card have their turn
 OTHERS = {"unsloth": "unsloth", "TRL": "trl"}  # contenders that need a module of their own
 
 
@@ -23,53 +30,61 @@ class Kind:
         most: tokens that are worth trying as a context.
     """
 
-    config: dict[str, int]
+    config: dict[str, int | float]
     scale: int = 1
     most: int = 1 << 18
 
 
+def _kind(words, hidden, wide, layers, heads, kv_heads, positions, theta=10_000.0, **more) -> Kind:
+    config = {
+        "vocab_size": words,
+        "hidden_size": hidden,
+        "intermediate_size": wide,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "max_position_embeddings": positions,
+        "rope_theta": theta,
+    }
+    return Kind(config, **more)
+
+
+CHECKED = _kind(512, 256, 512, 4, 4, 2, 512)  # what is checked to compute right
+
+# Of Llama 2 7B, of Llama 3 8B, and of TinyLlama 1.1B; and tiny ones that try the code out.
 KINDS = {
-    "7b": Kind(
-        {
-            "vocab_size": 32000,
-            "hidden_size": 4096,
-            "intermediate_size": 11008,
-            "num_hidden_layers": 32,
-            "num_attention_heads": 32,
-            "num_key_value_heads": 32,
-            "max_position_embeddings": 4096,
-        }
-    ),
-    "tiny": Kind(
-        {
-            "vocab_size": 512,
-            "hidden_size": 64,
-            "intermediate_size": 128,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 4,
-            "max_position_embeddings": 512,
-        },
-        scale=16,
-        most=512,
-    ),
+    "full": {
+        "7B": _kind(32_000, 4096, 11_008, 32, 32, 32, 4096),
+        "8B": _kind(128_256, 4096, 14_336, 32, 32, 8, 8192, 500_000.0),
+        "1.1B": _kind(32_000, 2048, 5632, 22, 32, 4, 2048),
+        "check": CHECKED,
+    },
+    "tiny": {
+        "7B": _kind(512, 64, 128, 2, 4, 4, 512, scale=16, most=512),
+        "8B": _kind(1024, 64, 160, 2, 4, 1, 512, 500_000.0, scale=16, most=512),
+        "1.1B": _kind(512, 32, 96, 2, 4, 1, 512, scale=16, most=512),
+        "check": CHECKED,
+    },
 }
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of a table: who trains, on what, and how.
+    """One line of a table: who, on what, and how.
 
     Attributes:
         name: by which results are kept.
         contender: "ours", "reference", "TRL" or "unsloth".
+        base: one of a shape's `KINDS`.
         window: tokens that the real conversations were split for.
         length: tokens of a row; the window, or a fraction of it for a tiny base.
+        measures: "speed" of training, with its memory; "context", the longest that fits, up to
+            `length` tokens; or "answers".
         dtype: "fastest" on this device, or "float16".
-        kernel: of attention: "any", or "memory-efficient", which every card has.
+        kernel: of attention: "any"; "memory-efficient", which every card has; "cuDNN", or all
+            but it.
         recompute: --gradient_checkpointing.
         targets: linear layers with LoRA matrices.
-        search: find the longest context that fits, up to `length` tokens.
         profiled: see where the time of a step goes.
     """
 
@@ -79,19 +94,47 @@ class Row:
     window: int
     length: int
     batch: int
+    base: str = "7B"
+    measures: str = "speed"
     dtype: str = "fastest"
     kernel: str = "any"
     recompute: str = "auto"
     rank: int = 8
     targets: tuple[str, ...] = ("q_proj", "v_proj")
     optim: str = "adamw_torch"
-    search: bool = False
     profiled: bool = False
 
+    def job(self, fastest: str) -> tuple:
+        """What rows have in common that are measured with one model; `fastest` is a dtype."""
+        dtype = fastest if self.dtype == "fastest" else self.dtype
+        trains, fresh = self.measures != "answers", self.fresh
+        return self.contender, self.base, self.quantization, dtype, trains, fresh, *self.lora
+
     @property
-    def job(self) -> tuple:
-        """What rows have in common that one process measures with one model."""
-        return self.contender, self.quantization, self.dtype, self.rank, self.targets
+    def lora(self) -> tuple:
+        return self.rank, self.targets
+
+    @property
+    def fresh(self) -> bool:
+        """Whether it wants a process in which nothing was computed before.
+
+        A context shares the card with all that libraries have loaded, and cuDNN plans anew for
+        each length that it has not met.
+        """
+        return self.measures == "context" or "cuDNN" in self.kernel
+
+    def is_for(self, capability: list[int] | None) -> bool:
+        """Whether a card of that capability can do this, and does not do it in another row."""
+        if capability is None:
+            return True
+        if self.quantization == "8bit" and tuple(capability) < INT8_CAPABILITY:
+            return False
+        return self.kernel == "any" or tuple(capability) >= AMPERE
+
+    @property
+    def can_be_halved(self) -> bool:
+        """Whether it is tried with fewer rows where it does not fit; ours computes in parts."""
+        return self.contender != "ours" and self.measures == "speed" and self.batch > 1
 
     def halved(self) -> "Row":
         """The same with half as many rows to a micro-batch."""
@@ -107,57 +150,133 @@ class Row:
         return cls(**{**values, "targets": tuple(values["targets"])})
 
 
-def all_rows(kind: Kind) -> list[Row]:
-    """Every row for a base of that kind, of all contenders."""
+def all_rows(kinds: dict[str, Kind]) -> list[Row | str]:
+    """Every row for the bases of a shape, in the order of their turns; `CHECKS` among them."""
+    make = Rows(kinds)
+    return [
+        *make.pair("4bit", LONGEST, profiled=True),
+        *make.pair("8bit", LONGEST, profiled=True),
+        CHECKS,
+        make.command(),
+        *make.against_the_plan(),
+        *make.answers(),
+        *make.pairs("4bit"),
+        *make.pairs("8bit"),
+        *make.old_cards("4bit"),
+        *make.old_cards("8bit"),
+        *make.cudnn(),
+        *make.tiny_llama(),
+        *make.others(),
+        *make.contexts(),
+    ]
 
-    def row(contender: str, quantization: str, window: int, batch: int, more: str = "", **values):
-        name = f"{contender} {PRECISIONS[quantization]} {window:,} × {batch}"
+
+class Rows:
+    """Makes the rows of each part for a shape's bases."""
+
+    def __init__(self, kinds: dict[str, Kind]):
+        self.kinds = kinds
+
+    def row(self, contender, quantization, size, more="", base="7B", **values) -> Row:
+        window, batch = size
+        on = f" {base}" if base != "7B" else ""
+        name = f"{contender}{on} {PRECISIONS[quantization]} {window:,} × {batch}"
         name += f", {more}" if more else ""
-        return Row(name, contender, quantization, window, window // kind.scale, batch, **values)
+        length = window // self.kinds[base].scale
+        return Row(name, contender, quantization, window, length, batch, base, **values)
 
-    def of_lengths(contender: str, quantization: str, lengths=FULL, more: str = "", **values):
-        return [row(contender, quantization, *size, more, **values) for size in lengths]
-
-    def ours(quantization: str) -> list[Row]:
-        *shorter, longest = FULL
+    def pair(self, quantization: str, size: tuple[int, int], *more, **values) -> list[Row]:
+        """Ours beside FastChat's recipe."""
+        recipe = {"dtype": "float16", "recompute": "True"} | values
         return [
-            *of_lengths("ours", quantization, shorter),
-            *of_lengths("ours", quantization, [longest], profiled=True),
+            self.row("ours", quantization, size, *more, **values),
+            self.row("reference", quantization, size, *more, **recipe),
         ]
 
-    def reference(quantization: str) -> list[Row]:
-        return of_lengths("reference", quantization, dtype="float16", recompute="True")
+    def pairs(self, quantization: str) -> list[Row]:
+        """Of the shorter lengths: all of ours, then all of the reference's."""
+        both = [self.pair(quantization, size) for size in SIZES if size != LONGEST]
+        return [pair[which] for which in (0, 1) for pair in both]
 
-    def conservative(quantization: str) -> list[Row]:
+    def command(self) -> Row:
+        return self.row("ours", "8bit", SIZES[0], README, dtype="float16", recompute="True")
+
+    def against_the_plan(self) -> list[Row]:
+        """Settings far apart, whose memory the plan foretells; the command is the fifth."""
+        kept, again = {"recompute": "False"}, {"recompute": "True"}
+        return [
+            self.row("ours", "8bit", (512, 2), "nothing recomputed", **kept),
+            self.row("ours", "8bit", (2048, 8), "all recomputed", **again),
+            self.row("ours", "4bit", (1024, 2), "nothing recomputed", **kept),
+            self.row("ours", "4bit", (2048, 4), "all recomputed", **again),
+        ]
+
+    def old_cards(self, quantization: str) -> list[Row]:
+        """What a T4 or P100 has: fp16, and attention without FlashAttention."""
         old = {"dtype": "float16", "kernel": "memory-efficient"}
-        return of_lengths("ours", quantization, ENDS, "as on a T4 or P100", **old)
+        sizes = SIZES[0], LONGEST
+        return [self.row("ours", quantization, s, "as on a T4 or P100", **old) for s in sizes]
 
-    def context(quantization: str) -> Row:
-        return Row(
-            name=f"longest context, {PRECISIONS[quantization]}",
-            contender="ours",
-            quantization=quantization,
-            window=0,
-            length=kind.most,
-            batch=1,
-            recompute="True",
-            rank=CONTEXT_RANK,
-            targets=("all-linear",),
-            optim="adamw_8bit",
-            search=True,
-        )
+    def cudnn(self) -> list[Row]:
+        kernels = ("cuDNN's attention on", "cuDNN"), ("cuDNN's attention off", "no cuDNN")
+        return [self.row("ours", "4bit", LONGEST, told, kernel=kernel) for told, kernel in kernels]
 
-    command = row("ours", "8bit", *FULL[0], README, dtype="float16", recompute="True")
-    found = [command, *conservative("8bit")]
-    for quantization in PRECISIONS:
-        found += [*ours(quantization), *reference(quantization)]
-    found += [context("4bit"), context("8bit"), *conservative("4bit"), context("none")]
-    for other in OTHERS:
-        found += of_lengths(other, "4bit", ENDS)
-        found += [row(other, quantization, *FULL[-1]) for quantization in ("8bit", "none")]
-    return found
+    def tiny_llama(self) -> list[Row]:
+        """What a public notebook trains on a T4: 2,441 tokens/s in 13.5 GB."""
+        values = {"recompute": "False", "rank": CONTEXT_RANK, "targets": ALL_LINEAR}
+        return self.pair("4bit", (4096, 2), "nothing recomputed", "1.1B", **values)
+
+    def answers(self) -> list[Row]:
+        return [
+            Row(
+                name=f"{contender} {PRECISIONS[quantization]}, answers",
+                contender=contender,
+                quantization=quantization,
+                window=0,
+                length=0,
+                batch=1,
+                measures="answers",
+                dtype="fastest" if contender == "ours" else "float16",
+            )
+            for quantization in ("4bit", "8bit", "none")
+            for contender in ("ours", "reference")
+        ]
+
+    def others(self) -> list[Row]:
+        """Trainers that may be installed beside."""
+        return [
+            self.row(other, quantization, size)
+            for other in OTHERS
+            for quantization, size in (("4bit", SIZES[0]), ("4bit", LONGEST), ("8bit", LONGEST))
+        ]
+
+    def contexts(self) -> list[Row]:
+        return [
+            Row(
+                name=f"longest context, {base} {PRECISIONS[quantization]}",
+                contender="ours",
+                quantization=quantization,
+                window=0,
+                length=self.kinds[base].most,
+                batch=1,
+                base=base,
+                measures="context",
+                recompute="True",
+                rank=CONTEXT_RANK,
+                targets=ALL_LINEAR,
+                optim="adamw_8bit",
+            )
+            for base, quantization in (("8B", "4bit"), ("7B", "4bit"), ("7B", "8bit"))
+        ]
 
 
-def jobs(rows: list[Row]) -> list[list[Row]]:
-    """The rows of each process, in their order."""
-    return [list(group) for _, group in groupby(rows, key=lambda row: row.job)]
+def jobs(rows: list[Row | str], fastest: str) -> list[list[Row] | str]:
+    """What one model is loaded for after the other: rows in their order, and the checks.
+
+    `fastest` is the dtype that the device computes in by itself.
+    """
+
+    def key(row: Row | str):
+        return row if row == CHECKS else row.job(fastest)
+
+    return [CHECKS if key_of == CHECKS else list(group) for key_of, group in groupby(rows, key=key)]

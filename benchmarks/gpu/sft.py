@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import torch
 
-from gpu.contender import ALPHA, DROPOUT, LEARNING_RATE, Clock, Contender
+from gpu.contender import ALPHA, LEARNING_RATE, Clock, Contender
 from gpu.rows import Row
 
 
@@ -13,27 +13,13 @@ class Trl(Contender):
     """TRL with the same LoRA and rows to a step; it pads each batch to its longest row."""
 
     def load(self):
-        from llama_lora.model.base import load_base
-
-        task = self.task
-        base = load_base(task.folder, task.quantization, task.dtype, self.card.device)
-        base.set_attn_implementation("sdpa")  # transformers' own
-        return base
+        return self.plain_base()
 
     def lora(self):
         """What the trainer is to add to the model; None once it is there."""
-        from peft import LoraConfig, PeftModel
+        from peft import PeftModel
 
-        if isinstance(self.model, PeftModel):
-            return None
-        row = self.task.first
-        return LoraConfig(
-            r=row.rank,
-            lora_alpha=ALPHA,
-            lora_dropout=DROPOUT,
-            target_modules=list(row.targets),
-            task_type="CAUSAL_LM",
-        )
+        return None if isinstance(self.model, PeftModel) else self.lora_config()
 
     def tokenizer(self):
         from llama_lora.model.template import load_tokenizer
@@ -45,7 +31,7 @@ class Trl(Contender):
         from transformers import TrainerCallback
         from trl import SFTConfig, SFTTrainer
 
-        pieces, clock = self.pieces(row), Clock(self.card)
+        pieces, clock = self.pieces(row), Clock(self.card, self.task.steps)
 
         class Ticks(TrainerCallback):
             def on_step_end(self, args, state, control, **kwargs):

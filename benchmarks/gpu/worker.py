@@ -1,37 +1,70 @@
-"""A process of gpu_16gb.py: measures what its argument says, and prints findings as JSON."""
+"""A process of gpu_16gb.py: answers requests on stdin with findings as JSON on stdout."""
 
+import gc
 import json
 import sys
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from gpu.reasons import first_line
 from gpu.rows import KINDS, Row
 
-PACKAGES = "torch", "transformers", "peft", "bitsandbytes", "trl", "unsloth"
+PACKAGES = "torch", "transformers", "peft", "bitsandbytes", "accelerate", "trl", "unsloth"
 MARK = "gpu_16gb "  # what a line of findings begins with, among whatever libraries print
 
 
 def main() -> None:
-    for findings in work(json.loads(sys.argv[1])):
-        print(MARK + json.dumps(findings), flush=True)
+    """Each request is a line; at the end of its findings is told how many bytes are still held."""
+    from llama_lora.train.allocator import expect_all_sizes
+
+    expect_all_sizes()
+    for line in sys.stdin:
+        try:
+            for findings in answer(json.loads(line)):
+                tell(findings)
+        except Exception as error:
+            tell({"failed": first_line(error)})
+            raise
+        tell({"held": held()})
 
 
-def work(request: dict) -> Iterator[dict]:
-    """What is asked for: the device, or some rows.
+def tell(findings: dict) -> None:
+    """On a line of its own, whatever a library has printed before."""
+    print(f"\n{MARK}{json.dumps(findings)}", flush=True)
+
+
+def answer(request: dict) -> Iterator[dict]:
+    """What is asked for.
 
     Args:
-        request: `folder` of the base, and its `shape`; for rows also `gib`, `steps` and `rows`.
+        request: `look`: whether all is there, and what the device is; or, with the `cache` for
+            bases and their `shape`, `rates`: how fast it is; `checks`: whether it computes right,
+            but for those that it lists; or `rows`, with the `gib` that they are held to and the
+            `steps` that are timed.
     """
-    if "rows" in request:
-        yield from measure_rows(request)
+    if "look" in request:
+        from gpu import imports
+
+        missing = imports.missing()
+        if missing:
+            yield {"missing": missing}
+        else:
+            scripts = imports.missing_for_scripts()
+            yield {"missing": [], "missing_for_scripts": scripts, "device": device()}
+    elif "rates" in request:
+        yield rates(Path(request["cache"]), request["shape"])
+    elif "checks" in request:
+        from gpu import checks
+
+        yield from checks.outcomes(Path(request["cache"]), request["shape"], request["checks"])
     else:
-        yield {"device": device(Path(request["folder"]), request["shape"])}
+        yield from measure_rows(request)
 
 
 def versions() -> dict[str, str]:
     """Of the packages that trainings are made of."""
-    found = {}
+    found = {"python": sys.version.split()[0]}
     for package in PACKAGES:
         try:
             found[package] = version(package)
@@ -40,41 +73,54 @@ def versions() -> dict[str, str]:
     return found
 
 
+def held() -> int:
+    """Bytes of the card that are still held, when all that was measured is let go of."""
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_initialized():
+        return 0
+    gc.collect()
+    torch._C._cuda_clearCublasWorkspaces()
+    torch._C._host_emptyCache()
+    torch.cuda.empty_cache()
+    return torch.cuda.memory_allocated()
+
+
 # ---- The device ----
 
 
-def device(folder: Path, shape: str) -> dict:
-    """What is here, whether it computes right, and how fast; the base is made, too."""
+def device() -> dict:
+    """What is here."""
     import torch
-    from train_speed import peak_rate
 
-    from gpu import base
     from llama_lora.model.hardware import compute_dtype, dtype_name, present
-    from llama_lora.model.shape import shape_of
-    from llama_lora.train import pace
+    from llama_lora.train import driver
 
-    kind = KINDS[shape]
-    base.make(folder, kind)
-    card, on = present(), "cuda" if torch.cuda.is_available() else "cpu"
+    card = present()
     return {
         "name": card.name,
         "capability": card.capability,
         "memory": card.memory,
         "dtype": dtype_name(compute_dtype()),
         "cuda": torch.version.cuda,
-        "peak_flops": peak_rate(folder, 8192 // kind.scale),
-        "planner_rate": pace.measured_rate(shape_of(folder), compute_dtype(), on),
-        "checks": computations(),
+        "driver": next(iter(driver.ask("driver_version")), None),
     }
 
 
-def computations() -> dict[str, str]:
-    """What check_machine.py tries: a step in each precision, the optimizer, attention's kernels."""
-    from llama_lora.train import machine
+def rates(cache: Path, shape: str) -> dict:
+    """How fast the device computes the products of the first base, which is made."""
+    import torch
+    from products import peak_rate
 
-    pin = version("bitsandbytes")
-    found = [*machine.bases(pin), machine.optimizer(pin), machine.attention()]
-    return {one.what: one.found if one.ok else f"WRONG: {one.found}" for one in found}
+    from gpu import base
+    from llama_lora.model.hardware import compute_dtype
+    from llama_lora.model.shape import shape_of
+    from llama_lora.train import pace
+
+    folder, on = base.made(cache, shape, "7B"), "cuda" if torch.cuda.is_available() else "cpu"
+    return {
+        "peak_flops": peak_rate(folder, 8192 // KINDS[shape]["7B"].scale),
+        "planner_rate": pace.measured_rate(shape_of(folder), compute_dtype(), on),
+    }
 
 
 # ---- Rows ----
@@ -83,44 +129,52 @@ def computations() -> dict[str, str]:
 def measure_rows(request: dict) -> Iterator[dict]:
     """The findings of each row, with what memory the model itself took."""
     rows = [Row.of(values) for values in request["rows"]]
-    contender_class = contender_named(rows[0].contender)
+    first, kind = rows[0], KINDS[request["shape"]][rows[0].base]
+    contender_class = contender_of(first)
     import torch
 
+    from gpu import base
     from gpu.card import SmallCard
     from gpu.contender import Task
 
-    kind = KINDS[request["shape"]]
-    card = SmallCard(request["gib"])
-    task = Task(Path(request["folder"]), kind.scale, request["steps"], rows)
-    try:
-        contender = contender_class(task, card)
-        card.check()
-        loaded = {"loaded": rows[0].job[:4], "checks": contender.checks(), **card.peak()}
-    except torch.OutOfMemoryError as error:
+    folder = base.made(Path(request["cache"]), request["shape"], first.base)
+    with SmallCard(request["gib"]) as card:
+        task = Task(folder, kind.scale, request["steps"], rows)
+        try:
+            contender = contender_class(task, card)
+            card.check()
+        except torch.OutOfMemoryError as error:
+            for row in rows:
+                yield too_large(row, f"while it loads: {error}")
+            return
+        loaded = [first.contender, first.base, first.quantization, first.dtype, first.rank]
+        loaded += ["answers"] * (first.measures == "answers")
+        yield {
+            "loaded": loaded,
+            "checks": contender.checks(),
+            **card.peak(),
+            "versions": versions(),
+        }
         for row in rows:
-            yield too_large(row, f"while it loads: {error}")
-        return
-    yield loaded | {"versions": versions()}
-    for row in rows:
-        yield from attempts(contender, row, card)
+            yield from attempts(contender, row, card)
 
 
-def contender_named(name: str) -> type:
-    if name == "unsloth":
+def contender_of(row: Row) -> type:
+    if row.contender == "unsloth":
         import unsloth  # noqa: F401  # before any library that it patches
-    if name == "ours":
-        from gpu.ours import Ours
-        from llama_lora.train.allocator import expect_all_sizes
 
-        expect_all_sizes()
-        return Ours
-    if name == "reference":
-        from gpu.reference import Reference
+        from gpu.sft import Unsloth as Found
+    elif row.contender == "TRL":
+        from gpu.sft import Trl as Found
+    elif row.measures == "answers":
+        from gpu import answers
 
-        return Reference
-    from gpu.sft import Trl, Unsloth
-
-    return Unsloth if name == "unsloth" else Trl
+        Found = answers.Ours if row.contender == "ours" else answers.Reference
+    elif row.contender == "ours":
+        from gpu.ours import Ours as Found
+    else:
+        from gpu.reference import Reference as Found
+    return Found
 
 
 def attempts(contender, row, card) -> Iterator[dict]:
@@ -130,20 +184,26 @@ def attempts(contender, row, card) -> Iterator[dict]:
 
     while True:
         problem = None
+        yield {"begins": row.as_dict()}
         card.start()
         try:
             for found in contender.measure(row):
                 yield {"row": row.as_dict(), "status": "measured", **found}
         except (RuntimeError, LocalError) as error:
-            if isinstance(error, RuntimeError) and not out_of_memory(error):
+            if isinstance(error, RuntimeError) and not (out_of_memory(error) or of_cuda(error)):
                 raise
             problem = str(error)  # and not the error itself, which holds on to what was computed
         if problem is None:
             return
         yield too_large(row, problem)
-        if row.contender == "ours" or row.batch == 1:
+        if not row.can_be_halved:
             return
         row = row.halved()
+
+
+def of_cuda(error: RuntimeError) -> bool:
+    """Whether CUDA itself lacked memory, for a kernel that it loads or a library."""
+    return "CUDA error: out of memory" in str(error)
 
 
 def too_large(row, problem: str) -> dict:

@@ -10,16 +10,24 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))  # it also runs where this project is not installed yet
 
 
 def parse_args() -> argparse.Namespace:
+    from llama_lora.options import Help, between
+
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n")[0],
         epilog="Exits 0 where training can run, 1 where it cannot.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=Help,
     )
     parser.add_argument(
         "--folder", type=Path, default=Path("."), help="where runs are to be kept: its disk counts"
+    )
+    parser.add_argument(
+        "--seconds",
+        type=between(0, 3600),
+        help="of training a tiny base, ten steps at least (default: 20 on a card, 5 on a CPU)",
     )
     parser.add_argument(
         "--cards", action="store_true", help="print the table of known cards as Markdown, and end"
@@ -31,7 +39,6 @@ def parse_args() -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> int:
-    sys.path.insert(0, str(ROOT))  # it also runs where this project is not installed yet
     from llama_lora.cli import one_line_errors
 
     return one_line_errors(report)(args)
@@ -40,19 +47,32 @@ def main(args: argparse.Namespace) -> int:
 def report(args: argparse.Namespace) -> int:
     """Print what is found, and how to mend it; the exit code."""
     from llama_lora.model.cards import markdown_table
-    from llama_lora.train.machine import examine
+    from llama_lora.train.screen import lines
 
     if args.cards:
         print(markdown_table())
         return 0
     logging.disable(logging.WARNING)  # the findings tell what the libraries would warn of
     findings = []
-    for finding in examine(ROOT / "requirements.txt", args.folder):
+    for finding in try_all(args):
         findings.append(finding)
-        mark = "ok" if finding.ok else "FAIL" if finding.stops else "--"
-        print(f"{mark:4} {finding.what:11} {finding.found}", flush=True)
+        print(f"{finding.mark:4} {finding.what:11} {finding.found}", flush=True)
     tell_remedies(findings)
-    return tell_verdict(findings)
+    told = verdict(findings)
+    print(f"\n{told}\n", *lines(findings, told, ROOT), sep="\n")
+    return int(any(finding.stops for finding in findings))
+
+
+def try_all(args: argparse.Namespace):
+    """The findings; those of a training only where nothing stands against it."""
+    from llama_lora.train.machine import examine, learning
+
+    ready = True
+    for finding in examine(ROOT / "requirements.txt", args.folder):
+        ready = ready and not finding.stops
+        yield finding
+    if ready:
+        yield learning(args.seconds)
 
 
 def tell_remedies(findings) -> None:
@@ -64,16 +84,14 @@ def tell_remedies(findings) -> None:
         print(f"  {finding.what}: {finding.remedy}")
 
 
-def tell_verdict(findings) -> int:
-    """The last line, and the exit code."""
+def verdict(findings) -> str:
+    """Whether training can run, and how."""
     if stopped := [finding.what for finding in findings if finding.stops]:
-        print(f"\nTraining cannot run here yet: {', '.join(stopped)}")
-        return 1
+        return f"Training cannot run here yet: {', '.join(stopped)}"
     from llama_lora.model.hardware import compute_dtype, dtype_name, resolve_quantization
 
     quantization, _ = resolve_quantization("auto")
-    print(f"\nTraining can run here: {quantization} base, {dtype_name(compute_dtype())}")
-    return 0
+    return f"Training can run here: {quantization} base, {dtype_name(compute_dtype())}"
 
 
 if __name__ == "__main__":

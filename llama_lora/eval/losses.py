@@ -13,8 +13,8 @@ from llama_lora.cli import InputError
 from llama_lora.model.template import IGNORE
 from llama_lora.train import loss
 from llama_lora.train.attention import BY_EXAMPLE
-from llama_lora.train.examples import Example, Examples
-from llama_lora.train.packing import MicroBatches, check_isolation, collate
+from llama_lora.train.examples import Examples
+from llama_lora.train.packing import Example, MicroBatches, check_isolation, collate
 
 
 def summed_losses(

@@ -1,11 +1,15 @@
 """What the present device, or a card of the table, can do: base precision and compute dtype."""
 
 import os
+import platform
+from pathlib import Path
 
 from llama_lora.cli import InputError
 from llama_lora.model.cards import CARDS, CPU, Card, like
 
 QUANTIZATIONS = ("auto", "8bit", "4bit", "none")
+# Of a CPU: which of them it has decides on the compute dtype, and on the kernels that run.
+INSTRUCTIONS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
 DTYPE_SWITCH = "LLAMA_LORA_DTYPE"  # an environment variable: float32, bfloat16 or float16
 
 
@@ -35,6 +39,20 @@ def out_of_memory(error: RuntimeError) -> bool:
 def cores() -> int:
     """CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+def processor() -> str:
+    """The CPU's name and those of `INSTRUCTIONS` that it has."""
+    name = _of_cpu("model name") or platform.processor() or platform.machine()
+    found = _of_cpu("flags").split()
+    return " ".join([name, *(f"+{one}" for one in INSTRUCTIONS if one in found)])
+
+
+def _of_cpu(key: str) -> str:
+    """What Linux says of the first core; nothing where it does not."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith(key)), "")
 
 
 def compute_dtype(card: Card | None = None):

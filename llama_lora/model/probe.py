@@ -2,6 +2,7 @@
 
 import warnings
 from collections import OrderedDict
+from contextlib import nullcontext
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -28,12 +29,13 @@ class Wrong(Exception):
     """A computation ran, and its result is not what fp32 gives."""
 
 
-def base_error(quantization: str, dtype: torch.dtype, device: str) -> float:
+def base_error(quantization: str, dtype: torch.dtype, device: str, watch=None) -> float:
     """Train one linear layer with LoRA for one step; how far it is from fp32 on the CPU.
 
     Args:
         quantization: of the frozen weights: "8bit", "4bit" or "none" (`dtype`), as `load_base` has.
         dtype: that the layer computes in.
+        watch: a context around the step itself.
 
     Returns:
         The largest relative error of the output and of the gradients of input, A and B.
@@ -42,8 +44,9 @@ def base_error(quantization: str, dtype: torch.dtype, device: str) -> float:
         Wrong: that is beyond `TOLERANCES`, or a gradient is zero or not finite.
         RuntimeError: no kernel for this on the device.
     """
-    expected = _step(_adapted("none", torch.float32, "cpu"), torch.float32, "cpu")
-    found = _step(_adapted(quantization, dtype, device), dtype, device)
+    exact = torch.float32, "cpu"
+    expected = _step(_adapted("none", *exact), *exact, nullcontext())
+    found = _step(_adapted(quantization, dtype, device), dtype, device, watch or nullcontext())
     return _largest_error(found, expected, TOLERANCES[quantization])
 
 
@@ -96,17 +99,20 @@ def _linear(quantization: str, dtype: torch.dtype) -> torch.nn.Linear:
     return torch.nn.Linear(WIDTH, WIDTH, bias=False, dtype=dtype)
 
 
-def _step(model: torch.nn.Module, dtype: torch.dtype, device: str) -> list[torch.Tensor]:
+def _step(model: torch.nn.Module, dtype: torch.dtype, device: str, watch) -> list[torch.Tensor]:
     """The output, and the gradients of the input and of A and B.
 
     After an evaluation, as in training: what that leaves behind in a layer counts too.
     """
     inputs = _input(1, TOKENS, WIDTH).to(device).requires_grad_()
     mixed = dtype != torch.float32
-    with torch.autocast(device.partition(":")[0], dtype if mixed else None, enabled=mixed):
+    autocast = torch.autocast(device.partition(":")[0], dtype if mixed else None, enabled=mixed)
+    with autocast:
         model.eval()(inputs.detach())
-        output = model.train()(inputs)
-    output.float().square().mean().backward()
+    with watch:
+        with autocast:
+            output = model.train()(inputs)
+        output.float().square().mean().backward()
     return [output.detach(), inputs.grad, *(matrix.grad for matrix in _matrices(model))]
 
 

@@ -14,23 +14,11 @@ from llama_lora.corpus import conversation, files
 from llama_lora.corpus.values import parse
 from llama_lora.model.template import IGNORE, VICUNA_V1_1, Template
 from llama_lora.train import cache
+from llama_lora.train.packing import Example
 
 BATCH_BYTES = 1 << 20  # of conversations tokenized in one call: enough to keep all cores busy
 READ_AT_ONCE = 4096  # examples
 MOST_CUT = 0.05  # of the answer tokens, beyond which truncation has to be asked for
-
-
-@dataclass(frozen=True)
-class Example:
-    """One conversation as the model reads it: int32 ids and labels of the same length.
-
-    `source` is the conversation that it is a piece of, or its own id.
-    """
-
-    id: str
-    source: str
-    ids: np.ndarray
-    labels: np.ndarray
 
 
 class Examples:

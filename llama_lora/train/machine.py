@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
+from llama_lora.cli import InputError
 from llama_lora.model.cards import (
     BLACKWELL,
     GIB,
@@ -30,6 +31,7 @@ from llama_lora.model.hardware import (
     resolve_quantization,
 )
 from llama_lora.text import brief
+from llama_lora.train import allocator, driver
 
 OLDEST_PYTHON = 3, 11
 BUILT_ON_THE_SPOT = {"pyicu", "pycld2"}
@@ -48,6 +50,7 @@ class Finding:
     Attributes:
         remedy: the command or flag that mends it; "" where nothing can or need be.
         stops: whether training cannot run like this.
+        kernels: that ran meanwhile, for those who look after a fault.
     """
 
     what: str
@@ -55,6 +58,12 @@ class Finding:
     ok: bool = True
     remedy: str = ""
     stops: bool = False
+    kernels: str = ""
+
+    @property
+    def mark(self) -> str:
+        """What its line begins with."""
+        return "ok" if self.ok else "FAIL" if self.stops else "--"
 
 
 def examine(requirements: Path, folder: Path) -> Iterator[Finding]:
@@ -70,6 +79,7 @@ def examine(requirements: Path, folder: Path) -> Iterator[Finding]:
     if find_spec("torch") is None:
         yield Finding("torch", "not installed", False, setup_command(), stops=True)
         return
+    allocator.expect_all_sizes()  # as training has it, before the first block is allocated
     found = [*devices(pins["torch"]), imports("training", TRAINING, INSTALL_ALL, stops=True)]
     yield from found
     if any(finding.stops for finding in found):
@@ -96,13 +106,13 @@ def python() -> Finding:
 def packages(pins: dict[str, str]) -> Finding:
     """The installed versions against the pinned ones; torch's is told with the device."""
     named = [name for name in pins if name != "torch"]
-    wrong = [name for name in named if _version(name).partition("+")[0] != pins[name]]
+    wrong = [name for name in named if installed(name).partition("+")[0] != pins[name]]
     told = [f"{len(named) - len(wrong)} of {len(named)} as pinned"]
     if len(wrong) > len(named) / 2:
         return Finding("packages", told[0], False, setup_command())
-    told += [f"{name} {_version(name) or 'missing'}, pinned {pins[name]}" for name in wrong]
+    told += [f"{name} {installed(name) or 'missing'}, pinned {pins[name]}" for name in wrong]
     wanted = [f"{name}=={pins[name]}" for name in wrong]
-    if not _version("llama-lora"):
+    if not installed("llama-lora"):
         told.append("this project missing")
         wanted.append("-e .")
     remedy = f"pip install {' '.join(wanted)}" if wanted else ""
@@ -132,14 +142,14 @@ def devices(pin: str) -> list[Finding]:
             count, built_for = torch.cuda.device_count(), torch.cuda.get_arch_list()
             cards = [_card(index, torch.__version__, built_for, pin) for index in range(count)]
             return [_driver(torch.version.cuda), *cards]
-        if known := _known_to_driver():
+        if known := driver.first_card():
             return [card_out_of_reach(known, torch.__version__, torch.version.cuda, pin)]
         kind = torch.backends.cpu.get_cpu_capability()
     return [_computes(f"CPU with {kind}, no card", None, torch.__version__, pin)]
 
 
 def _driver(cuda: str) -> Finding:
-    versions = _nvidia_smi("driver_version") or ["version unknown, no nvidia-smi"]
+    versions = driver.ask("driver_version") or ["version unknown, no nvidia-smi"]
     return Finding("driver", f"NVIDIA {versions[0]}; torch is built for CUDA {cuda}")
 
 
@@ -205,7 +215,7 @@ def torch_command(pin: str, capability: tuple[int, int] | None, oldest_cuda: boo
 
 def setup_command() -> str:
     """The command that installs everything, with the build of torch that the card here needs."""
-    known = _known_to_driver()
+    known = driver.first_card()
     build = known and Card(*known, None, None).torch_build
     index = f"PIP_EXTRA_INDEX_URL={TORCH_INDEX}{build} " if build else ""
     return f"{index}make setup && source .venv/bin/activate"
@@ -213,7 +223,7 @@ def setup_command() -> str:
 
 def bases(pin: str) -> Iterator[Finding]:
     """A step of training on a layer in each precision that `--quantization` knows."""
-    from llama_lora.model import probe
+    from llama_lora.model import kernels, probe
 
     card, dtype = present(), compute_dtype()
     device = "cpu" if card.capability is None else "cuda"
@@ -224,8 +234,9 @@ def bases(pin: str) -> Iterator[Finding]:
             found = f"needs compute capability {wanted}; --quantization auto takes 4bit here"
             yield Finding(what, found, False)
             continue
+        operators = kernels.Operators()
         try:
-            error = probe.base_error(quantization, dtype, device)
+            error = probe.base_error(quantization, dtype, device, operators)
         except (RuntimeError, ImportError, probe.Wrong) as fault:
             remedy = f"pip install --force-reinstall --no-deps bitsandbytes=={pin}"
             stops = quantization in (default, "none")
@@ -233,7 +244,8 @@ def bases(pin: str) -> Iterator[Finding]:
             continue
         allowed = probe.TOLERANCES[quantization]
         found = f"trains in {dtype_name(dtype)}, {error:.2%} from fp32 (at most {allowed:.0%})"
-        yield Finding(what, found)
+        ran = "" if quantization == "none" else kernels.bitsandbytes(operators.names)
+        yield Finding(what, found, kernels=ran)
 
 
 def optimizer(pin: str) -> Finding:
@@ -270,6 +282,25 @@ def attention() -> Finding:
     return Finding("attention", "; ".join(parts), ok, stops=not right)
 
 
+def learning(seconds: float | None, learning_rate: float | None = None) -> Finding:
+    """A training of some seconds, and whether its loss fell.
+
+    Args:
+        seconds, learning_rate: see `short_training.train`.
+    """
+    from llama_lora.train import short_training
+
+    try:
+        course = short_training.train(seconds, learning_rate)
+    except (RuntimeError, ImportError, InputError) as fault:
+        why = brief(fault).partition("; ")[0]  # what follows is advice for a longer one
+        return Finding("learning", f"WRONG: {why}", False, stops=True)
+    if course.learned:
+        return Finding("learning", str(course))
+    fall = f"expected the loss to fall by {short_training.LEAST_FALL:.0%}"
+    return Finding("learning", f"WRONG: {fall}; {course}", False, stops=True)
+
+
 def imports(what: str, modules: tuple[str, ...], remedy: str, stops: bool = False) -> Finding:
     """Whether the modules can be imported, with the libraries that they are built on."""
     for module in modules:
@@ -287,7 +318,7 @@ def deepspeed(pin: str) -> Finding:
     if not found.ok:
         return found
     if launcher := shutil.which("deepspeed"):
-        return Finding("deepspeed", f"{_version('deepspeed')}, launcher {launcher}")
+        return Finding("deepspeed", f"{installed('deepspeed')}, launcher {launcher}")
     beside = Path(sys.executable).parent
     if (beside / "deepspeed").exists():
         remedy = f"source {beside / 'activate'}"
@@ -318,29 +349,12 @@ def _pins(requirements: Path) -> dict[str, str]:
     return dict(line.split("==") for line in lines if "==" in line)
 
 
-def _version(name: str) -> str:
-    """The installed version, "" if it is not."""
+def installed(name: str) -> str:
+    """The version of a package, "" where it is not installed."""
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
         return ""
-
-
-def _known_to_driver() -> tuple[str, tuple[int, int]] | None:
-    """Name and capability of the first card that the NVIDIA driver has; None: none, or hidden."""
-    if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
-        return None
-    names, numbers = _nvidia_smi("name"), _nvidia_smi("compute_cap")
-    return (names[0], tuple(map(int, numbers[0].split(".")))) if names and numbers else None
-
-
-def _nvidia_smi(field: str) -> list[str]:
-    """What the driver says of each card; nothing where there is no driver."""
-    if shutil.which("nvidia-smi") is None:
-        return []
-    query = ["nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader"]
-    done = subprocess.run(query, capture_output=True, text=True)
-    return done.stdout.splitlines() if done.returncode == 0 else []
 
 
 def _as_root(install: str) -> str:

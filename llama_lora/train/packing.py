@@ -1,6 +1,7 @@
 """Micro-batches of whole examples with no padding: what is computed is what is learned from."""
 
 import random
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -10,9 +11,21 @@ from llama_lora.cli import InputError
 from llama_lora.model.template import IGNORE
 from llama_lora.train import trial
 from llama_lora.train.bins import best_fit_decreasing
-from llama_lora.train.examples import Example
 
 EPOCH_STRIDE = 1_000_003  # so that neighbouring seeds do not share epochs
+
+
+@dataclass(frozen=True)
+class Example:
+    """One conversation as the model reads it: int32 ids and labels of the same length.
+
+    `source` is the conversation that it is a piece of, or its own id.
+    """
+
+    id: str
+    source: str
+    ids: np.ndarray
+    labels: np.ndarray
 
 
 class MicroBatches(torch.utils.data.Dataset):
