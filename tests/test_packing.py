@@ -151,6 +151,36 @@ def test_isolation_holds(model):
     check_isolation(model)
 
 
+def test_rounding_is_no_leak(model):
+    """In 16 bits a row of another shape may come out far from the same examples elsewhere."""
+    forward = model.forward
+
+    def rounding(input_ids, **rest):
+        output = forward(input_ids=input_ids, **rest)
+        torch.manual_seed(input_ids.shape[1])
+        output.logits += 0.1 * output.logits.std() * torch.randn_like(output.logits)
+        return output
+
+    model.forward = rounding
+    check_isolation(model)
+    del model.forward
+
+
+def test_a_model_whose_positions_do_not_restart_is_refused(model):
+    forward = model.forward
+    table = 10 * torch.randn(64, model.config.vocab_size)  # learned, as GPT-2's are
+
+    def by_place(input_ids, position_ids=None, **rest):
+        output = forward(input_ids=input_ids, **rest)
+        output.logits = output.logits + table[: input_ids.shape[1]]
+        return output
+
+    model.forward = by_place
+    with pytest.raises(InputError, match="as if each were alone"):
+        check_isolation(model)
+    del model.forward
+
+
 def test_a_model_that_attends_across_examples_is_refused(plain_model):
     """As transformers' own attention does once a mask of ones is given."""
     forward = plain_model.forward

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from bitsandbytes.nn import Linear8bitLt
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from llama_lora.cli import InputError
@@ -145,18 +146,33 @@ def check_isolation(model) -> None:
     was_training = model.training
     model.eval()
     vocabulary = model.get_input_embeddings().weight.shape[0]
-    ids = torch.arange(1, 25, device=model.device)[None] % vocabulary
-    positions = torch.arange(12, device=model.device).repeat(2)[None]
+    first, other, last = (torch.arange(1, 37, device=model.device) % vocabulary).split(12)
+    packing = {"position_ids": torch.arange(12, device=model.device).repeat(2)[None]}
+    packing["example_lengths"] = [12, 12]
 
-    def logits(ids, **kwargs):
+    def logits(*examples, **kwargs):
+        ids = torch.cat(examples)[None]
         return model(input_ids=ids, use_cache=False, **kwargs).logits[0, -12:]
 
-    packed = logits(ids, position_ids=positions, example_lengths=[12, 12])
-    alone, attending = logits(ids[:, 12:]), logits(ids)
+    # Of rows of one shape, since kernels for another round differently, and by much in 16 bits.
+    packed = logits(first, last, **packing)
+    leaked = _largest(packed - logits(other, last, **packing))
+    apart = _largest(logits(first, last) - logits(other, last))
+    misplaced = _largest(packed - logits(last))
     model.train(was_training)
-    leaked, apart = (packed - alone).abs().max().item(), (attending - alone).abs().max().item()
-    if not leaked <= apart / 10:  # so that NaN fails, too
+    # LLM.int8 looks for outliers over all rows of a call, which is a leak of its own.
+    int8 = any(isinstance(module, Linear8bitLt) for module in model.modules())
+    if not leaked <= apart / (2 if int8 else 10):  # so that NaN fails, too
         raise InputError(
             f"packed examples are not kept apart in this model: its logits change by {leaked:.3g} "
             f"with what comes before, and by {apart:.3g} where all is attended"
         )
+    if not misplaced <= apart / 2:
+        raise InputError(
+            "packed examples are not computed as if each were alone in this model: its logits "
+            f"change by {misplaced:.3g}, and by {apart:.3g} with what comes before"
+        )
+
+
+def _largest(differences: torch.Tensor) -> float:
+    return differences.abs().max().item()
