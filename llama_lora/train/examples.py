@@ -213,7 +213,7 @@ def _conversations(path: str) -> Iterator[tuple[int, dict]]:
                 keys = conversation.piece_keys_of(item, turns)
                 yield len(record.raw), {**item, "conversations": turns, **keys}
             except (conversation.Rejected, ValueError) as error:
-                reason = " ".join(str(part) for part in error.args)
+                reason = " ".join(filter(None, map(str, error.args)))
                 raise InputError(
                     f"{path}: conversation {record.index} (byte {record.offset}): {reason}; "
                     "clean the file with fastchat/data/clean_sharegpt.py first"
