@@ -517,11 +517,18 @@ def test_what_a_worker_started_ends_with_it(worker, tmp_path):
         time.sleep(600)
         """
     )
-    (found,) = asking.ask({"a": 1}, seconds=3)
-    assert asking.timed_out
-    assert asking.problem() == "no time was left for it"
+    answers = asking.ask({"a": 1})
+    found = next(answers)
+    answers.close()
     state = Path(f"/proc/{found['child']}/stat")
     assert not state.exists() or state.read_text().split()[2] == "Z"
+
+
+def test_a_worker_is_cut_off_in_time(worker):
+    asking = worker("import time; time.sleep(600)")
+    assert list(asking.ask({"a": 1}, seconds=0.5)) == []
+    assert asking.timed_out
+    assert asking.problem() == "no time was left for it"
 
 
 def test_a_worker_that_dies_loses_the_row_that_it_had_begun(benchmark, results, worker):
