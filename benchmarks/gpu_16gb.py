@@ -13,7 +13,6 @@ import re
 import shlex
 import sys
 import time
-from collections import defaultdict
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -74,9 +73,8 @@ class Workers:
     """One for all contenders but unsloth, whose pins, and patches, are its own; one at a time."""
 
     def __init__(self, args: argparse.Namespace, deadline: float):
-        pythons = defaultdict(lambda: sys.executable, unsloth=args.unsloth)
         self.workers = {
-            name: Worker(args.cache / f"{name}.log", deadline, pythons[name])
+            name: Worker(args.cache / f"{name}.log", deadline, python_of(name, args))
             for name in ("worker", "unsloth")
         }
 
@@ -128,8 +126,11 @@ def request(args: argparse.Namespace, **what) -> dict:
 
 def absent(args: argparse.Namespace) -> list[str]:
     """The contenders that are not installed."""
-    pythons = defaultdict(lambda: sys.executable, unsloth=args.unsloth)
-    return [name for name, module in OTHERS.items() if not has(pythons[name], module)]
+    return [name for name, module in OTHERS.items() if not has(python_of(name, args), module)]
+
+
+def python_of(contender: str, args: argparse.Namespace) -> str:
+    return args.unsloth if contender == "unsloth" else sys.executable
 
 
 def check(worker: Worker, results: Results, args: argparse.Namespace) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from gpu.rows import KINDS, Kind
+from llama_lora.model.folder import without_values
 
 SIZES = "sizes.json"  # what it was made with; written last
 STD = 0.02  # of Llama's own initialization, with which fp16 stays finite
@@ -27,16 +28,15 @@ def make(folder: Path, kind: Kind) -> None:
     A few channels of the norms are large, as the outlier features that Dettmers et al. 2022 found
     in trained models of this size: int8 kernels compute those apart, which takes time.
     """
-    from transformers import AutoModelForCausalLM, LlamaConfig
+    from transformers import LlamaConfig
 
     if _is_there(folder, kind):
         return
     folder.mkdir(parents=True, exist_ok=True)
     (folder / SIZES).unlink(missing_ok=True)
     config = LlamaConfig(**kind.config, pad_token_id=0, tie_word_embeddings=False)
-    with torch.device("meta"):
-        sizes = AutoModelForCausalLM.from_config(config, trust_remote_code=False).state_dict()
-    _write_shards(folder, {name: tensor.shape for name, tensor in sizes.items()})
+    tensors = without_values(config).state_dict()
+    _write_shards(folder, {name: tensor.shape for name, tensor in tensors.items()})
     _tokenizer(kind.config["vocab_size"]).save_pretrained(folder)
     config.architectures, config.dtype = ["LlamaForCausalLM"], "float16"
     config.save_pretrained(folder)

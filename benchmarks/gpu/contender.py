@@ -94,7 +94,7 @@ class Contender:
         base.set_attn_implementation("sdpa")
         return base
 
-    def lora_config(self, dropout: float = DROPOUT):
+    def lora_config(self):
         """For peft, which knows "all-linear" as one word."""
         from peft import LoraConfig
 
@@ -103,7 +103,7 @@ class Contender:
             r=row.rank,
             lora_alpha=ALPHA,
             target_modules=row.targets[0] if row.targets == ALL_LINEAR else list(row.targets),
-            lora_dropout=dropout,
+            lora_dropout=DROPOUT,
             bias="none",
             task_type="CAUSAL_LM",
         )

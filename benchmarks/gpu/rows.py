@@ -108,11 +108,8 @@ class Row:
         """What rows have in common that are measured with one model; `fastest` is a dtype."""
         dtype = fastest if self.dtype == "fastest" else self.dtype
         trains, fresh = self.measures != "answers", self.fresh
-        return self.contender, self.base, self.quantization, dtype, trains, fresh, *self.lora
-
-    @property
-    def lora(self) -> tuple:
-        return self.rank, self.targets
+        model = self.contender, self.base, self.quantization, dtype, self.rank, self.targets
+        return *model, trains, fresh
 
     @property
     def fresh(self) -> bool:

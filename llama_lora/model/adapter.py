@@ -35,7 +35,7 @@ def attach(model, r: int, alpha: int, dropout: float, target_modules: list[str],
     """
     from peft import LoraConfig, get_peft_model
 
-    if kinds.get("use_dora") and model.device.type == "cpu" and _is_int8(model):
+    if kinds.get("use_dora") and model.device.type == "cpu" and is_int8(model):
         # peft reads the weights for DoRA and, on a CPU, moves them, which loses their scales.
         raise InputError("--use_dora: not with an 8-bit base on a CPU; use --quantization 4bit")
     config = LoraConfig(
@@ -331,5 +331,6 @@ def _targets(model, wanted: list[str]) -> list[str]:
     return wanted
 
 
-def _is_int8(model) -> bool:
+def is_int8(model) -> bool:
+    """Whether the base of `model` was loaded in 8 bits."""
     return getattr(model, "is_loaded_in_8bit", False)

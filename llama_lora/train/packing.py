@@ -5,10 +5,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from bitsandbytes.nn import Linear8bitLt
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from llama_lora.cli import InputError
+from llama_lora.model.adapter import is_int8
 from llama_lora.model.template import IGNORE
 from llama_lora.train import trial
 from llama_lora.train.bins import best_fit_decreasing
@@ -161,8 +161,7 @@ def check_isolation(model) -> None:
     misplaced = _largest(packed - logits(last))
     model.train(was_training)
     # LLM.int8 looks for outliers over all rows of a call, which is a leak of its own.
-    int8 = any(isinstance(module, Linear8bitLt) for module in model.modules())
-    if not leaked <= apart / (2 if int8 else 10):  # so that NaN fails, too
+    if not leaked <= apart / (2 if is_int8(model) else 10):  # so that NaN fails, too
         raise InputError(
             f"packed examples are not kept apart in this model: its logits change by {leaked:.3g} "
             f"with what comes before, and by {apart:.3g} where all is attended"
