@@ -17,7 +17,7 @@ def benchmark():
 
 
 @pytest.fixture(scope="module")
-def base(benchmark, tmp_path_factory):
+def made_base(benchmark, tmp_path_factory):
     return benchmark("gpu.base").made(tmp_path_factory.mktemp("gpu"), "tiny", "7B")
 
 

@@ -14,31 +14,31 @@ RANDOM_LOSS = 6.24  # ln 512: of words that are all as likely
 
 
 @pytest.fixture
-def work(benchmark, base):
+def work(benchmark, made_base):
     """Measure rows as a worker does, in this process."""
     rows = benchmark("gpu.rows")
 
     def run(*names: str, gib: float = 16) -> list[dict]:
         every = named(rows)
-        request = {"cache": str(base.parents[1]), "shape": "tiny", "gib": gib, "steps": STEPS}
+        request = {"cache": str(made_base.parents[1]), "shape": "tiny", "gib": gib, "steps": STEPS}
         request["rows"] = [every[name].as_dict() for name in names]
         return [found for found in benchmark("gpu.worker").answer(request) if "begins" not in found]
 
     return run
 
 
-def test_a_made_base_is_one_that_the_project_loads(base):
+def test_a_made_base_is_one_that_the_project_loads(made_base):
     from llama_lora.model.base import load_base
     from llama_lora.model.shape import shape_of
     from llama_lora.model.template import load_tokenizer
 
-    model = load_base(base)
-    assert sum(p.numel() for p in model.parameters()) == shape_of(base).parameters
+    model = load_base(made_base)
+    assert sum(p.numel() for p in model.parameters()) == shape_of(made_base).parameters
     assert all(p.isfinite().all() and p.any() for p in model.parameters())
-    assert len(load_tokenizer(base)) == model.config.vocab_size
+    assert len(load_tokenizer(made_base)) == model.config.vocab_size
 
 
-def test_a_made_base_is_made_anew_for_other_sizes(benchmark, base, tmp_path):
+def test_a_made_base_is_made_anew_for_other_sizes(benchmark, made_base, tmp_path):
     make, kind = benchmark("gpu.base").make, benchmark("gpu.rows").KINDS["tiny"]["7B"]
     folder = tmp_path / "base"
     make(folder, kind)
@@ -268,9 +268,9 @@ def test_the_page_is_that_of_the_results(benchmark):
     assert (ROOT / "docs/gpu.md").read_text() == benchmark("gpu.page").page(found)
 
 
-def test_a_device_that_computes_wrong_is_told(benchmark, base, monkeypatch):
+def test_a_device_that_computes_wrong_is_told(benchmark, made_base, monkeypatch):
     checks = benchmark("gpu.checks")
-    folder = benchmark("gpu.base").made(base.parents[1], "tiny", "check")
+    folder = benchmark("gpu.base").made(made_base.parents[1], "tiny", "check")
     assert checks.packed_beside_apart(folder, "none").startswith("right")
     assert checks.attention_beside_eager(folder).startswith("right")
     assert checks.lack_of_memory(folder).startswith("right")
