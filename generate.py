@@ -15,7 +15,7 @@ from pathlib import Path
 
 from llama_lora.chat.console import COMMANDS, Console, show
 from llama_lora.cli import one_line_errors
-from llama_lora.model.hardware import QUANTIZATIONS
+from llama_lora.hardware.device import QUANTIZATIONS
 from llama_lora.options import Help, batch_size, between, flag
 
 PROMPTS_HELP = (

@@ -25,7 +25,7 @@ def parse_args() -> argparse.Namespace:
 def main(args: argparse.Namespace) -> None:
     from transformers import LlamaConfig
 
-    from llama_lora.model.shape import shape_of
+    from llama_lora.model.folder.shape import shape_of
 
     args.cache.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
@@ -51,7 +51,7 @@ def main(args: argparse.Namespace) -> None:
 def load(chats: Path, length: int, args: argparse.Namespace):
     """Real chats as examples of at most `length` tokens."""
     from llama_lora.model.template import Template, load_tokenizer
-    from llama_lora.train.examples import load_examples
+    from llama_lora.train.data.examples import load_examples
 
     pieces = runs.pieces(chats, args.base, length, args.cache)
     path = runs.write(pieces, args.cache / f"plans-{length}.json")
@@ -60,10 +60,10 @@ def load(chats: Path, length: int, args: argparse.Namespace):
 
 def row(shape, examples, length: int, card: str) -> dict:
     """What training with the default flags takes on a card, its batch computed as it fits."""
-    from llama_lora.model.hardware import resolve_quantization
-    from llama_lora.train import forecast
+    from llama_lora.hardware.device import resolve_quantization
     from llama_lora.train.arguments import LoraArguments
-    from llama_lora.train.packing import MicroBatches
+    from llama_lora.train.data.packing import MicroBatches
+    from llama_lora.train.plan import forecast
 
     found, _ = forecast.cards_named(card)
     quantization, _ = resolve_quantization("auto", found)

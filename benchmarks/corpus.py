@@ -24,7 +24,7 @@ from measured_command import Cost, measured
 from pages import ROOT, table
 from training_runs import PACKAGE, package, stage
 
-from llama_lora.model.hardware import cores
+from llama_lora.hardware.device import cores
 
 OURS = ROOT / "fastchat/data"
 REFERENCE = Path(importlib.util.find_spec("fastchat").origin).parent / "data"

@@ -14,11 +14,11 @@ from collections.abc import Callable, Iterator
 from itertools import chain, islice
 from pathlib import Path
 
-from llama_lora.corpus import files, formats
-from llama_lora.corpus.language import Filter, language_of
-from llama_lora.corpus.markdown import is_chatgpt_html, to_markdown
-from llama_lora.corpus.prose import prose
-from llama_lora.corpus.values import parse
+from llama_lora.corpus.clean.markdown import is_chatgpt_html, to_markdown
+from llama_lora.corpus.language.filter import Filter, language_of
+from llama_lora.corpus.language.prose import prose
+from llama_lora.corpus.records import files, formats
+from llama_lora.corpus.records.values import parse
 
 sys.path.insert(0, str(Path(__file__).parent))  # a test loads this file by its path
 import pages
@@ -58,9 +58,9 @@ def sections(cache: Path) -> Iterator[str]:
         "polyglot's detector (CLD2) compares runs of four letters. Of a text of over 100 "
         "characters its reliable answer stands; of a shorter one it is asked again with hints at "
         "the languages that chats are mostly in, and the common words of a language and the "
-        "letters that it has not count along (`llama_lora/corpus/detector.py`). Chinese is told "
-        "to be simplified or traditional by its characters. Code, addresses and formulas are set "
-        "aside; code that no fence marks is not, and counts as the Latin text that it is."
+        "letters that it has not count along (`llama_lora/corpus/language/detector.py`). Chinese "
+        "is told to be simplified or traditional by its characters. Code, addresses and formulas are "
+        "set aside; code that no fence marks is not, and counts as the Latin text that it is."
     )
     yield (
         "Below, windows of 200 and of 40 characters are cut at word boundaries from the shipped "

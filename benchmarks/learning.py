@@ -62,7 +62,7 @@ def prepare(args: argparse.Namespace) -> tuple[Path, list[dict]]:
 def fill_token_cache(path: Path, args: argparse.Namespace) -> None:
     """Tokenize for ours beforehand, so that its probe and its run start in the same time."""
     from llama_lora.model.template import Template, load_tokenizer
-    from llama_lora.train.examples import load_examples
+    from llama_lora.train.data.examples import load_examples
 
     load_examples(str(path), Template(load_tokenizer(args.base)), args.length)
 

@@ -55,7 +55,7 @@ def llama(args: argparse.Namespace, device: str):
 
     from llama_lora.model import adapter
     from llama_lora.model.base import load_base
-    from llama_lora.train import attention, loss
+    from llama_lora.train.compute import attention, loss
 
     set_seed(0)
     config = LlamaConfig(
@@ -81,7 +81,7 @@ def llama(args: argparse.Namespace, device: str):
 
 
 def row(args: argparse.Namespace, model, name: str, mode: tuple) -> dict:
-    from llama_lora.train import recompute
+    from llama_lora.train.memory import recompute
 
     wanted, offload, tiles = mode
     tiles = tiles or args.tiles
@@ -109,7 +109,7 @@ def measured(model, tokens: int) -> int:
     """Bytes held at most in a step."""
     import torch
 
-    from llama_lora.train.recompute import LiveBytes
+    from llama_lora.train.memory.recompute import LiveBytes
 
     if model.device.type == "cuda":
         step(model, tokens)
@@ -125,8 +125,8 @@ def measured(model, tokens: int) -> int:
 
 
 def foretold(args, model, recomputed: bool, offloaded: bool, tiles: int) -> float:
-    from llama_lora.train import footprint
-    from llama_lora.train.offload import ON_THE_WAY
+    from llama_lora.train.memory.offload import ON_THE_WAY
+    from llama_lora.train.plan import footprint
 
     config, size = model.get_base_model().config, model.dtype.itemsize
     on_card = model.device.type == "cuda"
@@ -148,14 +148,14 @@ def meaning(args: argparse.Namespace) -> str:
 dropout {args.dropout:g}.
 
 One step on a conversation of {args.tokens:,} tokens: what it holds at most besides the
-weights, and what the formulae of `llama_lora/train/footprint.py` say."""
+weights, and what the formulae of `llama_lora/train/plan/footprint.py` say."""
 
 
 def at_7b() -> list[dict]:
     """What the formulae say of a layer of LLaMA-7B, by dropout."""
     from transformers import LlamaConfig
 
-    from llama_lora.train import footprint
+    from llama_lora.train.plan import footprint
 
     llama = LlamaConfig()  # LLaMA-7B's sizes by default
 

@@ -3,7 +3,7 @@
 import datetime
 import os
 
-from llama_lora.model.hardware import compute_dtype, dtype_name, processor
+from llama_lora.hardware.device import compute_dtype, dtype_name, processor
 
 
 def machine() -> str:

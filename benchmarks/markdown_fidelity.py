@@ -26,7 +26,7 @@ from chatgpt_vintages import VINTAGES, chatgpt_html, renderer
 from machine import machine
 from pages import ROOT
 
-from llama_lora.corpus.markdown import to_markdown
+from llama_lora.corpus.clean.markdown import to_markdown
 
 FORMULAS = Path(__file__).with_name("formulas.txt")
 SPECIFICATION = "markdown-it-py==4.3.0"

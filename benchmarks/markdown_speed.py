@@ -23,9 +23,9 @@ from markdown_fidelity import fschat_cleaning
 from pages import ROOT
 from training_runs import package
 
-from llama_lora.corpus import files
-from llama_lora.corpus.clean import Cleaner, blocked_phrases
-from llama_lora.corpus.conversation import Rejected
+from llama_lora.corpus.clean.clean import Cleaner, blocked_phrases
+from llama_lora.corpus.records import files
+from llama_lora.corpus.records.conversation import Rejected
 
 SIDES = "this project", "fschat"
 

@@ -10,7 +10,7 @@ def peak_rate(base: Path, tokens: int) -> float:
     """FLOP/s of the fastest of the model's own matrix products, in the dtype it trains in."""
     import torch
 
-    from llama_lora.model.hardware import compute_dtype
+    from llama_lora.hardware.device import compute_dtype
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     config = json.loads((base / "config.json").read_text())

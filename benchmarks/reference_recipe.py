@@ -136,7 +136,7 @@ def training_arguments(args: argparse.Namespace):
 
 def precision() -> dict[str, bool]:
     """The Trainer's flags for this machine's fastest dtype."""
-    from llama_lora.model.hardware import compute_dtype
+    from llama_lora.hardware.device import compute_dtype
 
     return {
         "fp16": compute_dtype() == torch.float16,

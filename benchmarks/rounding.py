@@ -16,7 +16,7 @@ import pages
 import training_runs as runs
 from pages import ROOT
 
-from llama_lora.train.screen import HEADING
+from llama_lora.check_machine.screen import HEADING
 
 CHECK = ROOT / "fastchat/train/check_machine.py"
 RANK = 16
@@ -93,8 +93,8 @@ def loaded(base: Path, quantization: str):
     """The base; in fp32 where it is not quantized, else as it is trained here."""
     import torch
 
+    from llama_lora.hardware.device import compute_dtype
     from llama_lora.model.base import load_base
-    from llama_lora.model.hardware import compute_dtype
 
     dtype = torch.float32 if quantization == "none" else compute_dtype()
     return load_base(base, quantization, dtype, device()).requires_grad_(False)

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import orjson
 
-from llama_lora.corpus.conversation import GPT
+from llama_lora.corpus.records.conversation import GPT
 from llama_lora.model.template import IGNORE, Template, load_tokenizer
 
 BATCH = 500

@@ -8,7 +8,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from llama_lora.model import adapter
 from llama_lora.model.base import load_base
-from llama_lora.train import attention, loss
+from llama_lora.train.compute import attention, loss
 
 
 def adapted_llama(

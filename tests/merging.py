@@ -9,7 +9,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from llama_lora.model import adapter
-from llama_lora.model.folder import load_config
+from llama_lora.model.folder.config import load_config
 from llama_lora.model.template import Template, load_tokenizer
 
 SCRIPT = ROOT / "fastchat/model/merge_lora.py"

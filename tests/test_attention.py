@@ -6,9 +6,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.integrations import sdpa_attention
 
 from llama_lora.cli import InputError
+from llama_lora.hardware.cards import CARDS, CPU
 from llama_lora.model import base
 from llama_lora.model.attention import UNGROUPED, attend, implementation
-from llama_lora.model.cards import CARDS, CPU
 
 
 @pytest.fixture(scope="module", params=[1, 2, 4], ids="{}_key_heads".format)

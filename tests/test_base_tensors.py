@@ -16,11 +16,12 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from llama_lora.chat.adapters import load
 from llama_lora.cli import InputError
-from llama_lora.model import adapter, base_values
+from llama_lora.hardware.device import dtype_name
+from llama_lora.model import adapter
 from llama_lora.model.base import load_base
-from llama_lora.model.folder import load_config
-from llama_lora.model.hardware import dtype_name
-from llama_lora.model.shape import shape_of
+from llama_lora.model.folder import base_values
+from llama_lora.model.folder.config import load_config
+from llama_lora.model.folder.shape import shape_of
 from llama_lora.weights.hf_weights import FolderWeights
 from llama_lora.weights.merge import merge
 

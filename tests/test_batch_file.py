@@ -15,8 +15,8 @@ from llama_lora.chat.adapters import load
 from llama_lora.chat.answer_file import AnswerFile, answer_all
 from llama_lora.chat.sampling import Sampling
 from llama_lora.cli import InputError
-from llama_lora.corpus.conversation import check
-from llama_lora.corpus.questions import Asked, read_questions
+from llama_lora.corpus.records.conversation import check
+from llama_lora.corpus.records.questions import Asked, read_questions
 
 pytest_plugins = ["taught_models"]
 

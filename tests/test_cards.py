@@ -12,9 +12,10 @@ import pytest
 import torch
 from conftest import ROOT, run_script
 
+from llama_lora.check_machine import checks, kernels, probe, screen
 from llama_lora.cli import InputError
-from llama_lora.model import hardware, kernels, probe
-from llama_lora.model.cards import (
+from llama_lora.hardware import device
+from llama_lora.hardware.cards import (
     BLACKWELL,
     CARDS,
     GIB,
@@ -23,7 +24,7 @@ from llama_lora.model.cards import (
     like,
     markdown_table,
 )
-from llama_lora.train import arguments, machine, screen
+from llama_lora.train import arguments
 
 CHECK = ROOT / "fastchat/train/check_machine.py"
 CU126 = "pip install torch==2.13.0+cu126 --index-url https://download.pytorch.org/whl/cu126"
@@ -55,19 +56,19 @@ BUILT_CU130 = ["sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "compute_
 )
 def test_what_a_card_gets(name, default, dtype, attention, triton, build):
     card = CARDS[name]
-    assert hardware.resolve_quantization("auto", card)[0] == default
-    assert hardware.compute_dtype(card) == dtype
+    assert device.resolve_quantization("auto", card)[0] == default
+    assert device.compute_dtype(card) == dtype
     assert (card.attention, card.runs_triton, card.torch_build) == (attention, triton, build)
     peak = {torch.float16: card.fp16, torch.bfloat16: card.bf16}[dtype]
     assert card.peak_flops == peak * 1e12
     for wanted in ("4bit", "none"):
-        assert hardware.resolve_quantization(wanted, card)[0] == wanted
+        assert device.resolve_quantization(wanted, card)[0] == wanted
 
 
 def test_what_the_cpu_gets():
     card = CARDS["CPU"]
-    assert hardware.resolve_quantization("auto", card)[0] == "8bit"
-    assert hardware.compute_dtype(card) in (torch.float32, torch.bfloat16)
+    assert device.resolve_quantization("auto", card)[0] == "8bit"
+    assert device.compute_dtype(card) in (torch.float32, torch.bfloat16)
     assert card.peak_flops is None
     assert not card.runs_triton
 
@@ -75,7 +76,7 @@ def test_what_the_cpu_gets():
 @pytest.mark.parametrize("name", ["P100", "V100"])
 def test_8bit_is_refused_where_its_kernels_do_not_exist(name):
     with pytest.raises(InputError, match=rf"found {name} .*; use --quantization 4bit"):
-        hardware.resolve_quantization("8bit", CARDS[name])
+        device.resolve_quantization("8bit", CARDS[name])
 
 
 @pytest.mark.parametrize(
@@ -172,18 +173,18 @@ def test_code_that_is_compiled_on_the_spot_runs_on_later_cards():
 
 @pytest.mark.parametrize("name", ["P100", "V100"])
 def test_a_build_without_the_cards_kernels_stops_with_the_right_one(name):
-    finding = machine.card_with_torch(CARDS[name], 15 * GIB, "2.13.0+cu130", BUILT_CU130, "2.13.0")
+    finding = checks.card_with_torch(CARDS[name], 15 * GIB, "2.13.0+cu130", BUILT_CU130, "2.13.0")
     assert finding.stops
     assert not finding.ok
     assert finding.remedy == CU126
     assert "no kernels for it, only sm_75" in finding.found
-    right = machine.card_with_torch(CARDS[name], 15 * GIB, "2.13.0+cu126", BUILT_CU126, "2.13.0")
+    right = checks.card_with_torch(CARDS[name], 15 * GIB, "2.13.0+cu126", BUILT_CU126, "2.13.0")
     assert right.ok
     assert not right.remedy
 
 
 def test_another_torch_than_the_pinned_one_is_told_and_goes_on():
-    finding = machine.card_with_torch(CARDS["T4"], GIB, "2.10.0+cu128", BUILT_CU130, "2.13.0")
+    finding = checks.card_with_torch(CARDS["T4"], GIB, "2.10.0+cu128", BUILT_CU130, "2.13.0")
     assert not finding.ok
     assert not finding.stops
     assert finding.remedy == "pip install --force-reinstall torch==2.13.0"
@@ -203,7 +204,7 @@ def test_another_torch_than_the_pinned_one_is_told_and_goes_on():
     ],
 )
 def test_a_card_that_torch_does_not_reach_stops(known, cuda, remedy):
-    finding = machine.card_out_of_reach(known, "2.13.0", cuda, "2.13.0")
+    finding = checks.card_out_of_reach(known, "2.13.0", cuda, "2.13.0")
     assert finding.stops
     assert finding.remedy == remedy
     assert known[0] in finding.found
@@ -229,15 +230,15 @@ def driver_with_a_p100(tmp_path, monkeypatch):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="torch reaches the card of this machine")
 def test_a_card_that_the_driver_alone_sees_is_not_passed_over(driver_with_a_p100, monkeypatch):
     """A build for CPUs on a machine with a card would train there, for months."""
-    (finding,) = machine.devices("2.13.0")
+    (finding,) = checks.devices("2.13.0")
     assert finding.stops
     assert finding.found.startswith("Tesla P100-PCIE-16GB, but torch")
     assert finding.remedy == CU126
-    assert machine.setup_command().startswith(
+    assert checks.setup_command().startswith(
         "PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cu126 make setup"
     )
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # hidden on purpose
-    (finding,) = machine.devices(torch.__version__.partition("+")[0])
+    (finding,) = checks.devices(torch.__version__.partition("+")[0])
     assert finding.ok
     assert finding.found.startswith("CPU")
 
@@ -263,7 +264,7 @@ def test_a_wrong_result_is_told(spoiled):
 
 
 def test_attention_kernels_on_cpu():
-    finding = machine.attention()
+    finding = checks.attention()
     assert finding.ok
     assert "FlashAttention" in finding.found.split("not here: ")[0]
     assert "memory-efficient" in finding.found.split("not here: ")[1]
@@ -272,7 +273,7 @@ def test_attention_kernels_on_cpu():
 def test_packages_that_differ_have_one_command():
     pins = {name: version(name) for name in ("numpy", "tqdm", "orjson", "jinja2")}
     pins |= {"torch": "1", "peft": "0.0.1", "pycld2": "0.0", "no-such-package": "3.2"}
-    finding = machine.packages(pins)
+    finding = checks.packages(pins)
     assert not finding.ok
     assert finding.found.startswith("4 of 7 as pinned; peft 0.")
     assert "no-such-package missing, pinned 3.2" in finding.found
@@ -281,14 +282,14 @@ def test_packages_that_differ_have_one_command():
 
 
 def test_what_cannot_be_imported_is_told():
-    finding = machine.imports("corpus", ("json", "no_such_module"), "pip install it", stops=True)
+    finding = checks.imports("corpus", ("json", "no_such_module"), "pip install it", stops=True)
     assert (finding.ok, finding.stops, finding.remedy) == (False, True, "pip install it")
     assert "no_such_module" in finding.found
 
 
 def test_without_a_compiler(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
-    finding = machine.compiler()
+    finding = checks.compiler()
     assert not finding.ok
     assert "apt-get install -y g++ ninja-build" in finding.remedy
 
@@ -345,7 +346,7 @@ def test_the_script_on_cpu(monkeypatch):
     ids=["stands still", "diverges"],
 )
 def test_a_training_that_does_not_learn_is_wrong(learning_rate, told):
-    finding = machine.learning(0, learning_rate)
+    finding = checks.learning(0, learning_rate)
     assert (finding.ok, finding.stops) == (False, True)
     assert re.match(told, finding.found), finding.found
 
@@ -381,7 +382,7 @@ def test_the_screen_names_the_card_that_torch_reaches(driver_with_a_p100, monkey
 
 def test_the_screen_stays_one_however_much_is_wrong():
     fault = f"{ROOT}/llama_lora/x.py: " + "too bad " * 99
-    findings = [machine.Finding(f"part {number}", fault, False) for number in range(20)]
+    findings = [checks.Finding(f"part {number}", fault, False) for number in range(20)]
     told = pasted("\n" + "\n".join(screen.lines(findings, "Training cannot run here", ROOT)))
     assert told["part 0"].startswith("-- …/x.py: too bad")
     assert told["part 0"].endswith("bad …")

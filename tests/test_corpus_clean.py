@@ -7,8 +7,8 @@ from conftest import DATA, run_here, shipped
 from corpora import conversation, said
 from stages import BALANCE, CLEAN, MERGE, run
 
-from llama_lora.corpus.clean import Cleaner, blocked_phrases
-from llama_lora.corpus.conversation import Rejected
+from llama_lora.corpus.clean.clean import Cleaner, blocked_phrases
+from llama_lora.corpus.records.conversation import Rejected
 
 
 def test_repairs_come_before_rejections(tmp_path):

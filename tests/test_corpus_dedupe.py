@@ -11,12 +11,12 @@ from conftest import run_here, run_script
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llama_lora.corpus.clean import Cleaner, blocked_phrases
-from llama_lora.corpus.conversation import Rejected, count_pairs
-from llama_lora.corpus.dedupe import fingerprinter, groups, near_duplicates
-from llama_lora.corpus.ids import Numbers
-from llama_lora.corpus.near import PERMUTATIONS, Alike, Signer
-from llama_lora.corpus.shelf import Shelf
+from llama_lora.corpus.clean.clean import Cleaner, blocked_phrases
+from llama_lora.corpus.duplicates.dedupe import fingerprinter, groups, near_duplicates
+from llama_lora.corpus.duplicates.near import PERMUTATIONS, Alike, Signer
+from llama_lora.corpus.engine.shelf import Shelf
+from llama_lora.corpus.records.conversation import Rejected, count_pairs
+from llama_lora.corpus.records.ids import Numbers
 
 MERGE, CLEAN = "fastchat/data/merge.py", "fastchat/data/clean_sharegpt.py"
 

@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llama_lora.cli import InputError
-from llama_lora.corpus import cutting, files
-from llama_lora.corpus.atomic import Outputs
-from llama_lora.corpus.values import dump, parse
+from llama_lora.corpus.records import cutting, files
+from llama_lora.corpus.records.atomic import Outputs
+from llama_lora.corpus.records.values import dump, parse
 
 MERGE = "fastchat/data/merge.py"
 SCRIPTS = [f"fastchat/data/{name}.py" for name in ("merge", "clean_sharegpt", "optional_clean")]

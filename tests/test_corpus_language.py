@@ -9,9 +9,10 @@ from conftest import ROOT, run_here, shipped
 from corpora import conversation, said, save
 from stages import FILTER, run
 
-from llama_lora.corpus.conversation import Rejected
-from llama_lora.corpus.language import UNKNOWN, Filter, detected, glimpses, language_of, size
-from llama_lora.corpus.prose import prose
+from llama_lora.corpus.language import UNKNOWN
+from llama_lora.corpus.language.filter import Filter, detected, glimpses, language_of, size
+from llama_lora.corpus.language.prose import prose
+from llama_lora.corpus.records.conversation import Rejected
 
 ENGLISH = "The kettle is on the stove, and the water will boil in a few minutes. "
 GERMAN = "Der Kessel steht auf dem Herd, und das Wasser wird in wenigen Minuten kochen. "

@@ -12,8 +12,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
-from llama_lora.corpus.conversation import Rejected
-from llama_lora.corpus.markdown import is_chatgpt_html, to_markdown
+from llama_lora.corpus.clean.markdown import is_chatgpt_html, to_markdown
+from llama_lora.corpus.records.conversation import Rejected
 
 RENDERER = MarkdownIt("commonmark").enable(["table", "strikethrough"])
 BUTTON = '<button class="flex ml-auto gap-2"><svg><path d="M16 4"></path></svg>Copy code</button>'

@@ -11,7 +11,7 @@ from corpora import conversation, save
 from stages import MERGE, run
 
 from llama_lora.cli import InputError
-from llama_lora.corpus.merge import choose
+from llama_lora.corpus.duplicates.merge import choose
 
 
 def test_formats_are_told_apart_by_content_and_counted(tmp_path):

@@ -14,14 +14,15 @@ from hypothesis import strategies as st
 from test_corpus_files import CUT, FAULTS
 
 from llama_lora.cli import InputError
-from llama_lora.corpus import files, formats, stage
-from llama_lora.corpus.clean import Cleaner, blocked_phrases
-from llama_lora.corpus.conversation import count_pairs
-from llama_lora.corpus.dedupe import WithoutDuplicates
-from llama_lora.corpus.language import Filter
-from llama_lora.corpus.merge import as_it_is
-from llama_lora.corpus.split import Splitter
-from llama_lora.corpus.values import parse
+from llama_lora.corpus.clean.clean import Cleaner, blocked_phrases
+from llama_lora.corpus.duplicates.dedupe import WithoutDuplicates
+from llama_lora.corpus.duplicates.merge import as_it_is
+from llama_lora.corpus.engine import stage
+from llama_lora.corpus.language.filter import Filter
+from llama_lora.corpus.records import files, formats
+from llama_lora.corpus.records.conversation import count_pairs
+from llama_lora.corpus.records.values import parse
+from llama_lora.corpus.split.split import Splitter
 
 STAGES = "merge", "clean", "filter", "split"
 OLD = "old"

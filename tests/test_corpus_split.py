@@ -13,9 +13,9 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from llama_lora.cli import InputError
-from llama_lora.corpus.conversation import Rejected
-from llama_lora.corpus.split import Splitter
-from llama_lora.corpus.tokens import Ruler
+from llama_lora.corpus.records.conversation import Rejected
+from llama_lora.corpus.split.split import Splitter
+from llama_lora.corpus.split.tokens import Ruler
 from llama_lora.model.template import IGNORE, Template, load_tokenizer
 from llama_lora.weights.llama_tokenizer import LLAMA3_SPLIT
 

@@ -14,12 +14,12 @@ from hypothesis import strategies as st
 from stages import CLEAN, FILTER, MERGE, arguments, run
 
 from llama_lora.cli import InputError
-from llama_lora.corpus import stage
-from llama_lora.corpus.clean import Cleaner, blocked_phrases
-from llama_lora.corpus.conversation import Kept, check, count_pairs
-from llama_lora.corpus.dedupe import WithoutDuplicates
-from llama_lora.corpus.merge import as_it_is
-from llama_lora.corpus.pool import Pool
+from llama_lora.corpus.clean.clean import Cleaner, blocked_phrases
+from llama_lora.corpus.duplicates.dedupe import WithoutDuplicates
+from llama_lora.corpus.duplicates.merge import as_it_is
+from llama_lora.corpus.engine import stage
+from llama_lora.corpus.engine.pool import Pool
+from llama_lora.corpus.records.conversation import Kept, check, count_pairs
 
 
 def test_what_can_be_repaired_is_repaired_and_what_cannot_is_one_rejected_conversation(tmp_path):

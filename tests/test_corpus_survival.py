@@ -16,7 +16,7 @@ import pytest
 from conftest import ROOT, run_script
 
 from llama_lora.cli import InputError
-from llama_lora.corpus.atomic import Outputs, replacing
+from llama_lora.corpus.records.atomic import Outputs, replacing
 
 STAGES = {
     "merge": ("fastchat/data/merge.py",),

@@ -4,7 +4,7 @@ import pytest
 from conftest import DATA
 from corpora import save_lines
 
-from llama_lora.corpus.language import language_of
+from llama_lora.corpus.language.filter import language_of
 from llama_lora.eval import questions
 from llama_lora.eval.rates import loops, repetition
 

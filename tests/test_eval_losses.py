@@ -14,7 +14,7 @@ from llama_lora.chat.adapters import BASE, load_adapters
 from llama_lora.eval import bootstrap, overlap
 from llama_lora.eval.losses import labelled_counts, summed_losses, token_changes
 from llama_lora.model.template import IGNORE, Template, load_tokenizer
-from llama_lora.train.examples import hold_out, load_examples
+from llama_lora.train.data.examples import hold_out, load_examples
 
 pytest_plugins = ["evaluation"]
 

@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from llama_lora.chat.adapters import BASE
 from llama_lora.eval import charts
 from llama_lora.model.template import Template, load_tokenizer
-from llama_lora.train.examples import hold_out, load_examples
+from llama_lora.train.data.examples import hold_out, load_examples
 
 pytest_plugins = ["evaluation"]
 

@@ -8,7 +8,9 @@ import torch
 from adapted import adapted_llama, layers_of, trainable
 from transformers import LlamaConfig
 
-from llama_lora.train import footprint, preparation, recompute, tiles
+from llama_lora.train import preparation
+from llama_lora.train.memory import recompute, tiles
+from llama_lora.train.plan import footprint
 
 SHAPES = [
     {

@@ -18,7 +18,7 @@ from llama_lora.chat.decode import Decoder
 from llama_lora.chat.sampling import Sampling, generator
 from llama_lora.chat.session import Chat
 from llama_lora.cli import InputError
-from llama_lora.corpus.conversation import check
+from llama_lora.corpus.records.conversation import check
 
 pytest_plugins = ["taught_models"]
 

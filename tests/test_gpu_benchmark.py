@@ -29,7 +29,7 @@ def work(benchmark, made_base):
 
 def test_a_made_base_is_one_that_the_project_loads(made_base):
     from llama_lora.model.base import load_base
-    from llama_lora.model.shape import shape_of
+    from llama_lora.model.folder.shape import shape_of
     from llama_lora.model.template import load_tokenizer
 
     model = load_base(made_base)
@@ -199,8 +199,8 @@ def test_aims_are_judged(benchmark):
 def test_the_plan_of_the_command_is_told_as_it_is(benchmark, tmp_path):
     from transformers import LlamaConfig
 
-    from llama_lora.model.shape import shape_of
-    from llama_lora.train import plan
+    from llama_lora.model.folder.shape import shape_of
+    from llama_lora.train.plan import plan
 
     gpu_rows = benchmark("gpu.rows")
     kind = gpu_rows.KINDS["full"]["7B"]

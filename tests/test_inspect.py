@@ -10,9 +10,9 @@ from corpora import conversation, save
 from inspected import INSPECT, WINDOW, inspect
 from stages import CLEAN
 
-from llama_lora.corpus import stage
+from llama_lora.corpus.engine import stage
 from llama_lora.model.template import IGNORE, Template
-from llama_lora.train.examples import load_examples
+from llama_lora.train.data.examples import load_examples
 
 pytest_plugins = ["inspected"]
 

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from conftest import ROOT, run_script, shipped
 
-from llama_lora.corpus import files
-from llama_lora.corpus.split import Splitter
-from llama_lora.corpus.values import parse
+from llama_lora.corpus.records import files
+from llama_lora.corpus.records.values import parse
+from llama_lora.corpus.split.split import Splitter
 from llama_lora.model.template import IGNORE, Template, load_tokenizer
-from llama_lora.train.examples import load_examples
+from llama_lora.train.data.examples import load_examples
 from llama_lora.weights.llama_tokenizer import read_tokenizer_model
 
 WINDOW = 128  # tokens; many of the shipped answers go over several such pieces

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import tomllib
+from pathlib import Path
 
 import pytest
 from conftest import ROOT, run_script
@@ -111,38 +112,78 @@ def test_no_code_comes_from_a_hub(command, tiny_base, tmp_path):
     assert "kernels" not in done.stderr
 
 
-# What each part of the library may import of it, besides itself.
-LOWEST = {"cli", "options", "text"}  # which know nobody
-MAY_IMPORT = {
-    "cli": set(),
-    "text": set(),
-    "options": set(),
-    "model": LOWEST,
-    "corpus": {*LOWEST, "model"},
+# From the bottom: what each folder of the library may import of it besides itself and the modules
+# on top, `cli`, `options` and `text`. docs/architecture.md shows it as a picture.
+FLOORS = {
+    "corpus/records": "",
+    "hardware": "",
+    "model/folder": "hardware",
+    "model": "hardware model/folder",
+    "corpus/engine": "corpus/records hardware",
+    "corpus/language": "corpus/records corpus/engine",
+    "corpus/clean": "corpus/records corpus/language",
+    "corpus/duplicates": "corpus/records corpus/engine",
+    "corpus/split": "corpus/records model",
+    "weights": "hardware model model/folder",
+    "chat": "hardware model model/folder corpus/records corpus/engine",
+    "train/compute": "model model/folder",
+    "train/data": "model corpus/records train/compute",
+    "train/memory": "hardware",
+    "train/plan": "hardware model/folder train/compute train/memory",
+    "train": "hardware model train/compute train/data train/memory train/plan",
+    "check_machine": "hardware model train train/data train/memory",
+    "report": "model corpus/records corpus/engine corpus/language corpus/duplicates train/data",
+    "eval": "hardware model model/folder corpus/records corpus/language "
+    "chat train/compute train/data report",
 }
-MAY_IMPORT["weights"] = {*LOWEST, "model"}
-MAY_IMPORT["chat"] = {*LOWEST, "model", "corpus"}
-MAY_IMPORT["train"] = {*LOWEST, "model", "corpus"}
-MAY_IMPORT["report"] = {*LOWEST, "model", "corpus", "train"}
-MAY_IMPORT["eval"] = {*LOWEST, "model", "corpus", "chat", "train", "report"}
+LIBRARY = ROOT / "llama_lora"
 
 
-def test_imports_point_one_way():
-    for path in ROOT.glob("llama_lora/**/*.py"):
-        inside = path.relative_to(ROOT / "llama_lora").with_suffix("").parts
-        if inside == ("__init__",):
-            continue
-        allowed = MAY_IMPORT[inside[0]] | {inside[0]}
-        if inside == ("model", "template"):
-            allowed = LOWEST
-        if inside[0] == "corpus" and inside[1] in ("files", "cutting", "values", "atomic"):
-            allowed = {*LOWEST, "corpus"}
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            modules = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
-            modules += [a.name for a in node.names] if isinstance(node, ast.Import) else []
-            for module in modules:
-                if module.startswith("llama_lora."):
-                    assert module.split(".")[1] in allowed, f"{path}: imports {module}"
+def folder_of(path: Path) -> str:
+    """A folder of the library by its name in FLOORS; "" is its top."""
+    return path.relative_to(LIBRARY).as_posix().removeprefix(".")
+
+
+def imported_by(path: Path) -> set[str]:
+    """The folders of the library that a module imports from."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom):
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+    folders = set()
+    for name in names:
+        if name.startswith("llama_lora."):
+            found = LIBRARY.joinpath(*name.split(".")[1:])
+            while not found.is_dir():
+                found = found.parent
+            folders.add(folder_of(found))
+    return folders
+
+
+def test_imports_point_downwards():
+    for path in LIBRARY.rglob("*.py"):
+        folder = folder_of(path.parent)
+        allowed = {folder, "", *FLOORS.get(folder, "").split()} if folder else {""}
+        found = imported_by(path)
+        assert found <= allowed, f"{path}: imports {sorted(found - allowed)}"
+
+
+def test_each_floor_stands_on_lower_ones():
+    """So no folders need one another, and one with subfolders lies above or below all of them."""
+    folders = {folder_of(path.parent) for path in LIBRARY.rglob("[!_]*.py")}
+    assert set(FLOORS) == folders - {""}
+    floors = list(FLOORS)
+    for folder, allowed in FLOORS.items():
+        assert all(floors.index(one) < floors.index(folder) for one in allowed.split()), folder
+
+
+def test_no_folder_is_crowded():
+    for top in "llama_lora", "benchmarks", "tests":
+        for folder in {path.parent for path in (ROOT / top).rglob("[!_]*.py")}:
+            modules = list(folder.glob("[!_]*.py"))
+            assert len(modules) <= 12, f"{folder}: {len(modules)} modules"
 
 
 def test_shared_fixtures_have_names_of_their_own():

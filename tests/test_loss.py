@@ -9,9 +9,9 @@ from transformers import AutoModelForCausalLM
 
 from llama_lora.cli import InputError
 from llama_lora.model.template import IGNORE
-from llama_lora.train import loss
-from llama_lora.train.gradients import Gradients, split
-from llama_lora.train.packing import Example, collate
+from llama_lora.train.compute import loss
+from llama_lora.train.data.packing import Example, collate
+from llama_lora.train.memory.gradients import Gradients, split
 
 
 def random_head(tokens: int, words: int, labelled: float, dtype=torch.float32):

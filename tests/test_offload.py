@@ -4,9 +4,9 @@ import pytest
 import torch
 from adapted import adapted_llama, batch, layers_of, step, trainable
 
-from llama_lora.train import offload, recompute
-from llama_lora.train.gradients import Gradients
-from llama_lora.train.offload import ON_THE_WAY, Offload
+from llama_lora.train.memory import offload, recompute
+from llama_lora.train.memory.gradients import Gradients
+from llama_lora.train.memory.offload import ON_THE_WAY, Offload
 
 CPU = torch.device("cpu")
 

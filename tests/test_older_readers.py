@@ -15,7 +15,8 @@ from peft import AutoPeftModelForCausalLM, PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 from llama_lora.chat.adapters import load
-from llama_lora.model import adapter, base_values, older_readers
+from llama_lora.model import adapter
+from llama_lora.model.folder import base_values, older_readers
 from llama_lora.model.template import Template, load_template, load_tokenizer
 from llama_lora.weights.merge import merge
 

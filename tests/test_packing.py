@@ -10,8 +10,8 @@ from transformers import AutoModelForCausalLM
 
 from llama_lora.cli import InputError
 from llama_lora.model.template import IGNORE, Template
-from llama_lora.train.attention import BY_EXAMPLE
-from llama_lora.train.packing import (
+from llama_lora.train.compute.attention import BY_EXAMPLE
+from llama_lora.train.data.packing import (
     Example,
     MicroBatches,
     best_fit_decreasing,

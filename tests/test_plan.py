@@ -11,10 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llama_lora.cli import InputError
-from llama_lora.model.cards import CARDS
-from llama_lora.model.shape import NF4_BYTES, Shape, shape_of
-from llama_lora.train import advice, forecast, pace
-from llama_lora.train.plan import COMFORTABLE, CUDA_CONTEXT, GIB, Setup, memory, plan
+from llama_lora.hardware.cards import CARDS
+from llama_lora.model.folder.shape import NF4_BYTES, Shape, shape_of
+from llama_lora.train.plan import advice, forecast, pace
+from llama_lora.train.plan.plan import COMFORTABLE, CUDA_CONTEXT, GIB, Setup, memory, plan
 
 TRAIN = "fastchat/train/train_lora.py"
 LLAMA_7B = SimpleNamespace(

@@ -13,10 +13,10 @@ from peft.utils.integrations import dequantize_module_weight
 from safetensors.torch import load_file
 
 from llama_lora.chat.adapters import load
+from llama_lora.hardware.cards import CARDS
+from llama_lora.hardware.device import DTYPE_SWITCH, QUANTIZATIONS, compute_dtype, dtype_name
 from llama_lora.model import adapter
 from llama_lora.model.base import load_base
-from llama_lora.model.cards import CARDS
-from llama_lora.model.hardware import DTYPE_SWITCH, QUANTIZATIONS, compute_dtype, dtype_name
 from llama_lora.model.template import load_tokenizer
 
 TRAIN = "fastchat/train/train_lora.py"

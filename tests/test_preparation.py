@@ -5,11 +5,12 @@ import pytest
 import torch
 from adapted import adapted_llama, batch, trainable
 
+from llama_lora.check_machine import probe
 from llama_lora.eval.losses import packing
-from llama_lora.model import probe
-from llama_lora.model.hardware import QUANTIZATIONS
-from llama_lora.train import loss, recompute
-from llama_lora.train.packing import check_isolation
+from llama_lora.hardware.device import QUANTIZATIONS
+from llama_lora.train.compute import loss
+from llama_lora.train.data.packing import check_isolation
+from llama_lora.train.memory import recompute
 
 PRECISIONS = [name for name in QUANTIZATIONS if name != "auto"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

@@ -4,7 +4,7 @@ import pytest
 import torch
 from adapted import adapted_llama, layers_of, step, trainable
 
-from llama_lora.train import recompute, tiles
+from llama_lora.train.memory import recompute, tiles
 
 
 def close(found, expected):

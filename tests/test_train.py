@@ -17,8 +17,9 @@ import torch
 from conftest import ROOT, deepspeed, run_here, run_script, shipped
 
 from llama_lora.cli import InputError
-from llama_lora.model import adapter, base_values
-from llama_lora.model.hardware import DTYPE_SWITCH
+from llama_lora.hardware.device import DTYPE_SWITCH
+from llama_lora.model import adapter
+from llama_lora.model.folder import base_values
 from llama_lora.train.checkpoints import check_engine, clear, finish, is_complete, starting_point
 
 SCRIPT = ROOT / "fastchat/train/train_lora.py"

@@ -13,7 +13,8 @@ from adapted import adapted_llama, batch, layers_of, trainable
 from conftest import run_script, shipped
 from torch.nn.functional import scaled_dot_product_attention
 
-from llama_lora.train import attention, recompute, rehearsal
+from llama_lora.train.compute import attention
+from llama_lora.train.memory import recompute, rehearsal
 
 TRAIN = "fastchat/train/train_lora.py"
 STEPS = 300

@@ -19,13 +19,14 @@ from transformers import AttentionInterface, AutoModelForCausalLM
 
 from llama_lora.cli import InputError
 from llama_lora.eval.losses import labelled_counts
-from llama_lora.model.folder import beyond_positions, positions, read_config
-from llama_lora.model.hardware import DTYPE_SWITCH
+from llama_lora.hardware.device import DTYPE_SWITCH
+from llama_lora.model.folder.config import beyond_positions, positions, read_config
 from llama_lora.model.template import IGNORE, Template, load_tokenizer
-from llama_lora.train import attention, pace, trial
-from llama_lora.train.attention import BY_EXAMPLE, attend
-from llama_lora.train.examples import hold_out, load_examples
-from llama_lora.train.packing import Example, check_isolation, collate
+from llama_lora.train.compute import attention, trial
+from llama_lora.train.compute.attention import BY_EXAMPLE, attend
+from llama_lora.train.data.examples import hold_out, load_examples
+from llama_lora.train.data.packing import Example, check_isolation, collate
+from llama_lora.train.plan import pace
 
 WINDOWED = ["mistral", "phi3", "gemma3", "qwen2"]
 TRAIN = "fastchat/train/train_lora.py"
@@ -84,7 +85,7 @@ def test_a_long_example_is_that_of_a_masked_product():
 
 def test_only_what_a_window_holds_is_ever_there():
     """Twice the tokens take twice the memory, and hardly more than without a window."""
-    from llama_lora.train.recompute import LiveBytes
+    from llama_lora.train.memory.recompute import LiveBytes
 
     def peak(tokens, window):
         row = torch.ones(1, 2, tokens, 4, requires_grad=True)

@@ -9,7 +9,7 @@ import torch
 from gpu.contender import Contender
 from gpu.lengths import SPECIAL
 from gpu.rows import Row
-from llama_lora.model.hardware import dtype_name
+from llama_lora.hardware.device import dtype_name
 
 PROMPT, TOKENS = 256, 64  # of the question, for a base of full size, and of the answer
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from gpu.rows import KINDS, Kind
-from llama_lora.model.folder import without_values
+from llama_lora.model.folder.config import without_values
 
 SIZES = "sizes.json"  # what it was made with; written last
 STD = 0.02  # of Llama's own initialization, with which fp16 stays finite

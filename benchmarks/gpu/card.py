@@ -6,7 +6,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from llama_lora.model.cards import GIB
+from llama_lora.hardware.cards import GIB
 
 SPARE = 128 << 20  # bytes of the card for the kernels that CUDA loads when they are first called
 

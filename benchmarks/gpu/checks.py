@@ -16,12 +16,11 @@ from gpu.contender import autocast
 from gpu.ours import adapted, on_device
 from gpu.reasons import first_line
 from gpu.rows import ALL_LINEAR
-from llama_lora.model.hardware import compute_dtype, dtype_name, present
+from llama_lora.check_machine import checks
+from llama_lora.hardware.device import compute_dtype, dtype_name, present
 from llama_lora.model.template import IGNORE
-from llama_lora.train import machine
-from llama_lora.train.attention import BY_EXAMPLE
-from llama_lora.train.best import trainable
-from llama_lora.train.gradients import Gradients
+from llama_lora.train.compute.attention import BY_EXAMPLE
+from llama_lora.train.memory.gradients import Gradients, trainable
 
 # Of two ways of computing the same in a few layers: what rounding explains, by dtype.
 LIMITS = {torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.01}
@@ -53,9 +52,9 @@ def all_checks(folder: Path, trained: scripts.Scripts) -> Iterator[tuple[str, Ca
     The scripts train meanwhile: what is asked of them comes last, since to import takes them long.
     """
     pin = version("bitsandbytes")
-    yield "a layer trains in 8, 4 and 16 bits", lambda: told(machine.bases(pin))
-    yield "8-bit AdamW", lambda: told([machine.optimizer(pin)])
-    yield "the kernels of attention", lambda: told([machine.attention()])
+    yield "a layer trains in 8, 4 and 16 bits", lambda: told(checks.bases(pin))
+    yield "8-bit AdamW", lambda: told([checks.optimizer(pin)])
+    yield "the kernels of attention", lambda: told([checks.attention()])
     for precision in "none", "8bit", "4bit":
         name = f"gradients of packed examples are those of each alone, --quantization {precision}"
         yield name, lambda precision=precision: packed_beside_apart(folder, precision)
@@ -65,8 +64,8 @@ def all_checks(folder: Path, trained: scripts.Scripts) -> Iterator[tuple[str, Ca
     yield "an adapter is trained, merged and asked", lambda: merged_beside_adapter(trained)
 
 
-def told(findings: Iterable[machine.Finding]) -> str:
-    """What check_machine.py finds; where the card has no kernel for something, no fault is."""
+def told(findings: Iterable[checks.Finding]) -> str:
+    """What check_checks.py finds; where the card has no kernel for something, no fault is."""
     found = list(findings)
     wrong = any(one.remedy or one.stops or "wrong" in one.found for one in found)
     parts = ["; ".join(filter(None, [one.found, one.kernels])) for one in found]

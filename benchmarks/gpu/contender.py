@@ -10,9 +10,9 @@ import torch
 from gpu import lengths
 from gpu.card import SmallCard
 from gpu.rows import ALL_LINEAR, Row
+from llama_lora.hardware.device import compute_dtype, dtype_name
 from llama_lora.model.base import load_base
-from llama_lora.model.hardware import compute_dtype, dtype_name
-from llama_lora.model.shape import shape_of
+from llama_lora.model.folder.shape import shape_of
 
 ALPHA, DROPOUT, LEARNING_RATE = 16, 0.05, 2e-5
 ENOUGH = 10  # seconds of timed steps

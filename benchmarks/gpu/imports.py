@@ -42,7 +42,7 @@ def kernels() -> str:
     """Whether torch is built for the card."""
     import torch
 
-    from llama_lora.model.cards import has_kernels
+    from llama_lora.hardware.cards import has_kernels
 
     if not torch.cuda.is_available():
         return ""

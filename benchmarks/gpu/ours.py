@@ -29,10 +29,13 @@ from gpu.profiles import profile
 from gpu.rows import SEARCHING, Row
 from llama_lora.cli import InputError
 from llama_lora.model.template import IGNORE
-from llama_lora.train import forecast, lora_model, loss, pace, packing, plan, preparation, recompute
-from llama_lora.train.best import trainable
-from llama_lora.train.gradients import Gradients
-from llama_lora.train.packing import MicroBatches, collate
+from llama_lora.train import lora_model, preparation
+from llama_lora.train.compute import loss
+from llama_lora.train.data import packing
+from llama_lora.train.data.packing import MicroBatches, collate
+from llama_lora.train.memory import recompute
+from llama_lora.train.memory.gradients import Gradients, trainable
+from llama_lora.train.plan import forecast, pace, plan
 
 TRIES = 3  # of the search for the longest context
 NEAR = 0.05  # between the longest that fits and the shortest that does not

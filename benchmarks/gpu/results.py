@@ -129,7 +129,7 @@ class Results:
         self.write()
 
     def write(self) -> None:
-        from llama_lora.corpus.atomic import replacing
+        from llama_lora.corpus.records.atomic import replacing
 
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(str(self.path)) as file:

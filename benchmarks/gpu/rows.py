@@ -8,7 +8,7 @@ from itertools import groupby
 
 from pages import PRECISIONS
 
-from llama_lora.model.cards import INT8_CAPABILITY
+from llama_lora.hardware.cards import INT8_CAPABILITY
 
 README = "README's command"  # what it adds to the name of its row
 CONTEXT_RANK, ALL_LINEAR = 32, ("all-linear",)

@@ -16,7 +16,7 @@ MARK = "gpu_16gb "  # what a line of findings begins with, among whatever librar
 
 def main() -> None:
     """Each request is a line; at the end of its findings is told how many bytes are still held."""
-    from llama_lora.train.allocator import expect_all_sizes
+    from llama_lora.train.memory.allocator import expect_all_sizes
 
     expect_all_sizes()
     for line in sys.stdin:
@@ -92,8 +92,8 @@ def device() -> dict:
     """What is here."""
     import torch
 
-    from llama_lora.model.hardware import compute_dtype, dtype_name, present
-    from llama_lora.train import driver
+    from llama_lora.hardware import driver
+    from llama_lora.hardware.device import compute_dtype, dtype_name, present
 
     card = present()
     return {
@@ -112,9 +112,9 @@ def rates(cache: Path, shape: str) -> dict:
     from products import peak_rate
 
     from gpu import base
-    from llama_lora.model.hardware import compute_dtype
-    from llama_lora.model.shape import shape_of
-    from llama_lora.train import pace
+    from llama_lora.hardware.device import compute_dtype
+    from llama_lora.model.folder.shape import shape_of
+    from llama_lora.train.plan import pace
 
     folder, on = base.made(cache, shape, "7B"), "cuda" if torch.cuda.is_available() else "cpu"
     return {
@@ -180,7 +180,7 @@ def contender_of(row: Row) -> type:
 def attempts(contender, row, card) -> Iterator[dict]:
     """A row's findings; whoever cannot compute a micro-batch in parts tries smaller ones."""
     from llama_lora.cli import LocalError
-    from llama_lora.model.hardware import out_of_memory
+    from llama_lora.hardware.device import out_of_memory
 
     while True:
         problem = None

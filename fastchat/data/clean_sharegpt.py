@@ -7,8 +7,8 @@ import argparse
 from functools import partial
 
 from llama_lora.cli import one_line_errors
-from llama_lora.corpus import stage
-from llama_lora.corpus.account import listed
+from llama_lora.corpus.engine import stage
+from llama_lora.corpus.engine.account import listed
 from llama_lora.options import fraction
 
 
@@ -39,8 +39,8 @@ def parse_args() -> argparse.Namespace:
 
 @one_line_errors
 def main(args: argparse.Namespace) -> None:
-    from llama_lora.corpus.clean import Cleaner, blocked_phrases
-    from llama_lora.corpus.dedupe import WithoutDuplicates
+    from llama_lora.corpus.clean.clean import Cleaner, blocked_phrases
+    from llama_lora.corpus.duplicates.dedupe import WithoutDuplicates
 
     build = partial(Cleaner, blocked_phrases(args.blocked_words), args.simplified_chinese)
     account = stage.run(args, build, WithoutDuplicates(args.out, args.near_duplicates))

@@ -9,7 +9,7 @@ import os
 from contextlib import ExitStack
 
 from llama_lora.cli import one_line_errors
-from llama_lora.corpus import stage
+from llama_lora.corpus.engine import stage
 from llama_lora.options import between
 
 

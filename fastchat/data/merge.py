@@ -6,8 +6,9 @@ python3 fastchat/data/merge.py --in data/dummy_en.json data/dummy_cn.json --out 
 import argparse
 
 from llama_lora.cli import one_line_errors
-from llama_lora.corpus import merge, stage
-from llama_lora.corpus.account import listed
+from llama_lora.corpus.duplicates import merge
+from llama_lora.corpus.engine import stage
+from llama_lora.corpus.engine.account import listed
 from llama_lora.options import between, fraction
 
 

@@ -7,9 +7,9 @@ import argparse
 from functools import partial
 
 from llama_lora.cli import one_line_errors
-from llama_lora.corpus import stage
-from llama_lora.corpus.account import listed
-from llama_lora.corpus.language import Filter, code, told
+from llama_lora.corpus.engine import stage
+from llama_lora.corpus.engine.account import listed
+from llama_lora.corpus.language.filter import Filter, code, told
 
 
 def parse_args() -> argparse.Namespace:

@@ -10,7 +10,7 @@ import sys
 from functools import partial
 
 from llama_lora.cli import one_line_errors
-from llama_lora.corpus import stage
+from llama_lora.corpus.engine import stage
 from llama_lora.options import between
 
 
@@ -39,8 +39,8 @@ def parse_args() -> argparse.Namespace:
 @one_line_errors
 def main(args: argparse.Namespace) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # there is a process for each core
-    from llama_lora.corpus.split import Splitter
-    from llama_lora.model.folder import beyond_positions
+    from llama_lora.corpus.split.split import Splitter
+    from llama_lora.model.folder.config import beyond_positions
 
     if said := beyond_positions(args.model, "--max-length", args.max_length):
         print(f"warning: {said}", file=sys.stderr)

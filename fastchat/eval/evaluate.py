@@ -10,7 +10,7 @@ import warnings
 from pathlib import Path
 
 from llama_lora.cli import one_line_errors
-from llama_lora.model.hardware import QUANTIZATIONS
+from llama_lora.hardware.device import QUANTIZATIONS
 from llama_lora.options import Help, batch_size, between
 
 
@@ -49,7 +49,7 @@ def parse_args() -> argparse.Namespace:
 def main(args: argparse.Namespace) -> None:
     from transformers.utils import logging
 
-    from llama_lora.corpus.stage import stop_on_sigterm
+    from llama_lora.corpus.engine.stage import stop_on_sigterm
     from llama_lora.eval import evaluation, page
 
     stop_on_sigterm()

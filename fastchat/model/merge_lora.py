@@ -55,7 +55,7 @@ def parse_args() -> argparse.Namespace:
 def main(args: argparse.Namespace) -> None:
     import torch
 
-    from llama_lora.model.hardware import dtype_name
+    from llama_lora.hardware.device import dtype_name
     from llama_lora.weights.hf_folder import check_target
     from llama_lora.weights.merge import merge
 

@@ -46,8 +46,8 @@ def main(args: argparse.Namespace) -> int:
 
 def report(args: argparse.Namespace) -> int:
     """Print what is found, and how to mend it; the exit code."""
-    from llama_lora.model.cards import markdown_table
-    from llama_lora.train.screen import lines
+    from llama_lora.check_machine.screen import lines
+    from llama_lora.hardware.cards import markdown_table
 
     if args.cards:
         print(markdown_table())
@@ -65,7 +65,7 @@ def report(args: argparse.Namespace) -> int:
 
 def try_all(args: argparse.Namespace):
     """The findings; those of a training only where nothing stands against it."""
-    from llama_lora.train.machine import examine, learning
+    from llama_lora.check_machine.checks import examine, learning
 
     ready = True
     for finding in examine(ROOT / "requirements.txt", args.folder):
@@ -88,7 +88,7 @@ def verdict(findings) -> str:
     """Whether training can run, and how."""
     if stopped := [finding.what for finding in findings if finding.stops]:
         return f"Training cannot run here yet: {', '.join(stopped)}"
-    from llama_lora.model.hardware import compute_dtype, dtype_name, resolve_quantization
+    from llama_lora.hardware.device import compute_dtype, dtype_name, resolve_quantization
 
     quantization, _ = resolve_quantization("auto")
     return f"Training can run here: {quantization} base, {dtype_name(compute_dtype())}"

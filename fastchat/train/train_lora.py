@@ -72,8 +72,8 @@ def main(model_args, data_args, lora_args, args):
 
 def settle_precision(model_args, args):
     """The precision of the base on this device, told with its reason."""
-    from llama_lora.model.folder import resolve_precision
-    from llama_lora.train.forecast import cards_named
+    from llama_lora.model.folder.config import resolve_precision
+    from llama_lora.train.plan.forecast import cards_named
 
     card, _ = cards_named(args.plan_for) if args.plan_for else (None, 1)
     folder, wanted = model_args.model_name_or_path, model_args.quantization
@@ -91,8 +91,8 @@ def load_template(model_args):
 
 def check_base(model_args, data_args):
     """The windows of its layers; raises where it cannot be trained, or not at that length."""
-    from llama_lora.model.folder import beyond_positions
-    from llama_lora.train import trial
+    from llama_lora.model.folder.config import beyond_positions
+    from llama_lora.train.compute import trial
 
     folder = model_args.model_name_or_path
     if said := beyond_positions(folder, "--model_max_length", data_args.model_max_length):
@@ -103,24 +103,24 @@ def check_base(model_args, data_args):
 def load_data(data_args, args, template):
     """The micro-batches to train on and those to measure on, None without held-out data."""
     from llama_lora.report import example, terminal
-    from llama_lora.train import data
+    from llama_lora.train.data import micro_batches
 
-    examples, held_out = data.load(data_args, args, template, partial(tell, args))
+    examples, held_out = micro_batches.load(data_args, args, template, partial(tell, args))
     tell(args, example.shown(examples[0], template, terminal.in_colour()))
     size, length = args.per_device_train_batch_size, data_args.model_max_length
-    training = data.micro_batches(examples, data_args, args)
+    training = micro_batches.micro_batches(examples, data_args, args)
     tell(
         args,
         f"{len(examples):,} examples in {len(training):,} micro-batches of {size} × {length} "
         f"tokens, {training.fill:.1%} full",
         *([f"{len(held_out):,} examples held out"] if held_out else []),
     )
-    return training, data.held_out_batches(held_out, data_args, args)
+    return training, micro_batches.held_out_batches(held_out, data_args, args)
 
 
 def check_vocabulary(model_args, template, training, held_out):
     """Refuse tokens that the base has no embeddings for."""
-    from llama_lora.model.folder import embedding_rows, load_config
+    from llama_lora.model.folder.config import embedding_rows, load_config
 
     base = model_args.model_name_or_path
     rows = embedding_rows(load_config(base))
@@ -130,8 +130,8 @@ def check_vocabulary(model_args, template, training, held_out):
 
 def look_ahead(model_args, lora_args, args, quantization, training, windows):
     """Tell what the training takes before anything is loaded; raises where it cannot fit."""
-    from llama_lora.model.shape import shape_of
-    from llama_lora.train import forecast
+    from llama_lora.model.folder.shape import shape_of
+    from llama_lora.train.plan import forecast
 
     shape = shape_of(model_args.model_name_or_path)
     found = forecast.of(shape, quantization, lora_args, args, training, windows)

@@ -5,10 +5,10 @@ from pathlib import Path
 
 from llama_lora.chat.decode import Decoder
 from llama_lora.cli import InputError
+from llama_lora.hardware.device import device_name, dtype_name
 from llama_lora.model.adapter import check_fits, load_adapter, read_weights
 from llama_lora.model.base import load_base
-from llama_lora.model.folder import check_folder, resolve_precision
-from llama_lora.model.hardware import device_name, dtype_name
+from llama_lora.model.folder.config import check_folder, resolve_precision
 from llama_lora.model.template import Template, has_tokenizer, load_template
 
 BASE = "base"  # the name of the base alone

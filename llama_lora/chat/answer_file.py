@@ -14,14 +14,14 @@ from llama_lora.chat.adapters import named_folders
 from llama_lora.chat.batch import answers
 from llama_lora.chat.sampling import Sampling
 from llama_lora.cli import InputError
-from llama_lora.corpus.account import listed
-from llama_lora.corpus.atomic import Outputs
-from llama_lora.corpus.conversation import GPT, HUMAN, Turn
-from llama_lora.corpus.partial import Partial
-from llama_lora.corpus.questions import Asked, read_questions
-from llama_lora.corpus.stage import spare, stop_on_sigterm
-from llama_lora.corpus.values import dump
-from llama_lora.model.hardware import compute_dtype, dtype_name
+from llama_lora.corpus.engine.account import listed
+from llama_lora.corpus.engine.stage import spare, stop_on_sigterm
+from llama_lora.corpus.records.atomic import Outputs
+from llama_lora.corpus.records.conversation import GPT, HUMAN, Turn
+from llama_lora.corpus.records.partial import Partial
+from llama_lora.corpus.records.questions import Asked, read_questions
+from llama_lora.corpus.records.values import dump
+from llama_lora.hardware.device import compute_dtype, dtype_name
 from llama_lora.model.written import written
 
 STOPS = "stop", "length"  # why an answer ended; every other reason is one for there being none

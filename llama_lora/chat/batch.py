@@ -15,9 +15,9 @@ from llama_lora.chat.prompt import Prompter, TooLong
 from llama_lora.chat.sampling import Sampling, generator, processors, stop_ids
 from llama_lora.chat.text_stream import text_of
 from llama_lora.cli import InputError
-from llama_lora.model.folder import positions
-from llama_lora.model.hardware import out_of_memory
-from llama_lora.model.shape import head_size
+from llama_lora.hardware.device import out_of_memory
+from llama_lora.model.folder.config import positions
+from llama_lora.model.folder.shape import head_size
 
 logger = logging.getLogger(__name__)
 

@@ -6,7 +6,7 @@ from itertools import count
 from typing import NamedTuple
 
 from llama_lora.cli import InputError
-from llama_lora.model.folder import positions
+from llama_lora.model.folder.config import positions
 from llama_lora.text import sound_text
 
 PRIVATE = 0xF0000  # the first of 65,534 characters that Unicode leaves without a meaning

@@ -14,7 +14,7 @@ from transformers.generation import (
 )
 
 from llama_lora.cli import InputError
-from llama_lora.model.hardware import dtype_name
+from llama_lora.hardware.device import dtype_name
 
 COLDEST = 1e-3  # below this the scores overflow when divided, and the likeliest token wins anyway
 TINIEST = torch.finfo(torch.float32).tiny

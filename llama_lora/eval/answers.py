@@ -8,7 +8,8 @@ from tqdm import tqdm
 from llama_lora.chat.adapters import Adapters
 from llama_lora.chat.batch import answers
 from llama_lora.chat.sampling import Sampling
-from llama_lora.corpus.language import UNKNOWN, language_of
+from llama_lora.corpus.language import UNKNOWN
+from llama_lora.corpus.language.filter import language_of
 from llama_lora.eval.questions import Question, same_language
 from llama_lora.eval.rates import loops, repetition
 

@@ -9,13 +9,13 @@ from llama_lora.chat.adapters import BASE, load_adapters
 from llama_lora.eval import answers, heldout, overlap, questions
 from llama_lora.eval.charts import shown, signed
 from llama_lora.eval.heldout import ADAPTER, HeldOut
+from llama_lora.hardware.device import compute_dtype, dtype_name
 from llama_lora.model.adapter import read_weights
-from llama_lora.model.folder import check_folder, embedding_rows, load_config, positions
-from llama_lora.model.hardware import compute_dtype, dtype_name
+from llama_lora.model.folder.config import check_folder, embedding_rows, load_config, positions
 from llama_lora.model.template import Template, has_tokenizer, load_template
 from llama_lora.model.written import written
-from llama_lora.train import trial
-from llama_lora.train.examples import Audit, Examples
+from llama_lora.train.compute import trial
+from llama_lora.train.data.examples import Audit, Examples
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,10 @@ from tqdm import tqdm
 from llama_lora.chat.adapters import Adapters
 from llama_lora.cli import InputError
 from llama_lora.model.template import IGNORE
-from llama_lora.train import loss
-from llama_lora.train.attention import BY_EXAMPLE
-from llama_lora.train.examples import Examples
-from llama_lora.train.packing import Example, MicroBatches, check_isolation, collate
+from llama_lora.train.compute import loss
+from llama_lora.train.compute.attention import BY_EXAMPLE
+from llama_lora.train.data.examples import Examples
+from llama_lora.train.data.packing import Example, MicroBatches, check_isolation, collate
 
 
 def summed_losses(

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from llama_lora.model.template import IGNORE
-from llama_lora.train.examples import Examples, hold_out, load_examples
-from llama_lora.train.packing import Example
+from llama_lora.train.data.examples import Examples, hold_out, load_examples
+from llama_lora.train.data.packing import Example
 
 
 def training_examples(adapter: Path, template) -> Examples | None:

@@ -15,8 +15,8 @@ import numpy as np
 from llama_lora.chat.adapters import BASE
 from llama_lora.chat.text_stream import REPLACEMENT
 from llama_lora.cli import InputError
-from llama_lora.corpus.atomic import Outputs
-from llama_lora.corpus.partial import Partial
+from llama_lora.corpus.records.atomic import Outputs
+from llama_lora.corpus.records.partial import Partial
 from llama_lora.eval import charts
 from llama_lora.eval.answers import Exchange
 from llama_lora.eval.bootstrap import DRAWS, Estimate

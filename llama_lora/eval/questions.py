@@ -4,9 +4,10 @@ import random
 from dataclasses import dataclass
 from pathlib import Path
 
-from llama_lora.corpus.conversation import Turn
-from llama_lora.corpus.language import UNKNOWN, language_of
-from llama_lora.corpus.questions import read_questions
+from llama_lora.corpus.language import UNKNOWN
+from llama_lora.corpus.language.filter import language_of
+from llama_lora.corpus.records.conversation import Turn
+from llama_lora.corpus.records.questions import read_questions
 from llama_lora.text import sound_text
 
 

@@ -8,8 +8,8 @@ import shutil
 from pathlib import Path
 
 from llama_lora.cli import InputError, warn_once
-from llama_lora.model import base_values, older_readers
-from llama_lora.model.stored import not_only_tensors
+from llama_lora.model.folder import base_values, older_readers
+from llama_lora.model.folder.stored import not_only_tensors
 from llama_lora.model.template import has_tokenizer, load_template
 from llama_lora.text import brief
 

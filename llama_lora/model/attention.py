@@ -13,7 +13,7 @@ from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_f
 from transformers.masking_utils import sdpa_mask
 
 from llama_lora.cli import InputError
-from llama_lora.model.cards import Card
+from llama_lora.hardware.cards import Card
 
 UNGROUPED = "sdpa_ungrouped"
 FLASH = (8, 0)  # the compute capability that FlashAttention asks for

@@ -5,9 +5,9 @@ from functools import partial
 from pathlib import Path
 
 from llama_lora.cli import InputError
-from llama_lora.model import codes
-from llama_lora.model.folder import load_config
-from llama_lora.model.hardware import compute_dtype, dtype_name, present
+from llama_lora.hardware.device import compute_dtype, dtype_name, present
+from llama_lora.model.folder import codes
+from llama_lora.model.folder.config import load_config
 from llama_lora.text import named
 
 

@@ -5,7 +5,7 @@ from itertools import groupby
 from llama_lora.model.template import IGNORE, Template
 from llama_lora.report.terminal import MEANINGS, mark, strong, visible
 from llama_lora.report.view import PLAIN, TRAINED
-from llama_lora.train.packing import Example
+from llama_lora.train.data.packing import Example
 
 WIDTH, HEAD, TAIL = 100, 9, 5  # columns of a line; the lines shown of a long example
 

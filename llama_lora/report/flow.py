@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from llama_lora.cli import InputError
-from llama_lora.corpus.conversation import GPT
-from llama_lora.corpus.values import dump, parse
+from llama_lora.corpus.records.conversation import GPT
+from llama_lora.corpus.records.values import dump, parse
 
 EXAMPLES = 3  # of each reason
 EXCERPT = 280  # characters of each

@@ -15,9 +15,9 @@ from typing import BinaryIO
 
 import numpy as np
 
-from llama_lora.corpus import stage
-from llama_lora.corpus.atomic import replacing
-from llama_lora.corpus.values import dump
+from llama_lora.corpus.engine import stage
+from llama_lora.corpus.records.atomic import replacing
+from llama_lora.corpus.records.values import dump
 from llama_lora.report import charts, flow
 from llama_lora.report.frame import environment, part, policy
 from llama_lora.report.survey import Survey

@@ -10,9 +10,12 @@ from functools import partial
 
 import numpy as np
 
-from llama_lora.corpus import stage
-from llama_lora.corpus.account import accumulate
-from llama_lora.corpus.conversation import (
+from llama_lora.corpus.duplicates.dedupe import digests_of, exact_duplicates
+from llama_lora.corpus.engine import stage
+from llama_lora.corpus.engine.account import accumulate
+from llama_lora.corpus.engine.shelf import Fingerprint, Shelf
+from llama_lora.corpus.language.filter import language_of
+from llama_lora.corpus.records.conversation import (
     GPT,
     HUMAN,
     Conversation,
@@ -21,13 +24,10 @@ from llama_lora.corpus.conversation import (
     piece_keys_of,
     put_in_order,
 )
-from llama_lora.corpus.dedupe import digests_of, exact_duplicates
-from llama_lora.corpus.ids import id_hash
-from llama_lora.corpus.language import language_of
-from llama_lora.corpus.shelf import Fingerprint, Shelf
+from llama_lora.corpus.records.ids import id_hash
 from llama_lora.model.template import IGNORE, Template, load_tokenizer
-from llama_lora.train.bins import best_fit_decreasing
-from llama_lora.train.examples import Audit
+from llama_lora.train.data.bins import best_fit_decreasing
+from llama_lora.train.data.examples import Audit
 
 
 def lengths() -> array:

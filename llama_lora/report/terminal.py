@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from llama_lora.corpus.account import listed
+from llama_lora.corpus.engine.account import listed
 from llama_lora.report.survey import Survey
 from llama_lora.report.view import BEYOND, FRAME, PLAIN, TRAINED, View
 

@@ -11,9 +11,10 @@ from functools import partial
 from itertools import groupby
 
 from llama_lora.cli import InputError
-from llama_lora.corpus import files, stage
-from llama_lora.corpus.conversation import GPT, Conversation, Rejected, Turn, put_in_order
-from llama_lora.corpus.language import language_of
+from llama_lora.corpus.engine import stage
+from llama_lora.corpus.language.filter import language_of
+from llama_lora.corpus.records import files
+from llama_lora.corpus.records.conversation import GPT, Conversation, Rejected, Turn, put_in_order
 from llama_lora.model.template import IGNORE, Template
 from llama_lora.report.survey import as_trained, renderer
 

@@ -9,8 +9,7 @@ import torch
 import transformers
 from transformers.trainer_utils import IntervalStrategy
 
-from llama_lora.model.adapter import HUB_ID
-from llama_lora.model.hardware import (
+from llama_lora.hardware.device import (
     DTYPE_SWITCH,
     QUANTIZATIONS,
     compute_dtype,
@@ -19,7 +18,8 @@ from llama_lora.model.hardware import (
     dtype_name,
     switched_dtype,
 )
-from llama_lora.train import allocator
+from llama_lora.model.adapter import HUB_ID
+from llama_lora.train.memory import allocator
 
 
 @dataclass

@@ -10,6 +10,7 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from llama_lora.train import checkpoints
+from llama_lora.train.memory.gradients import trainable
 
 WEIGHTS = "trainable.safetensors"
 
@@ -66,8 +67,3 @@ class Best(TrainerCallback, ExportableState):
     def state(self) -> dict:
         kept = {"loss": self.loss, "step": self.step, "without": self.without}
         return {"args": {}, "attributes": kept}
-
-
-def trainable(model):
-    """Names and parameters that training changes."""
-    return [(name, p) for name, p in model.named_parameters() if p.requires_grad]

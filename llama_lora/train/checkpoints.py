@@ -9,7 +9,8 @@ from pathlib import Path
 
 from llama_lora.cli import InputError, LocalError
 from llama_lora.model.adapter import WEIGHTS
-from llama_lora.train import cache, logs
+from llama_lora.train import logs
+from llama_lora.train.data import cache
 
 NUMBERED = re.compile(r"checkpoint-(\d+)")
 SETTINGS = "settings.json"

@@ -13,7 +13,7 @@ import transformers
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
-from llama_lora.model.cards import GIB
+from llama_lora.hardware.cards import GIB
 
 LOG = "trainer_log.jsonl"
 PICTURE = "loss.png"

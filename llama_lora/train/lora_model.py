@@ -4,8 +4,8 @@ from transformers import set_seed
 
 from llama_lora.model import adapter
 from llama_lora.model.base import load_base
-from llama_lora.train import attention, loss
 from llama_lora.train.arguments import fitting_learning_rate
+from llama_lora.train.compute import attention, loss
 
 
 def load(folder: str, quantization: str, lora, args):

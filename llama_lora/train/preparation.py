@@ -7,10 +7,11 @@ import torch
 from transformers import TrainerCallback
 from transformers.training_args import OptimizerNames
 
-from llama_lora.train import loss, recompute
-from llama_lora.train.best import trainable
-from llama_lora.train.packing import check_isolation
-from llama_lora.train.plan import GRADIENT_BYTES, optimizer_bytes
+from llama_lora.train.compute import loss
+from llama_lora.train.data.packing import check_isolation
+from llama_lora.train.memory import recompute
+from llama_lora.train.memory.gradients import trainable
+from llama_lora.train.plan.plan import GRADIENT_BYTES, optimizer_bytes
 
 
 class Preparation(TrainerCallback):

@@ -3,8 +3,8 @@
 import json
 from pathlib import Path
 
+from llama_lora.hardware.device import device_name, dtype_name
 from llama_lora.model import adapter, model_card
-from llama_lora.model.hardware import device_name, dtype_name
 from llama_lora.train import checkpoints
 from llama_lora.train.logs import peak_memory
 

@@ -10,12 +10,13 @@ from transformers import PrinterCallback
 from llama_lora.cli import InputError
 from llama_lora.model import adapter
 from llama_lora.model.template import IGNORE
-from llama_lora.train import checkpoints, rehearsal
-from llama_lora.train.allocator import large_blocks_given_back
-from llama_lora.train.best import Best, trainable
-from llama_lora.train.gradients import Gradients
+from llama_lora.train import checkpoints
+from llama_lora.train.best import Best
+from llama_lora.train.data.packing import MicroBatches, collate
 from llama_lora.train.logs import LogFile, LogLine, Totals
-from llama_lora.train.packing import MicroBatches, collate
+from llama_lora.train.memory import rehearsal
+from llama_lora.train.memory.allocator import large_blocks_given_back
+from llama_lora.train.memory.gradients import Gradients, trainable
 from llama_lora.train.preparation import Preparation
 from llama_lora.train.stop import Diverged, Overflow, Stop, is_finite
 

@@ -15,8 +15,8 @@ from tqdm import tqdm
 from transformers import GenerationConfig, LlamaConfig, PreTrainedTokenizerFast
 
 from llama_lora.cli import InputError
-from llama_lora.model import older_readers
-from llama_lora.model.hardware import dtype_name
+from llama_lora.hardware.device import dtype_name
+from llama_lora.model.folder import older_readers
 
 MODULES = [
     "self_attn.q_proj",

@@ -8,8 +8,8 @@ from transformers.utils.loading_report import LoadStateDictInfo
 
 from llama_lora.cli import InputError
 from llama_lora.model.base import check_complete
-from llama_lora.model.folder import load_config, quantized_as, without_values
-from llama_lora.model.stored import INDEX, PICKLED, WEIGHTS, Stored
+from llama_lora.model.folder.config import load_config, quantized_as, without_values
+from llama_lora.model.folder.stored import INDEX, PICKLED, WEIGHTS, Stored
 
 
 class FolderWeights:

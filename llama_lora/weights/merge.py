@@ -10,9 +10,10 @@ from pathlib import Path
 import torch
 
 from llama_lora.cli import InputError
-from llama_lora.model import adapter, model_card, older_readers
-from llama_lora.model.folder import EMBEDDINGS, HEAD, embedding_rows
-from llama_lora.model.hardware import dtype_name
+from llama_lora.hardware.device import dtype_name
+from llama_lora.model import adapter, model_card
+from llama_lora.model.folder import older_readers
+from llama_lora.model.folder.config import EMBEDDINGS, HEAD, embedding_rows
 from llama_lora.model.template import has_tokenizer, load_template
 from llama_lora.weights import gguf_export
 from llama_lora.weights.hf_folder import Checkpoint, Written, building, plan_shards, write_weights

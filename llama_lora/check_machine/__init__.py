@@ -1,0 +1,1 @@
+"""What check_machine.py tries, and the screen that it ends with."""

@@ -1,0 +1,268 @@
+"""ChatGPT's page: which elements are answers, which are chrome, and what is code or a formula.
+
+lxml parses and searches; Beautiful Soup's elements, which markdownify reads, are made only of what
+is left, because making them takes longer than all the rest.
+"""
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache
+
+from bs4 import NavigableString, Tag
+from lxml import etree
+
+from llama_lora.corpus.records.conversation import Rejected
+
+DEEPEST = 150  # nested elements; no chat is deeper, and libxml2 loses what is deeper than 2,048
+
+# The classes of the element that ChatGPT puts around an answer, and around a question. An answer's
+# has both: either alone is also in pages that people write and ask about.
+ANSWER, QUESTION = {"markdown", "prose"}, {"whitespace-pre-wrap"}
+# A `div` in which, or in one near its beginning, a question or an answer stands.
+DIV_WITH = r'\s*(?=<div\b).{{0,4000}}?<div\b[^>]{{0,1000}}\bclass="{}'
+CLASS = r'(?=[^"]{{0,1000}}(?<![^\s"]){}[\s"])'
+WITH_ANSWER, WITH_QUESTION = (
+    re.compile(DIV_WITH.format("".join(map(CLASS.format, parts))), re.DOTALL)
+    for parts in (ANSWER, QUESTION)
+)
+BLOCKS = ["p", "pre", "ul", "ol", "table", "blockquote", "h1", "h2", "h3", "h4", "h5", "h6"]
+FORMULA = {"katex", "katex-display", "math-inline", "math-display"}
+INVISIBLE = {"button", "svg", "script", "style"}
+CODE = {"code", "kbd", "samp"}
+# The elements of which an attribute matters.
+TOLD = {"a", "img", "input", "ol", "td", "th"}
+LANGUAGE = re.compile(r"[\w+#.-]{1,30}")
+
+too_deep = etree.XPath(f"boolean({'/*' * (DEEPEST + 3)})")  # html and body count
+with_class = etree.XPath("descendant-or-self::*[contains(@class, $part)]")
+divs_with_class = etree.XPath("descendant-or-self::div[contains(@class, $part)]")
+holds_markup = etree.XPath("boolean(.//*[not(self::div)])")
+buttons_outside_code = etree.XPath(".//button[not(ancestor::pre)]")
+shown = etree.XPath(".//text()[normalize-space() and not(ancestor::button)]")
+sources = etree.XPath('.//annotation[@encoding="application/x-tex"]')
+
+
+def is_chatgpt_html(text: str) -> bool:
+    """Whether `text` is an element of ChatGPT's page: an answer, or one question and no more.
+
+    Raises `Rejected` if it is nested too deeply to tell.
+    """
+    if not text.rstrip().endswith("</div>"):
+        return False
+    if WITH_ANSWER.match(text):
+        return True
+    return WITH_QUESTION.match(text) is not None and is_question(parsed(text))
+
+
+def is_question(page: etree._Element) -> bool:
+    """Whether nothing can be read on the page but the plain text of questions."""
+    questions = outermost(page, QUESTION)
+    if any(map(holds_markup, questions)):
+        return False
+    return len(shown(page)) == sum(len(shown(question)) for question in questions)
+
+
+def parsed(html: str) -> etree._Element:
+    """The root of the page; raises `Rejected` if it cannot be read or is nested too deeply."""
+    try:
+        root = etree.fromstring(html, parser())
+    except etree.XMLSyntaxError as error:
+        raise Rejected("HTML cannot be parsed", str(error)) from None
+    if too_deep(root):
+        raise Rejected("HTML is nested too deeply", f"over {DEEPEST} elements")
+    return root
+
+
+@cache
+def parser() -> etree.HTMLParser:
+    # Without `huge_tree` a text of more than 10 MB would end the page, and nothing would say so.
+    return etree.HTMLParser(remove_comments=True, remove_pis=True, huge_tree=True)
+
+
+def outermost(root: etree._Element, wanted: set[str]) -> list[etree._Element]:
+    """The `div` elements with all `wanted` classes that are in no other such element."""
+    found = dict.fromkeys(
+        element
+        for element in divs_with_class(root, part=min(wanted))
+        if wanted.issubset(classes(element))
+    )
+    return [element for element in found if found.keys().isdisjoint(element.iterancestors())]
+
+
+def text_of(element: etree._Element) -> str:
+    """All the text in an element."""
+    return etree.tostring(element, method="text", encoding=str, with_tail=False)
+
+
+# ---- Beautiful Soup's elements, made without what only its own parsers need ----
+
+
+class Element(Tag):
+    """An element with its siblings and parent."""
+
+    def __init__(self, name: str, attrs: dict, parent: "Element | None"):
+        self.name, self.attrs, self.parent, self.contents = name, attrs, parent, []
+        self.previous_sibling = self.next_sibling = None
+        if parent is not None:
+            linked(self, parent)
+
+
+class Text(NavigableString):
+    """A run of text with its siblings and parent."""
+
+    def __new__(cls, text: str, parent: Element):
+        made = str.__new__(cls, text)
+        made.parent, made.previous_sibling, made.next_sibling = parent, None, None
+        linked(made, parent)
+        return made
+
+
+def linked(node: Element | Text, parent: Element) -> None:
+    """Put `node` after what is in `parent`."""
+    if parent.contents:
+        node.previous_sibling = parent.contents[-1]
+        node.previous_sibling.next_sibling = node
+    parent.contents.append(node)
+
+
+# ---- What is left of an answer ----
+
+
+@dataclass
+class Answer:
+    """An answer without its chrome; `mark` gives the mark that stands for code or a formula."""
+
+    root: etree._Element
+    mark: Callable[[str], str]
+
+    def tree(self) -> tuple[Element, list[Element]]:
+        """The answer, and its lists in order."""
+        self.bars = bars(self.root)
+        self.formulas = dict(formulas(self.root))
+        self.lists: list[Element] = []
+        root = Element("div", {}, None)
+        self.add_contents(self.root, root)
+        return root, self.lists
+
+    def add_contents(self, source: etree._Element, target: Element) -> None:
+        text = source.text or ""
+        for child in source:
+            if self.add(child, target, text):
+                text = child.tail or ""
+            else:
+                text += child.tail or ""
+        if text:
+            Text(text, target)
+
+    def add(self, source: etree._Element, target: Element, before: str) -> bool:
+        """Add an element after the text before it, unless nothing is left of it."""
+        name = source.tag
+        if name in INVISIBLE or source in self.bars:
+            return False
+        if before:
+            Text(before, target)
+        if source in self.formulas:
+            self.add_mark(target, *self.formulas[source])
+        elif name == "pre":
+            self.add_mark(target, fenced(source), "pre")
+        elif name in CODE:
+            self.add_mark(target, code_span(text_of(source)), "code")
+        else:
+            made = Element(name, dict(source.attrib) if name in TOLD else {}, target)
+            if name in ("ul", "ol"):
+                self.lists.append(made)
+            self.add_contents(source, made)
+        return True
+
+    def add_mark(self, target: Element, text: str, name: str) -> None:
+        Text(self.mark(text), Element(name, {}, target))
+
+
+def bars(root: etree._Element) -> set[etree._Element]:
+    """Buttons outside code with the bars they stand in: pagers, "Copy code", counts of words."""
+    found: set[etree._Element] = set()
+    climbed: set[etree._Element] = set()  # what was searched and holds nothing to read
+    contents: set[etree._Element] = set()  # what holds something
+    for button in buttons_outside_code(root):
+        bar = button
+        for around in button.iterancestors():
+            if around is root or around.tag not in ("div", "span") or around in contents:
+                break
+            if around not in climbed and next(around.iterdescendants(*BLOCKS), None) is not None:
+                contents.add(around)
+                break
+            bar = around
+            if around in climbed:
+                break  # and so is all that is around it
+            climbed.add(around)
+        found.add(bar)
+    return found
+
+
+def formulas(root: etree._Element) -> Iterator[tuple[etree._Element, tuple[str, str]]]:
+    """Formulas by the element to put in their place, which is a block or not.
+
+    KaTeX shows a formula two or three times; its source is in an annotation.
+    """
+    for source in sources(root):
+        above = list(source.iterancestors())
+        above = above[: above.index(root)]
+        around = [tag for tag in above if not FORMULA.isdisjoint(classes(tag))]
+        outer = around[-1] if around else next((tag for tag in above if tag.tag == "math"), None)
+        if outer is None:
+            continue
+        tex = re.sub(r"\n\s*\n", "\n", text_of(source).strip())
+        if any("display" in name for tag in around for name in classes(tag)):
+            yield outer, (f"$$\n{tex}\n$$", "pre")
+        else:
+            yield outer, (f"${' '.join(tex.split())}$", "code")
+    for error in with_class(root, part="katex-error"):
+        yield error, (f"${' '.join(text_of(error).split())}$", "code")
+
+
+def classes(element: etree._Element) -> list[str]:
+    return element.get("class", "").split()
+
+
+def fenced(pre: etree._Element) -> str:
+    """The code in `pre` between fences, with the language its class or its header names."""
+    code = next(pre.iter("code"), None)
+    text = text_of(pre if code is None else code)
+    named = "" if code is None else language(pre, code, text)
+    if text and not text.endswith("\n"):
+        text += "\n"
+    ticks = "`" * max(3, longest_run(text) + 1)
+    return f"{ticks}{named}\n{text}{ticks}"
+
+
+def language(pre: etree._Element, code: etree._Element, text: str) -> str:
+    """The language of the code, or nothing."""
+    for name in classes(code):
+        if name.startswith("language-"):
+            return name.removeprefix("language-")
+    header = next((text.strip() for text in shown(pre)), "")
+    if text.lstrip().startswith(header):
+        return ""  # there is no header: this is the code itself
+    header = header.removesuffix("Copy code")
+    return header if LANGUAGE.fullmatch(header) else ""
+
+
+def code_span(text: str) -> str:
+    """`text` as inline code."""
+    text = text.replace("\n", " ")
+    if not text:
+        return ""
+    ticks = "`" * (longest_run(text) + 1) if "`" in text else "`"
+    pad = " " if text[0] == "`" or text[-1] == "`" or needs_padding(text) else ""
+    return f"{ticks}{pad}{text}{pad}{ticks}"
+
+
+def needs_padding(text: str) -> bool:
+    """Whether Markdown would take a space off both ends."""
+    return text[0] == text[-1] == " " and not text.isspace()
+
+
+def longest_run(text: str) -> int:
+    """The length of the longest run of backticks."""
+    return max(map(len, re.findall("`+", text)), default=0) if "`" in text else 0

@@ -1,0 +1,1 @@
+"""Merging files, and finding what is equal or alike in them."""

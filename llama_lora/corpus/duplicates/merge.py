@@ -1,0 +1,98 @@
+"""Merging: every conversation as it is, in the order and the files that are asked for."""
+
+import argparse
+import os
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from llama_lora.cli import InputError
+from llama_lora.corpus.duplicates import dedupe
+from llama_lora.corpus.engine.output import Arrangement, Gone
+from llama_lora.corpus.engine.shelf import Fingerprint, Shelf
+from llama_lora.corpus.records.conversation import Conversation, Kept, Turn
+
+ALIKE = 0.85  # from this similarity on, two conversations are not torn apart by holding a share out
+
+
+def build() -> Callable[[Conversation], Kept]:
+    """Merging changes nothing: all that happens to a conversation happens when it is read."""
+    return as_it_is
+
+
+def as_it_is(conversation: Conversation) -> Kept:
+    return Kept([conversation])
+
+
+@dataclass
+class Selection:
+    """Shuffles with `seed`, cuts to `limit`, and holds the share `held_out` out.
+
+    Conversations that are equal or alike, or of which one goes on with the other, stay on one side.
+    """
+
+    out: str
+    seed: int | None = None
+    limit: int | None = None
+    held_out: float | None = None
+
+    def fingerprinter(self) -> Callable[[list[Turn]], Fingerprint]:
+        return no_fingerprint if self.held_out is None else dedupe.fingerprinter(signed=True)
+
+    def __call__(self, shelf: Shelf) -> Arrangement:
+        order = list(range(len(shelf)))
+        if self.seed is not None:
+            random.Random(self.seed).shuffle(order)
+        limit = len(order) if self.limit is None else self.limit
+        order, over = order[:limit], order[limit:]
+        outputs = {self.out: order}
+        if self.held_out is not None:
+            group_of = dedupe.groups(shelf, ALIKE)
+            chosen = choose(group_of, order, self.held_out, random.Random(self.seed or 0))
+            outputs = {
+                self.out: [index for index in order if index not in chosen],
+                eval_path(self.out): [index for index in order if index in chosen],
+            }
+        return Arrangement(outputs, dict.fromkeys(over, Gone("over the limit")))
+
+
+def arrangement(args: argparse.Namespace) -> Selection | None:
+    """How the merged conversations are arranged; None if they stay in the order they came in."""
+    if args.shuffle is None and args.limit is None and args.split_eval is None:
+        return None
+    return Selection(args.out, args.shuffle, args.limit, args.split_eval)
+
+
+def no_fingerprint(turns: list[Turn]) -> Fingerprint:
+    """Of conversations that are not compared."""
+    return Fingerprint(b"")
+
+
+def choose(group_of: list[int], order: list[int], share: float, rng: random.Random) -> set[int]:
+    """Indices of about `share` of the conversations, but one at least; of a group all or none.
+
+    Raises `InputError` where one side would be left with nothing.
+    """
+    groups: dict[int, list[int]] = {}
+    for index in order:
+        groups.setdefault(group_of[index], []).append(index)
+    wanted = max(1, round(share * len(order)))
+    shuffled = list(groups.values())
+    rng.shuffle(shuffled)
+    chosen: set[int] = set()
+    for group in shuffled:
+        if len(chosen) + len(group) <= wanted:
+            chosen.update(group)
+    if not 0 < len(chosen) < len(order):
+        least = min(map(len, shuffled), default=0)
+        raise InputError(
+            f"--split-eval {share}: {wanted} of {len(order)} conversations cannot be held out: "
+            f"alike ones stay together, at least {least} here, and neither side may be empty"
+        )
+    return chosen
+
+
+def eval_path(out: str) -> str:
+    """Where the held-out conversations go: `M.json` has `M.eval.json` beside it."""
+    stem, ending = os.path.splitext(out)
+    return f"{stem}.eval{ending}"

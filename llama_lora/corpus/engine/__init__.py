@@ -1,0 +1,1 @@
+"""What runs a stage over a whole file: worker processes, output, accounts."""

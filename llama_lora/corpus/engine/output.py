@@ -1,0 +1,125 @@
+"""Where a stage puts its conversations: straight into the output, or aside until all are known."""
+
+import os
+from array import array
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import BinaryIO, Protocol
+
+from llama_lora.corpus.engine.account import Account
+from llama_lora.corpus.engine.shelf import Fingerprint, Shelf
+from llama_lora.corpus.records.atomic import Outputs, Writer
+from llama_lora.corpus.records.conversation import Turn
+from llama_lora.corpus.records.ids import Ids
+from llama_lora.corpus.records.values import dump, parse
+
+
+@dataclass
+class Line:
+    """A conversation as it will stand in the output, after its id."""
+
+    id: str
+    body: bytes
+    pairs: int
+    fingerprint: Fingerprint | None  # only where it is asked for
+
+
+@dataclass
+class Gone:
+    """Why a stored conversation is rejected, and the index of the one that stays in its place."""
+
+    reason: str
+    instead: int | None = None
+    similarity: float = 1.0
+
+
+@dataclass
+class Arrangement:
+    """Which of the stored conversations go where: indices by output path; what goes, by index."""
+
+    outputs: dict[str, list[int]]
+    rejected: dict[int, Gone] = field(default_factory=dict)
+
+    def stays(self, gone: Gone) -> int | None:
+        """The index of what is kept in place of one that goes; a stand-in may go for another."""
+        while (index := gone.instead) in self.rejected:
+            gone = self.rejected[index]
+        return index
+
+
+class Arrange(Protocol):
+    """Decides where stored conversations go.
+
+    `fingerprinter` makes, in each worker, the function that takes the fingerprint of turns. The
+    call is given those of all that is stored.
+    """
+
+    def fingerprinter(self) -> Callable[[list[Turn]], Fingerprint]: ...
+
+    def __call__(self, shelf: Shelf) -> Arrangement: ...
+
+
+class Direct:
+    """Writes lines as they come."""
+
+    def __init__(self, out: Writer, account: Account):
+        self.out, self.account, self.ids = out, account, Ids()
+
+    def put(self, line: Line) -> None:
+        write_line(self.out, line.id, line.body, self.ids, self.account)
+
+
+def write_line(out: Writer, name: str, body: bytes, ids: Ids, account: Account) -> str:
+    """Write the conversation under an id that no other has; the id."""
+    new = ids.distinct(name)
+    account.repairs["equal ids"] += new != name
+    out.write(b'{"id":' + dump(new) + body)
+    return new
+
+
+class Spool:
+    """Keeps lines in a scratch file until it is known where each goes."""
+
+    def __init__(self, file: BinaryIO):
+        self.file = file
+        self.shelf = Shelf()
+        self.ends = array("Q", [0])  # in the file
+
+    def put(self, line: Line) -> None:
+        item = dump(line.id) + line.body
+        self.file.write(item)
+        self.ends.append(self.ends[-1] + len(item))
+        self.shelf.add(line.fingerprint, len(line.body), line.pairs)
+
+    def arrange(self, arrange: Arrange, path, out, rejects, account, outputs: Outputs) -> list[str]:
+        """Write every stored conversation where `arrange` puts it; the paths of the outputs."""
+        self.file.flush()
+        arrangement = arrange(self.shelf)
+        wanted = {arrangement.stays(gone) for gone in arrangement.rejected.values()}
+        ids, names = Ids(), {}
+        for target, order in arrangement.outputs.items():
+            writer = out if target == path else outputs.corpus(target)
+            for index in order:
+                name = write_line(writer, *self.item(index), ids, account)
+                if index in wanted:
+                    names[index] = name
+            if target != path:
+                account.seen["held out"] += len(order)
+        for index, gone in arrangement.rejected.items():
+            account.turn_away(self.shelf.pairs[index], gone.reason)
+            if rejects:
+                about = {"reason": gone.reason, "detail": ""}
+                if gone.instead is not None:
+                    kept = names[arrangement.stays(gone)]
+                    about |= {"detail": f"kept: {kept}", "similarity": gone.similarity}
+                name, body = self.item(index)
+                start = dump(about)[:-1] + b',"conversation":{"id":'
+                rejects.write(start + dump(name) + body + b"}")
+        return list(arrangement.outputs)
+
+    def item(self, index: int) -> tuple[str, bytes]:
+        """The id and the body of a line."""
+        start, end = self.ends[index], self.ends[index + 1]
+        item = os.pread(self.file.fileno(), end - start, start)
+        cut = len(item) - self.shelf.lengths[index]
+        return parse(item[:cut])[0], item[cut:]

@@ -1,0 +1,135 @@
+"""The language filter: keeps or skips conversations by what most of their prose is written in."""
+
+import argparse
+import re
+from collections import Counter
+from dataclasses import dataclass, field
+from functools import cache
+
+from llama_lora.corpus.engine.account import Account
+from llama_lora.corpus.language import UNKNOWN
+from llama_lora.corpus.language.prose import prose
+from llama_lora.corpus.records.conversation import Conversation, Kept, Rejected, Turn
+
+ALIASES = {
+    "he": "iw",
+    "jv": "jw",
+    "zh-tw": "zh-Hant",
+    "zh-hk": "zh-Hant",
+}
+SIMPLIFIED = "zh-cn", "zh-sg", "zh-hans"  # which have no code of their own
+REJECTED = "language "
+GLIMPSE = 170  # characters of a turn's prose in each of the three places that are looked at
+REPEATED_DIGIT = re.compile(r"(\d)\1{8}")
+
+
+@dataclass
+class Filter:
+    """Keeps the conversations in the languages of `keep` (all if empty) and not of `skip`.
+
+    `zh` is simplified and traditional Chinese, `zh-Hant` the latter alone. What cannot be told is
+    kept. With `reduce_rep` nine equal digits in a row are a reason to reject.
+    """
+
+    keep: list[str] = field(default_factory=list)
+    skip: list[str] = field(default_factory=list)
+    reduce_rep: bool = False
+
+    def __call__(self, conversation: Conversation) -> Kept:
+        turns = conversation["conversations"]
+        if self.reduce_rep and any(REPEATED_DIGIT.search(turn["value"]) for turn in turns):
+            raise Rejected("repeated digits")
+        language = language_of(turns)
+        if language != UNKNOWN and not self.wants(language):
+            raise Rejected(REJECTED + language)
+        return Kept([conversation], seen=Counter([language]))
+
+    def wants(self, language: str) -> bool:
+        """Whether a conversation in `language` stays."""
+        names = {language, language.partition("-")[0]}
+        return names.isdisjoint(self.skip) and not (self.keep and names.isdisjoint(self.keep))
+
+
+def told(account: Account) -> Counter:
+    """How many conversations in each language were read."""
+    rejected = {
+        reason.removeprefix(REJECTED): count
+        for reason, count in account.rejected.items()
+        if reason.startswith(REJECTED)
+    }
+    return account.seen + Counter(rejected)
+
+
+def language_of(turns: list[Turn]) -> str:
+    """The language in which most of the prose of the turns is written.
+
+    Each turn votes with its size; where none can be told by itself, all are read as one.
+    """
+    votes: Counter = Counter()
+    values = sorted((turn["value"] for turn in turns), key=len, reverse=True)
+    left = sum(map(size, values))
+    for value in values:
+        text = prose(value)
+        votes[detected(glimpses(text))] += size(text)
+        left -= size(value)
+        if is_decided(votes, left):
+            break
+    del votes[UNKNOWN]
+    if not votes:
+        return detected(glimpses("\n".join(map(prose, values))))
+    return votes.most_common(1)[0][0]
+
+
+def detected(text: str) -> str:
+    """The code of the language of `text`, or `UNKNOWN`."""
+    from llama_lora.corpus.language import (
+        detector,  # imports polyglot, which `--help` can do without
+    )
+
+    return detector.detected(text)
+
+
+def size(text: str) -> int:
+    """The bytes of `text`: a Chinese character says as much as three letters, and has three."""
+    return len(text.encode())
+
+
+def glimpses(text: str) -> str:
+    """The beginning, middle and end of `text`: a task and its subject may differ in language."""
+    if len(text) <= 3 * GLIMPSE:
+        return text
+    middle = len(text) // 2
+    return f"{text[:GLIMPSE]}\n{text[middle : middle + GLIMPSE]}\n{text[-GLIMPSE:]}"
+
+
+def is_decided(votes: Counter, left: int) -> bool:
+    """Whether `left` more votes cannot change which language has the most."""
+    first, second = sorted((*(votes[name] for name in votes if name != UNKNOWN), 0, 0))[:-3:-1]
+    return first > second + left
+
+
+@cache
+def known_codes() -> list[str]:
+    """The codes of all languages that the detector can tell."""
+    from icu import Locale
+    from pycld2 import LANGUAGES
+
+    codes = {Locale(code).getName() for name, code in LANGUAGES if not name.startswith("X_")}
+    return sorted(code.replace("_", "-") for code in codes - {"un", "xxx", ""})
+
+
+def code(text: str) -> str:
+    """A code as the detector names it, for argparse."""
+    name = text.lower().replace("_", "-")
+    if name in SIMPLIFIED:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} has no code of its own: zh is simplified and traditional Chinese, zh-Hant "
+            "the latter alone; keep the one and skip the other"
+        )
+    wanted = ALIASES.get(name, name)
+    for known in known_codes():
+        if known.lower() == wanted.lower():
+            return known
+    raise argparse.ArgumentTypeError(
+        f"{text!r} is no language the detector knows: {' '.join(known_codes())}"
+    )

@@ -1,0 +1,1 @@
+"""Cutting conversations to a window, counted in tokens."""

@@ -1,0 +1,1 @@
+"""Known cards, the present device, and the driver."""

@@ -1,0 +1,112 @@
+"""What the present device, or a card of the table, can do: base precision and compute dtype."""
+
+import os
+import platform
+from pathlib import Path
+
+from llama_lora.cli import InputError
+from llama_lora.hardware.cards import CARDS, CPU, Card, like
+
+QUANTIZATIONS = ("auto", "8bit", "4bit", "none")
+# Of a CPU: which of them it has decides on the compute dtype, and on the kernels that run.
+INSTRUCTIONS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
+DTYPE_SWITCH = "LLAMA_LORA_DTYPE"  # an environment variable: float32, bfloat16 or float16
+
+
+def present() -> Card:
+    """The current device: its CUDA card, with the memory that CUDA reports, or the CPU."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return CARDS[CPU]
+    found = torch.cuda.get_device_properties()
+    return like(found.name, (found.major, found.minor), found.total_memory)
+
+
+def device_name() -> str:
+    """The name by which people know the device, with its capability."""
+    return present().shown
+
+
+def out_of_memory(error: RuntimeError) -> bool:
+    """Whether a computation ended for lack of the card's memory, torch's or cuBLAS' own."""
+    import torch
+
+    lacking = isinstance(error, torch.OutOfMemoryError)
+    return lacking or "CUBLAS_STATUS_ALLOC_FAILED" in str(error)
+
+
+def cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+def processor() -> str:
+    """The CPU's name and those of `INSTRUCTIONS` that it has."""
+    name = _of_cpu("model name") or platform.processor() or platform.machine()
+    found = _of_cpu("flags").split()
+    return " ".join([name, *(f"+{one}" for one in INSTRUCTIONS if one in found)])
+
+
+def _of_cpu(key: str) -> str:
+    """What Linux says of the first core; nothing where it does not."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith(key)), "")
+
+
+def compute_dtype(card: Card | None = None):
+    """The fastest dtype that `card` (default: the device here) trains and answers in.
+
+    bf16, fp16, or fp32 on plain CPUs: bf16 products on a CPU without AVX512-BF16 or AMX run on one
+    scalar loop, hundreds of times slower than fp32. What `DTYPE_SWITCH` says goes before that on
+    the device here, however slow.
+
+    Raises:
+        InputError: the switch names no dtype.
+    """
+    import torch
+
+    if card is None and (switched := switched_dtype()):
+        return switched
+    card = card or present()
+    if card.capability is not None:
+        return getattr(torch, card.dtype)
+    fast_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if fast_bf16 else torch.float32
+
+
+def switched_dtype():
+    """The compute dtype that `DTYPE_SWITCH` asks for; None where it is not set."""
+    import torch
+
+    name = os.environ.get(DTYPE_SWITCH)
+    if not name:
+        return None
+    if name not in ("float32", "bfloat16", "float16"):
+        raise InputError(f"{DTYPE_SWITCH}={name}: expected float32, bfloat16 or float16")
+    return getattr(torch, name)
+
+
+def dtype_name(dtype) -> str:
+    """`torch.float16` -> "float16"."""
+    return str(dtype).removeprefix("torch.")
+
+
+def resolve_quantization(wanted: str, card: Card | None = None) -> tuple[str, str]:
+    """The base precision to load on `card` (default: the device here), and the reason.
+
+    Raises:
+        InputError: 8 bits asked for on a card whose int8 kernels do not exist.
+    """
+    card = card or present()
+    if wanted == "auto":
+        if card.runs_int8:
+            return "8bit", f"8-bit base: int8 runs on {card.shown}"
+        return "4bit", f"4-bit base: int8 kernels need compute capability 7.5, {card.shown}"
+    if wanted == "8bit" and not card.runs_int8:
+        raise InputError(
+            f"--quantization 8bit: bitsandbytes' int8 kernels need compute capability 7.5 or "
+            f"higher, found {card.shown}; use --quantization 4bit"
+        )
+    return wanted, f"{wanted} base, as asked for" if wanted != "none" else "unquantized base"

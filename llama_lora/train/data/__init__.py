@@ -1,0 +1,1 @@
+"""From a corpus file to micro-batches: tokens, labels, packing."""

@@ -1,0 +1,1 @@
+"""Whether a training fits, and how long it takes, before it starts."""

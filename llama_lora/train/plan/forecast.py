@@ -1,0 +1,268 @@
+"""What a training will need and how long it will take, told before a weight is loaded."""
+
+import math
+import os
+import re
+from dataclasses import dataclass, replace
+
+import psutil
+from transformers.training_args import OptimizerNames
+
+from llama_lora.cli import InputError
+from llama_lora.hardware.cards import CARDS, GIB, Card, card_named
+from llama_lora.hardware.device import compute_dtype, present
+from llama_lora.model.folder.shape import Shape
+from llama_lora.train.plan import advice, pace
+from llama_lora.train.plan.plan import CUDA_CONTEXT, CUDA_LIBRARIES, Plan, Setup, plan
+
+REACHED = 0.6  # of a card's published peak, by its matrix products: assumed, not measured
+ENOUGH_TOKENS = 1024  # in one part to keep a device busy
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """A plan of the memory, and the time that an epoch takes.
+
+    Attributes:
+        rate: operations a second in matrix products, and `rate_source` where that is from.
+    """
+
+    plan: Plan
+    where: str
+    work: pace.Work
+    examples: int
+    micro_batches: int
+    steps_per_epoch: int
+    steps: int
+    processes: int
+    rate: float
+    rate_source: str
+
+    @property
+    def parts(self) -> int:
+        """In how many a micro-batch is computed."""
+        return self.plan.setup.parts
+
+    @property
+    def part_tokens(self) -> int:
+        """The most that are computed at once."""
+        return self.plan.setup.part_tokens
+
+    @property
+    def hours(self) -> float:
+        """Of an epoch."""
+        setup = self.plan.setup
+        share = self.plan.recomputed / setup.shape.layers
+        operations = pace.operations(setup.shape, self.work, setup.lora_parameters, share)
+        return (
+            operations / (self.rate * pace.EFFICIENCY[setup.quantization]) / self.processes / 3600
+        )
+
+    def line(self) -> str:
+        """What to expect, on one line."""
+        found = self.plan
+        parts = f", each micro-batch in {self.parts} parts" if self.parts > 1 else ""
+        return (
+            f"memory plan: {gib(found.total)} of {gib(found.available)} on {self.where}{parts}; "
+            f"about {duration(self.hours)} an epoch"
+        )
+
+    def table(self) -> str:
+        """The plan, the time and the verdict in lines."""
+        rows = [
+            f"  {name:<15}{gib(size):>10}  {note}".rstrip() for name, size, note in self._rows()
+        ]
+        return "\n".join(
+            [
+                f"memory plan: a base of {self.plan.setup.shape.parameters / 1e6:,.1f} M "
+                f"parameters on {self.where}",
+                *rows,
+                f"  {'total':<15}{gib(self.plan.total):>10}  of {gib(self.plan.available)}",
+                *self._time(),
+                self.verdict(),
+            ]
+        )
+
+    def _rows(self):
+        found, setup, shape = self.plan, self.plan.setup, self.plan.setup.shape
+        dtype = {4: "fp32", 2: "16 bits"}[setup.itemsize]
+        bits = {"8bit": "8 bits", "4bit": "4 bits", "none": dtype}[setup.quantization]
+        linear = shape.quantized / 1e6
+        other = shape.parameters / 1e6 - linear
+        parts = f" in {setup.parts} parts of at most" if setup.parts > 1 else " of"
+        offloaded = ", what they start from on the host" if setup.offload else ""
+        tiles = f", MLPs in {setup.tiles} tiles" if found.recomputed and setup.tiles > 1 else ""
+        notes = {
+            "process": "CUDA's own" if setup.on_card else "Python and its libraries",
+            "weights": f"{linear:,.1f} M in {bits}, {other:,.1f} M in {dtype}",
+            "LoRA matrices": f"{setup.lora_parameters / 1e6:,.2f} M in fp32",
+            "optimizer": setup.optim,
+            "activations": f"a micro-batch{parts} {setup.part_tokens:,} tokens; "
+            f"{found.recomputed} of {shape.layers} layers recompute{offloaded}{tiles}",
+        }
+        return [(name, size, notes.get(name, "")) for name, size in found.bytes_by_use.items()]
+
+    def _time(self) -> list[str]:
+        labelled = self.work.labelled / max(self.work.tokens, 1)
+        share = pace.EFFICIENCY[self.plan.setup.quantization]
+        several = f" on each of {self.processes} cards" if self.processes > 1 else ""
+        return [
+            f"an epoch: {self.examples:,} examples, {self.work.tokens:,} tokens "
+            f"({labelled:.1%} labelled) in {self.micro_batches:,} micro-batches; "
+            f"{self.steps:,} steps in all",
+            f"time: about {duration(self.hours)} an epoch, at {share:.0%} of "
+            f"{self.rate / 1e12:.3g} TFLOP/s{several} ({self.rate_source})",
+        ]
+
+    def verdict(self) -> str:
+        if self.plan.fits:
+            doubt = "" if self.plan.comfortable else "; it may be tight: the plan is a reckoning"
+            return f"fits, {gib(self.plan.spare)} to spare{doubt}"
+        ways = advice.ways_to_fit(self.plan.setup, self.plan.available)
+        if ways:
+            told = [f"  {flags}  (then {gib(found.total)})" for flags, found in ways]
+            too_much = f"does not fit: {gib(-self.plan.spare)} too much; it fits with"
+            return "\n".join([too_much, *told])
+        least = advice.least(self.plan.setup)
+        cards = [card.name for card in CARDS.values() if (card.memory or 0) >= least]
+        larger = f", such as {cards[0]}" if cards else ""
+        return (
+            f"does not fit, whatever the flags: it takes {gib(least)} at least; take a smaller "
+            f"base, or a card with more memory{larger}"
+        )
+
+    def summary(self) -> dict[str, float]:
+        """What was foretold, to be held against what came."""
+        return {
+            "memory_bytes": self.plan.total,
+            "hours_per_epoch": self.hours,
+            "steps_per_epoch": self.steps_per_epoch,
+        }
+
+    def check(self) -> None:
+        """Raise `InputError`, with the table, if it does not fit."""
+        if not self.plan.fits:
+            raise InputError(
+                f"{self.table()}\nNothing was loaded; --ignore_memory_plan True tries all the same."
+            )
+
+
+def of(shape: Shape, quantization: str, lora, args, training, windows=(None,)) -> Forecast:
+    """The forecast of a run: `lora` and `args` are its flags, `training` its micro-batches.
+
+    `windows` are those of the base's layers, as `trial.windows` has them.
+    """
+    here = args.plan_for is None
+    card, processes = (present(), args.world_size) if here else cards_named(args.plan_for)
+    dtype = args.compute_dtype if here else compute_dtype(card)
+    available, base_load = room(card, here, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    on_card = card.memory is not None
+    setup = Setup(
+        shape=shape,
+        quantization=quantization,
+        itemsize=dtype.itemsize,
+        targets=shape.targets(lora.lora_target_modules),
+        lora_r=lora.lora_r,
+        lora_dropout=lora.lora_dropout,
+        use_dora=lora.use_dora,
+        optim=OptimizerNames(args.optim).value,
+        tokens=training.fullest,
+        longest=int(training.lengths.max()),
+        recompute=args.recompute,
+        offload=args.offload_activations == "True" and on_card,
+        mlp_tiles=args.mlp_tiles,
+        on_card=on_card,
+        base_load=base_load,
+    )
+    wanted = {"parts": args.in_parts, "offload": args.offload_activations == "auto" and on_card}
+    autos = {name for name, holds in wanted.items() if holds}
+    rate, source = rate_of(card, here, shape, dtype)
+    micro_batches = -(-len(training) // processes)
+    steps = -(-micro_batches // args.gradient_accumulation_steps)
+    return Forecast(
+        plan=choose(setup, available, autos),
+        where=f"{processes} × {card.shown}" if processes > 1 else card.shown,
+        work=pace.Work.of(training.lengths, training.examples.labelled(), windows),
+        examples=len(training.examples),
+        micro_batches=len(training),
+        steps_per_epoch=steps,
+        steps=args.max_steps if args.max_steps > 0 else math.ceil(steps * args.num_train_epochs),
+        processes=processes,
+        rate=rate,
+        rate_source=source,
+    )
+
+
+def choose(setup: Setup, available: float, autos: set[str]) -> Plan:
+    """The plan to train by.
+
+    Args:
+        autos: what may be set as needed: "parts" in which a micro-batch is computed, "offload" of
+            what layers recompute from to the host.
+    """
+    if "parts" in autos:
+        setup = replace(setup, parts=_parts(setup, available))
+    found = plan(setup, available)
+    if "offload" in autos and not found.comfortable and found.recomputed == setup.shape.layers:
+        found = plan(replace(setup, offload=True), available)
+    return found
+
+
+def _parts(setup: Setup, available: float) -> int:
+    """In how many parts to compute a micro-batch: few, but none for which layers must recompute."""
+    fitting, parts = [], 1
+    while True:
+        found = plan(replace(setup, parts=parts), available)
+        small = found.setup.part_tokens <= max(ENOUGH_TOKENS, setup.longest)
+        if found.comfortable:
+            fitting.append(found)
+        if found.setup.part_tokens == setup.longest or (fitting and small):
+            best = min(fitting or [found], key=lambda one: (one.recomputed, one.setup.parts))
+            return best.setup.parts
+        parts *= 2
+
+
+def cards_named(text: str) -> tuple[Card, int]:
+    """The card of `--plan_for` and how many of it: "T4", "2xT4", "16GiB".
+
+    Raises:
+        InputError: no known card, no size.
+    """
+    found = re.fullmatch(r"(?:(\d)\s*[x×]\s*)?(.+)", text.strip(), re.IGNORECASE)
+    return card_named(found[2]), int(found[1] or 1)
+
+
+def room(card: Card, here: bool, processes: int) -> tuple[float, float]:
+    """Bytes available to a process, and those of them that it takes before anything is loaded.
+
+    Args:
+        here: whether `card` is the device of this machine, whose free memory counts.
+        processes: that share the host's memory, where there is no card.
+    """
+    if card.memory is None:
+        taken = psutil.Process().memory_info().rss
+        return psutil.virtual_memory().available / processes + taken, taken
+    if not here:
+        return card.memory, CUDA_CONTEXT
+    import torch
+
+    return torch.cuda.mem_get_info()[0], CUDA_LIBRARIES
+
+
+def rate_of(card: Card, here: bool, shape: Shape, dtype) -> tuple[float, str]:
+    """Operations a second in matrix products, and where that figure comes from."""
+    if here:
+        device = "cpu" if card.memory is None else "cuda"
+        return pace.measured_rate(shape, dtype, device), "its matrix products, measured now"
+    return REACHED * card.peak_flops, f"{REACHED:.0%} of its published peak, assumed"
+
+
+def gib(size: float) -> str:
+    return f"{size / GIB:,.2f} GiB"
+
+
+def duration(hours: float) -> str:
+    if hours >= 1:
+        return f"{hours:,.1f} hours"
+    minutes = round(60 * hours)
+    return f"{minutes} minutes" if minutes > 1 else "a minute"
