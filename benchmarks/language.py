@@ -59,8 +59,8 @@ def sections(cache: Path) -> Iterator[str]:
         "characters its reliable answer stands; of a shorter one it is asked again with hints at "
         "the languages that chats are mostly in, and the common words of a language and the "
         "letters that it has not count along (`llama_lora/corpus/language/detector.py`). Chinese "
-        "is told to be simplified or traditional by its characters. Code, addresses and formulas are "
-        "set aside; code that no fence marks is not, and counts as the Latin text that it is."
+        "is told to be simplified or traditional by its characters. Code, addresses and formulas "
+        "are set aside; code that no fence marks is not, and counts as the Latin text that it is."
     )
     yield (
         "Below, windows of 200 and of 40 characters are cut at word boundaries from the shipped "

@@ -108,7 +108,7 @@ def test_what_needs_no_rehearsal_has_none(tmp_path):
 
 MAPPED = """
 import ctypes, torch
-from llama_lora.train import allocator
+from llama_lora.train.memory import allocator
 
 class Heap(ctypes.Structure):
     names = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost"

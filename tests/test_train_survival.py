@@ -274,7 +274,7 @@ import sys
 
 import torch
 
-from llama_lora.train import attention
+from llama_lora.train.compute import attention
 
 MOST = {most}
 attend = attention.attend
