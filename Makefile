@@ -48,19 +48,19 @@ lint: .venv/complete  ## check style and format
 
 bench: .venv/complete $(D)/adapter/summary.json  ## measure every figure in docs/ again (4 hours on 2 cores)
 	pip install --quiet -r benchmarks/requirements.txt
-	python3 benchmarks/markdown_fidelity.py --write
-	python3 benchmarks/markdown_speed.py --write
-	python3 benchmarks/language.py --write
-	python3 benchmarks/corpus.py --write
-	python3 benchmarks/rounding.py --write
-	python3 benchmarks/loss_memory.py --write
-	python3 benchmarks/train_speed.py --write
-	python3 benchmarks/learning.py --write
-	python3 benchmarks/plan_accuracy.py --write
-	python3 benchmarks/card_plans.py --write
-	python3 benchmarks/long_context.py --write
-	python3 benchmarks/merge_memory.py --write
-	python3 benchmarks/first_token.py --write
+	python3 -m benchmarks.corpus.markdown_fidelity --write
+	python3 -m benchmarks.corpus.markdown_speed --write
+	python3 -m benchmarks.corpus.language --write
+	python3 -m benchmarks.corpus.corpus --write
+	python3 -m benchmarks.model.rounding --write
+	python3 -m benchmarks.training.loss_memory --write
+	python3 -m benchmarks.training.train_speed --write
+	python3 -m benchmarks.training.learning --write
+	python3 -m benchmarks.training.plan_accuracy --write
+	python3 -m benchmarks.training.card_plans --write
+	python3 -m benchmarks.training.long_context --write
+	python3 -m benchmarks.model.merge_memory --write
+	python3 -m benchmarks.model.first_token --write
 
 gpu: .venv/complete  ## measure a CUDA card for 8.5 minutes, or go on with it, for docs/gpu.md
 	python3 benchmarks/gpu_16gb.py --resume

@@ -18,10 +18,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # it also runs where this project is not installed
 
-from gpu.process import Worker, has  # noqa: E402
-from gpu.results import Results, write_page  # noqa: E402
-from gpu.rows import CHECKS, KINDS, OTHERS, Row  # noqa: E402
-
+from benchmarks.gpu.report.results import Results, write_page  # noqa: E402
+from benchmarks.gpu.rows import CHECKS, KINDS, OTHERS, Row  # noqa: E402
+from benchmarks.gpu.workers.process import Worker, has  # noqa: E402
 from llama_lora.cli import InputError, one_line_errors  # noqa: E402
 from llama_lora.options import Help  # noqa: E402
 

@@ -6,8 +6,7 @@ import sys
 from pathlib import Path
 from textwrap import fill
 
-from machine import machine
-
+from benchmarks.machine import machine
 from llama_lora.options import Help
 
 ROOT = Path(__file__).parents[1]
@@ -64,9 +63,14 @@ def origin() -> str:
     return f"`{command()}` on {machine()}"
 
 
+def this() -> list[str]:
+    """The benchmark that runs, a module, with its flags for Python's command line."""
+    return ["-m", sys.modules["__main__"].__spec__.name, *sys.argv[1:]]
+
+
 def command() -> str:
     """The command that runs, without the folders of this machine."""
-    text = " ".join(["python3", *sys.argv]).replace(f"{ROOT}/", "")
+    text = " ".join(["python3", *this()]).replace(f"{ROOT}/", "")
     return re.sub(r"(?<=[ =])/(?:[^ /]*/)*", "", text)
 
 

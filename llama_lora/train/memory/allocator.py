@@ -10,7 +10,7 @@ LARGE = 1 << 20  # bytes
 RAISED = 32 << 20  # bytes: to where glibc raises the bound by itself
 
 # Of what comes and goes on a CPU, the share that glibc's heap keeps besides as holes, by bytes of a
-# number: in 16 bits oneDNN's products lie between the blocks. By benchmarks/plan_accuracy.py.
+# number: in 16 bits oneDNN's products lie between the blocks. By benchmarks.training.plan_accuracy.
 HOLES = {2: 0.65, 4: 0.4}
 
 _bound = RAISED  # of the large blocks: glibc can be told, but not asked

@@ -1,0 +1,1 @@
+"""What the figures in docs/ come from, one command each; what they share is here."""

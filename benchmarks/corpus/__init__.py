@@ -1,0 +1,1 @@
+"""The stages of the corpus: fidelity, coverage, speed, beside fschat."""

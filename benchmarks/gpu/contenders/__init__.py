@@ -1,0 +1,1 @@
+"""Who trains and answers, on what, in how much memory."""

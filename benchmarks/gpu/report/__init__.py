@@ -1,0 +1,1 @@
+"""What was found, kept on disk and written as a page."""

@@ -1,0 +1,1 @@
+"""The base and its adapter: rounding, merging, the first token."""

@@ -1,0 +1,1 @@
+"""Training: speed, memory, what it teaches, beside other recipes."""

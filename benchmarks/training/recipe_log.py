@@ -1,0 +1,75 @@
+"""What the recipes that this project is compared with log: the lines of its trainer_log.jsonl."""
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+from transformers import TrainerCallback
+
+from benchmarks.pages import PRECISIONS
+from llama_lora.model.template import IGNORE
+from llama_lora.train.logs import LOG, peak_memory
+
+
+def parser(doc: str) -> argparse.ArgumentParser:
+    """The flags that every recipe takes."""
+    parser = argparse.ArgumentParser(
+        description=doc.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    add = parser.add_argument
+    add("--base", type=Path, required=True, help="base model folder")
+    add("--data", type=Path, required=True, help="corpus file, split")
+    add("--out", type=Path, required=True, help="folder for the adapter and the log")
+    add("--steps", type=int, required=True, help="steps, which the learning rate's schedule fits")
+    add("--max-minutes", type=float, help="end before this many minutes of training")
+    add("--quantization", choices=PRECISIONS, default="8bit", help="precision of the base")
+    return parser
+
+
+class RecipeLog(TrainerCallback):
+    """Writes a line a step, and ends the run before one more step would exceed `max_minutes`.
+
+    The clock starts with the first step: loading a model and tokenizing are nobody's time.
+    """
+
+    def __init__(self, out: Path, max_minutes: float | None):
+        out.mkdir(parents=True, exist_ok=True)
+        self.path = out / LOG
+        self.path.write_text("")
+        self.limit = None if max_minutes is None else 60 * max_minutes
+        self.labelled = self.longest = 0
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.started = self.step_ended = time.monotonic()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        now = time.monotonic()
+        self.longest = max(self.longest, now - self.step_ended)
+        self.step_ended = now
+        if self.limit is not None and now - self.started + self.longest > self.limit:
+            control.should_training_stop = True
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if "loss" not in logs:
+            return
+        entry = {
+            "step": state.global_step,
+            "loss": logs["loss"],
+            "labelled_tokens": self.labelled,
+            "seconds": round(time.monotonic() - self.started, 3),
+            "peak_memory_bytes": peak_memory(),
+        }
+        with self.path.open("a") as file:
+            file.write(json.dumps(entry) + "\n")
+
+    def count_labels(self, trainer) -> None:
+        """Count the labels that `trainer`, whatever its class, learns."""
+        learn = trainer.training_step
+
+        def training_step(model, inputs, *rest):
+            # The first token of a row has nothing before it that could predict it.
+            self.labelled += int((inputs["labels"][:, 1:] != IGNORE).sum())
+            return learn(model, inputs, *rest)
+
+        trainer.training_step = training_step

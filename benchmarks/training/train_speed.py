@@ -1,0 +1,307 @@
+"""Labelled tokens a second and memory: this project's training beside the reference recipe.
+
+make .demo/base/config.json && python3 -m benchmarks.training.train_speed --write
+
+Both train the same LoRA on the same base in the same precision, on the same file of pieces. A step
+of either is `--tokens` tokens of capacity: rows of the length, which the reference fills with one
+padded conversation each and this project packs. They run alternately, `--repeats` times. Timed are
+the steps after the first, which also sets things up.
+"""
+
+import argparse
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks import pages
+from benchmarks import training_runs as runs
+from benchmarks.products import peak_rate
+
+PIECES = 600  # of each length
+SHORT_LENGTH = 512
+LORA = "--lora_r 8 --lora_alpha 16 --lora_dropout 0.05 --lora_target_modules q_proj v_proj"
+ARRANGED = r"in ([\d,]+) micro-batches of \d+ × \d+ tokens, ([\d.]+)% full"
+
+
+@dataclass
+class Corpus:
+    """What both train on: a file of pieces and the rows to put them in."""
+
+    name: str
+    length: int
+    path: Path
+    pieces: int
+    labelled: int  # tokens of answers, each counted once
+
+
+def parse_args() -> argparse.Namespace:
+    parser = runs.parser(__doc__, "training-speed.md")
+    add = parser.add_argument
+    add("--quantization", choices=pages.PRECISIONS, default="8bit", help="precision of the base")
+    add("--steps", type=int, default=4, help="steps of a run, of which the first is not timed")
+    add("--tokens", type=int, default=2048, help="capacity of a step in tokens")
+    add("--repeats", type=int, default=2, help="runs of each, alternating")
+    add("--lengths", type=int, nargs="*", default=[512, 1024, 2048], help="of rows, real chats")
+    add("--no-short", dest="short", action="store_false", help="leave out data/dummy_en.json")
+    add("--no-share", dest="share", action="store_false", help="leave out the machine's own rate")
+    add("--checkpointing", action="store_true", help="recompute activations, both")
+    add("--json", type=Path, metavar="FILE", help="also write what was measured here")
+    args = parser.parse_args()
+    if args.steps < 2:
+        parser.error("--steps: the first is not timed, so at least 2")
+    return args
+
+
+def main(args: argparse.Namespace) -> None:
+    corpora = prepare(args)
+    results = [compare(corpus, args) for corpus in corpora]
+    text = [comparison(results, args)]
+    if args.share:
+        by_length = sorted(corpora, key=lambda corpus: corpus.length)
+        ends = by_length[:: max(1, len(by_length) - 1)]
+        shares = [share_of_machine(corpus, args) for corpus in ends]
+        results += shares
+        text += [share_text(shares), profile_text(profile(ends[-1], args))]
+    if args.json:
+        args.json.write_text(json.dumps(results, indent=2) + "\n")
+    pages.publish(args, "Training speed", f"{pages.origin()}, one run after the other.", *text)
+
+
+# ---- Side by side ----
+
+
+def prepare(args: argparse.Namespace) -> list[Corpus]:
+    args.cache.mkdir(parents=True, exist_ok=True)
+    chats, _ = runs.real_corpus(args.cache) if args.lengths else (None, None)
+    corpora = [corpus("ShareGPT", chats, length, args) for length in args.lengths]
+    if args.short:
+        corpora.append(corpus("short", pages.ROOT / "data/dummy_en.json", SHORT_LENGTH, args))
+    return corpora
+
+
+def corpus(name: str, source: Path, length: int, args: argparse.Namespace) -> Corpus:
+    from llama_lora.model.template import IGNORE, Template, load_tokenizer
+
+    items = runs.draw(runs.pieces(source, args.base, length, args.cache), PIECES)
+    path = runs.write(items, args.cache / f"speed-{name}-{length}.json")
+    encoded = Template(load_tokenizer(args.base)).encode_batch(items)
+    labelled = sum(label != IGNORE for piece in encoded for label in piece.labels)
+    return Corpus(name, length, path, len(items), labelled)
+
+
+def compare(corpus: Corpus, args: argparse.Namespace) -> dict:
+    """Alternating runs of both on one corpus."""
+    reference, own = [], []
+    for _ in range(args.repeats):
+        reference.append(run_reference(corpus, args))
+        own.append(run_ours(corpus, args, args.quantization))
+    steps, fill = arranged(own[0])
+    data = json.loads(reference[0].found(r"data ({.*})")[1])
+    return {
+        "corpus": corpus.name,
+        "length": corpus.length,
+        "pieces": corpus.pieces,
+        "labelled tokens": corpus.labelled,
+        "reference": measured(reference, corpus.pieces / batch(corpus, args), data["fill"], corpus),
+        "ours": measured(own, steps, fill, corpus),
+        "reference's data": data,
+    }
+
+
+def run_reference(corpus: Corpus, args: argparse.Namespace) -> runs.Run:
+    out = args.cache / "speed-reference"
+    return runs.train(
+        out,
+        *runs.module("reference_recipe"),
+        *("--base", args.base, "--data", corpus.path, "--out", out),
+        *("--max-length", corpus.length, "--batch", batch(corpus, args), "--steps", args.steps),
+        *("--quantization", args.quantization),
+        *(["--gradient-checkpointing"] if args.checkpointing else []),
+    )
+
+
+def run_ours(corpus: Corpus, args: argparse.Namespace, quantization: str) -> runs.Run:
+    out = args.cache / "speed-ours"
+    return runs.ours(args.base, corpus.path, out, *our_flags(corpus, args, quantization))
+
+
+def our_flags(corpus: Corpus, args: argparse.Namespace, quantization: str) -> list:
+    return [
+        *("--model_max_length", corpus.length, "--quantization", quantization, *LORA.split()),
+        *("--per_device_train_batch_size", batch(corpus, args), "--max_steps", args.steps),
+        *("--gradient_checkpointing", args.checkpointing, "--save_strategy", "no"),
+    ]
+
+
+def batch(corpus: Corpus, args: argparse.Namespace) -> int:
+    return max(1, args.tokens // corpus.length)
+
+
+def arranged(run: runs.Run) -> tuple[int, float]:
+    """The steps of an epoch and the share of their room with tokens in it, as training printed."""
+    found = run.found(ARRANGED)
+    return int(found[1].replace(",", "")), float(found[2]) / 100
+
+
+def measured(
+    trainings: list[runs.Run], steps_per_epoch: float, fill: float, corpus: Corpus
+) -> dict:
+    """The rate and memory of a contender.
+
+    The few steps of a run differ in how much of them is answer. So the rate is what the whole
+    corpus holds of labelled tokens over the time of an epoch at the pace of the timed steps.
+    """
+
+    def rate(seconds_per_step: float) -> float:
+        return corpus.labelled / (steps_per_epoch * seconds_per_step)
+
+    paces = [training.seconds_per_step for training in trainings]
+    return {
+        "labelled tokens/s": rate(sum(paces) / len(paces)),
+        "of each run": [rate(pace) for pace in paces],
+        "seconds per step": paces,
+        "steps per epoch": steps_per_epoch,
+        "fill": fill,
+        "peak memory": max(training.peak_memory for training in trainings),
+    }
+
+
+def comparison(results: list[dict], args: argparse.Namespace) -> str:
+    rows = []
+    for result in results:
+        reference, own = result["reference"], result["ours"]
+        rates = reference["labelled tokens/s"], own["labelled tokens/s"]
+        rows.append(
+            {
+                "corpus": result["corpus"],
+                "length": f"{result['length']:,}",
+                "reference, labelled tokens/s": f"{rates[0]:.1f}",
+                "ours": f"{rates[1]:.1f}",
+                "ratio": f"{rates[1] / rates[0]:.2f}×",
+                "ratio of each pair": ", ".join(
+                    f"{b / a:.2f}"
+                    for a, b in zip(reference["of each run"], own["of each run"], strict=True)
+                ),
+                "reference, peak memory": pages.gib(reference["peak memory"]),
+                "ours, peak memory": pages.gib(own["peak memory"]),
+                "reference, fill": f"{reference['fill']:.1%}",
+                "ours, fill": f"{own['fill']:.1%}",
+            }
+        )
+    return f"{MEANING.format(args=args)}\n\n{pages.table(rows)}"
+
+
+MEANING = """\
+Both train LoRA of rank 8 on the query and value projections of the same base (`--quantization
+{args.quantization}`; gradient checkpointing: {args.checkpointing}), on the same pieces of real
+chats (ShareGPT) or of short ones (`data/dummy_en.json`), {args.tokens:,} tokens of capacity a step,
+{args.steps} steps a run of which the first is not timed, {args.repeats} alternating runs of each.
+The reference is FastChat's recipe: the installed fschat's data module, every conversation padded to
+the length, the plain loss; its masks are made right for this tokenizer, so that it learns every
+answer. A labelled token is a token of an answer, counted once; that the reference also learns again
+what the pieces of a long answer repeat of each other is not counted. The rate is the labelled
+tokens of the whole corpus over the time that an epoch takes at the measured pace. Fill is the share
+of a step's capacity that holds tokens, memory the peak of the whole process (of the card, where
+there is one)."""
+
+
+# ---- What the machine could do ----
+
+
+def share_of_machine(corpus: Corpus, args: argparse.Namespace) -> dict:
+    """The share of the machine's own matrix-product rate that an unquantized base trains at."""
+    run = run_ours(corpus, args, "none")
+    peak = peak_rate(args.base, args.tokens)
+    steps, fill = arranged(run)
+    pace = measured([run], steps, fill, corpus)
+    tokens = fill * corpus.length * batch(corpus, args) / run.seconds_per_step
+    body, head = parameters(args.base)
+    rate = 4 * (body * tokens + head * pace["labelled tokens/s"])
+    return {
+        "corpus": corpus.name,
+        "length": corpus.length,
+        "tokens/s": tokens,
+        "labelled tokens/s": pace["labelled tokens/s"],
+        "seconds per step": run.seconds_per_step,
+        "body M": body / 1e6,
+        "head M": head / 1e6,
+        "training GFLOP/s": rate / 1e9,
+        "product GFLOP/s": peak / 1e9,
+        "share": rate / peak,
+        "peak memory": run.peak_memory,
+    }
+
+
+def parameters(base: Path) -> tuple[int, int]:
+    """Weights of the linear layers, and of the output head."""
+    config = json.loads((base / "config.json").read_text())
+    hidden = config["hidden_size"]
+    queries = config["num_attention_heads"] * config["head_dim"]
+    keys = config["num_key_value_heads"] * config["head_dim"]
+    layer = hidden * (2 * queries + 2 * keys + 3 * config["intermediate_size"])
+    return config["num_hidden_layers"] * layer, hidden * config["vocab_size"]
+
+
+def share_text(shares: list[dict]) -> str:
+    rows = [
+        {
+            "corpus": share["corpus"],
+            "length": f"{share['length']:,}",
+            "tokens/s": f"{share['tokens/s']:,.0f}",
+            "labelled tokens/s": f"{share['labelled tokens/s']:,.0f}",
+            "useful GFLOP/s": f"{share['training GFLOP/s']:.1f}",
+            "best product, GFLOP/s": f"{share['product GFLOP/s']:.1f}",
+            "share": f"{share['share']:.0%}",
+        }
+        for share in shares
+    ]
+    return (
+        f"{SHARE.format(**{name[:4]: shares[0][name] for name in WEIGHTS})}\n\n{pages.table(rows)}"
+    )
+
+
+WEIGHTS = "body M", "head M"
+SHARE = """\
+## Share of the machine's own rate
+
+How an unquantized base trains, beside what the fastest of the model's own products reaches by
+itself in the same dtype (`torch.mm`, several shapes, best call, right after the training). Useful
+are 2 FLOP a weight forward and 2 backward (the weights are frozen, so that a backward pass has the
+gradient of the input alone): the {body:.1f} M weights of the linear layers for every token, the
+{head:.1f} M of the head for labelled tokens only. Attention, LoRA's own products and whatever is
+computed twice do not count."""
+
+
+def profile(corpus: Corpus, args: argparse.Namespace) -> list[dict]:
+    """Where the time of one step of the same training goes."""
+    out = args.cache / "speed-profiled"
+    run = runs.train(
+        out,
+        *runs.module("profiled_training"),
+        *runs.our_arguments(args.base, corpus.path, out),
+        *our_flags(corpus, args, "none"),
+        *("--max_steps", 2),
+    )
+    lines = [
+        line.split("\t")[1:] for line in run.output.splitlines() if line.startswith("operator\t")
+    ]
+    return [
+        {
+            "operator": f"`{name}`",
+            "calls": calls,
+            "seconds": seconds,
+            "share": f"{float(share):.1%}",
+        }
+        for name, calls, seconds, share in lines
+    ]
+
+
+def profile_text(operators: list[dict]) -> str:
+    return f"""\
+The operators that one step of it spends most time in themselves (`torch.profiler`):
+
+{pages.table(operators)}"""
+
+
+if __name__ == "__main__":
+    main(parse_args())
