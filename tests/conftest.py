@@ -22,7 +22,10 @@ settings.register_profile("repeatable", derandomize=True, deadline=None)
 settings.load_profile("repeatable")
 
 # The helpers' own asserts tell as much as a test's.
-pytest.register_assert_rewrite("conversion", "evaluation", "inspected", "merging", "stages")
+pytest.register_assert_rewrite(
+    *("tests.corpus.stages", "tests.report.inspected", "tests.eval.evaluation"),
+    *("tests.weights.conversion", "tests.weights.merging"),
+)
 
 ROOT = Path(__file__).parents[1]
 DATA = ROOT / "data"
@@ -186,6 +189,21 @@ def tiny_base(tmp_path_factory, llama_tokenizer) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def random_base(tmp_path_factory, llama_tokenizer) -> Path:
+    """A model folder whose weights are large enough for adapters and merges to tell."""
+    from tests.weights.merging import make_base
+
+    return make_base(tmp_path_factory.mktemp("merge") / "base", llama_tokenizer)
+
+
+@pytest.fixture(scope="module")
+def random_lora(tmp_path_factory, random_base) -> Path:
+    from tests.weights.merging import make_adapter
+
+    return make_adapter(tmp_path_factory.mktemp("merge") / "lora", random_base)
+
+
 @pytest.fixture
 def avx512_bf16(monkeypatch):
     """A CPU on which bitsandbytes packs 4-bit weights for its kernel, whatever this one is."""
@@ -198,7 +216,8 @@ def avx512_bf16(monkeypatch):
 def spm(tmp_path_factory) -> Path:
     """A SentencePiece model of LLaMA's kind."""
     import sentencepiece
-    from conversion import SENTENCES
+
+    from tests.weights.conversion import SENTENCES
 
     folder = tmp_path_factory.mktemp("spm")
     sentencepiece.SentencePieceTrainer.train(
@@ -221,8 +240,9 @@ def tiktoken_model(tmp_path_factory) -> Path:
     """A tiktoken vocabulary of Llama 3's kind: 344 tokens, and the 256 special ones."""
     from base64 import b64encode
 
-    from conversion import SENTENCES, byte_of_letter
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+    from tests.weights.conversion import SENTENCES, byte_of_letter
 
     trained = Tokenizer(models.BPE())
     trained.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)

@@ -6,7 +6,8 @@ import shlex
 from pathlib import Path
 
 import pytest
-from conftest import DATA, deepspeed, run_here, run_script
+
+from tests.conftest import DATA, deepspeed, run_here, run_script
 
 SHIPPED = [DATA / name for name in ("dummy_en.json", "dummy_cn.json", "sharegpt_sample.json")]
 

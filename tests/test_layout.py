@@ -8,8 +8,9 @@ import tomllib
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, run_script
 from setuptools import find_packages
+
+from tests.conftest import ROOT, run_script
 
 DATA_SCRIPTS = sorted(path.relative_to(ROOT) for path in ROOT.glob("fastchat/data/*.py"))
 SCRIPTS = [

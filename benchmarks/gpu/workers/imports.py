@@ -21,7 +21,10 @@ OLDEST = {
 }
 OLDEST_PYTHON = 3, 11
 FOR_SCRIPTS = "orjson", "datasets", "pyarrow", "matplotlib"
-PARTS = "gpu.base", "gpu.checks", "gpu.ours", "gpu.reference", "gpu.answers"
+PARTS = (
+    "benchmarks.gpu.workers.checks",
+    *(f"benchmarks.gpu.contenders.{name}" for name in ("base", "ours", "reference", "answers")),
+)
 
 
 def missing() -> list[str]:

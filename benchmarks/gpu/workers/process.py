@@ -18,6 +18,7 @@ from benchmarks.gpu.reasons import last_line
 from benchmarks.gpu.workers.worker import MARK
 
 ROOT = Path(__file__).parents[3]
+MODULE = "benchmarks.gpu.workers.worker"
 NO_TIME = "no time was left for it"
 HELD = 256 << 20  # bytes of the card, in a worker that is asked again
 # No worker may reach for a network, and none may tell others that it ran.
@@ -87,7 +88,7 @@ class Worker:
         if self.process is None:
             with open(self.log, "w") as log:
                 self.process = subprocess.Popen(
-                    [self.python, "-u", "-m", "benchmarks.gpu.workers.worker"],
+                    [self.python, "-u", "-m", MODULE],
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
                     stderr=log,

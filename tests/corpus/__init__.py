@@ -1,0 +1,1 @@
+"""The stages of the corpus, through their scripts and by themselves."""
