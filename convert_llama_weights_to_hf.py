@@ -56,8 +56,8 @@ def parse_args() -> argparse.Namespace:
 def main(args: argparse.Namespace) -> None:
     import torch
 
-    from llama_lora.weights.gguf import open_gguf
-    from llama_lora.weights.hf_folder import check_target, dtype_name, write_folder
+    from llama_lora.weights.gguf_reader import open_gguf
+    from llama_lora.weights.hf_writer import check_target, dtype_name, write_folder
     from llama_lora.weights.meta_checkpoint import open_meta_checkpoint
 
     started = time.monotonic()

@@ -129,7 +129,7 @@ FLOORS = {
     "chat": "hardware model model/folder corpus/records corpus/engine",
     "train/compute": "model model/folder",
     "train/data": "model corpus/records train/compute",
-    "train/memory": "hardware",
+    "train/memory": "hardware model",
     "train/plan": "hardware model/folder train/compute train/memory",
     "train": "hardware model train/compute train/data train/memory train/plan",
     "check_machine": "hardware model train train/data train/memory",
@@ -188,8 +188,8 @@ def test_no_folder_is_crowded():
 
 
 def test_shared_fixtures_have_names_of_their_own():
-    """`pytest_plugins` of a test module counts for all: of one name, the last module's is used."""
-    shared = [path for path in ROOT.glob("tests/*.py") if not path.name.startswith("test_")]
+    """So that a reader need not ask which folder's is meant."""
+    shared = [path for path in ROOT.rglob("tests/**/*.py") if not path.name.startswith("test_")]
     names = [
         node.name
         for path in shared

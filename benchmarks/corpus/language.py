@@ -16,11 +16,11 @@ from pathlib import Path
 from benchmarks import pages
 from benchmarks.pages import ROOT
 from benchmarks.training_runs import PACKAGE, package
-from llama_lora.corpus.clean.markdown import is_chatgpt_html, to_markdown
+from llama_lora.corpus.clean.html_to_markdown import is_chatgpt_html, to_markdown
 from llama_lora.corpus.language.filter import Filter, language_of
 from llama_lora.corpus.language.prose import prose
-from llama_lora.corpus.records import files, formats
-from llama_lora.corpus.records.values import parse
+from llama_lora.corpus.records import formats, reader
+from llama_lora.corpus.records.json_values import parse
 
 LENGTHS = 200, 40
 LATIN = "en", "es", "fr", "it", "pt", "de", "nl", "gl", "ca", "ro", "af", "da", "sv"
@@ -183,7 +183,7 @@ def in_chat(texts: list[str]) -> list[str]:
 
 def times(cache: Path, most: int = 4000) -> str:
     """CPU seconds for the first packaged conversations, the two taking turns at them."""
-    records = islice(files.read(str(package(cache)), salvage=True), most)
+    records = islice(reader.read(str(package(cache)), salvage=True), most)
     chats = [formats.read(parse(record.raw)[0])[0] for record in records]
     tried = [(cpu(Filter(), chats), cpu(as_the_reference, chats)) for _ in range(5)]
     ours, theirs = map(min, zip(*tried, strict=True))

@@ -25,7 +25,7 @@ from benchmarks import pages
 from benchmarks.corpus.chatgpt_vintages import VINTAGES, chatgpt_html, renderer
 from benchmarks.machine import machine
 from benchmarks.pages import ROOT
-from llama_lora.corpus.clean.markdown import to_markdown
+from llama_lora.corpus.clean.html_to_markdown import to_markdown
 
 FORMULAS = Path(__file__).with_name("formulas.txt")
 SPECIFICATION = "markdown-it-py==4.3.0"

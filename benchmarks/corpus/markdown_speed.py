@@ -22,8 +22,8 @@ from benchmarks.corpus.markdown_fidelity import fschat_cleaning
 from benchmarks.machine import machine
 from benchmarks.pages import ROOT
 from benchmarks.training_runs import package
-from llama_lora.corpus.clean.clean import Cleaner, blocked_phrases
-from llama_lora.corpus.records import files
+from llama_lora.corpus.clean.cleaner import Cleaner, blocked_phrases
+from llama_lora.corpus.records import reader
 from llama_lora.corpus.records.conversation import Rejected
 
 SIDES = "this project", "fschat"
@@ -62,7 +62,7 @@ def main(args: argparse.Namespace) -> None:
 def rendered(corpus: str | Path, limit: int):
     """The first conversations that begin with a question, as exports of the page."""
     parser, vintages = renderer(raw_html=False), itertools.cycle(VINTAGES)
-    records = (json.loads(record.raw) for record in files.read(str(corpus), salvage=True))
+    records = (json.loads(record.raw) for record in reader.read(str(corpus), salvage=True))
     usable = (
         item
         for item in records

@@ -8,7 +8,8 @@ import numpy as np
 import orjson
 
 from llama_lora.corpus.records.conversation import GPT
-from llama_lora.model.template import IGNORE, Template, load_tokenizer
+from llama_lora.model.labels import IGNORE
+from llama_lora.model.template import Template, load_tokenizer
 
 BATCH = 500
 EXPLANATION = (

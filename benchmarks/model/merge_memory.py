@@ -124,7 +124,7 @@ def make(case: Case, rank: int, dora: bool, folder: Path) -> None:
     from safetensors.torch import save_file
     from transformers import LlamaConfig
 
-    from llama_lora.weights.hf_folder import Checkpoint, parameter_shapes, write_folder
+    from llama_lora.weights.hf_writer import Checkpoint, parameter_shapes, write_folder
 
     config, words = LlamaConfig(**case.sizes, vocab_size=32_000), tokenizer()
     base, lora = folder / "base", folder / "lora"
@@ -220,7 +220,7 @@ def memory(status: Path) -> dict[str, int]:
 
 def largest_difference(ours: Path, theirs: Path) -> float:
     """The largest difference between two folders' weights, as a share of the largest value."""
-    from llama_lora.weights.hf_weights import FolderWeights
+    from llama_lora.weights.hf_reader import FolderWeights
 
     first, second = FolderWeights(ours), FolderWeights(theirs)
     largest = 0.0

@@ -129,7 +129,7 @@ def learn(model, batches: list[tuple]) -> tuple[float, list[list]]:
     import torch
 
     from llama_lora.model import adapter
-    from llama_lora.model.template import IGNORE
+    from llama_lora.model.labels import IGNORE
 
     torch.manual_seed(0)  # the same matrices in every base
     model = adapter.attach(model, RANK, 2 * RANK, 0.0, ["all-linear"])

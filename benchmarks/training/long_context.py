@@ -55,7 +55,7 @@ def llama(args: argparse.Namespace, device: str):
 
     from llama_lora.model import adapter
     from llama_lora.model.base import load_base
-    from llama_lora.train.compute import attention, loss
+    from llama_lora.train.compute import chunked_loss, packed_attention
 
     set_seed(0)
     config = LlamaConfig(
@@ -71,8 +71,8 @@ def llama(args: argparse.Namespace, device: str):
         LlamaForCausalLM(config).save_pretrained(folder)
         base = load_base(folder, args.quantization, device=device)
     base.config.use_cache = False
-    base.set_attn_implementation(attention.BY_EXAMPLE)
-    loss.compute_in_chunks(base)
+    base.set_attn_implementation(packed_attention.BY_EXAMPLE)
+    chunked_loss.compute_in_chunks(base)
     model = adapter.attach(base, 16, 32, args.dropout, ["all-linear"])
     for parameter in model.parameters():
         if parameter.requires_grad:  # as DeepSpeed casts them
@@ -81,11 +81,11 @@ def llama(args: argparse.Namespace, device: str):
 
 
 def row(args: argparse.Namespace, model, name: str, mode: tuple) -> dict:
-    from llama_lora.train.memory import recompute
+    from llama_lora.train.memory import gradient_checkpointing
 
     wanted, offload, tiles = mode
     tiles = tiles or args.tiles
-    recompute.set_up(model.get_base_model(), wanted, args.tokens, offload, tiles)
+    gradient_checkpointing.set_up(model.get_base_model(), wanted, args.tokens, offload, tiles)
     step(model, 64)  # what is made once
     held = measured(model, args.tokens)
     formula = foretold(args, model, wanted == "True", offload == "True", int(tiles))
@@ -109,7 +109,7 @@ def measured(model, tokens: int) -> int:
     """Bytes held at most in a step."""
     import torch
 
-    from llama_lora.train.memory.recompute import LiveBytes
+    from llama_lora.train.memory.gradient_checkpointing import LiveBytes
 
     if model.device.type == "cuda":
         step(model, tokens)
@@ -125,17 +125,17 @@ def measured(model, tokens: int) -> int:
 
 
 def foretold(args, model, recomputed: bool, offloaded: bool, tiles: int) -> float:
-    from llama_lora.train.memory.offload import ON_THE_WAY
-    from llama_lora.train.plan import footprint
+    from llama_lora.train.memory.activation_offload import ON_THE_WAY
+    from llama_lora.train.plan import activation_memory
 
     config, size = model.get_base_model().config, model.dtype.itemsize
     on_card = model.device.type == "cuda"
     layer = config, ["all-linear"], 16, args.quantization, size, args.dropout, on_card
-    kept = footprint.kept_per_token(*layer)
-    waiting = footprint.checkpoint_per_token(config, size) if recomputed else kept
+    kept = activation_memory.kept_per_token(*layer)
+    waiting = activation_memory.checkpoint_per_token(config, size) if recomputed else kept
     layers = ON_THE_WAY if offloaded else args.layers
-    at_work = footprint.layer_peak_per_token(*layer, tiles) - (0 if recomputed else kept)
-    beside = footprint.beside_layers_per_token(config, size)
+    at_work = activation_memory.layer_peak_per_token(*layer, tiles) - (0 if recomputed else kept)
+    beside = activation_memory.beside_layers_per_token(config, size)
     return args.tokens * (layers * waiting + at_work + beside)
 
 
@@ -148,14 +148,14 @@ def meaning(args: argparse.Namespace) -> str:
 dropout {args.dropout:g}.
 
 One step on a conversation of {args.tokens:,} tokens: what it holds at most besides the
-weights, and what the formulae of `llama_lora/train/plan/footprint.py` say."""
+weights, and what the formulae of `llama_lora/train/plan/activation_memory.py` say."""
 
 
 def at_7b() -> list[dict]:
     """What the formulae say of a layer of LLaMA-7B, by dropout."""
     from transformers import LlamaConfig
 
-    from llama_lora.train.plan import footprint
+    from llama_lora.train.plan import activation_memory
 
     llama = LlamaConfig()  # LLaMA-7B's sizes by default
 
@@ -167,14 +167,18 @@ def at_7b() -> list[dict]:
         return cells
 
     def checkpoint(config: LlamaConfig, *layer) -> float:
-        return footprint.checkpoint_per_token(config, 2)
+        return activation_memory.checkpoint_per_token(config, 2)
 
     tiled = {1: "MLP whole", 2: "MLP in 2 tiles", 4: "MLP in 4 tiles", 8: "MLP in 8 tiles"}
     return [
-        row("kept for the backward pass", footprint.kept_per_token),
+        row("kept for the backward pass", activation_memory.kept_per_token),
         row("kept if it recomputes: its input", checkpoint),
         *(
-            row(f"held at most while it goes backward, {name}", footprint.layer_peak_per_token, n)
+            row(
+                f"held at most while it goes backward, {name}",
+                activation_memory.layer_peak_per_token,
+                n,
+            )
             for n, name in tiled.items()
         ),
     ]

@@ -16,7 +16,7 @@ import time
 import psutil
 
 from benchmarks import pages
-from llama_lora.model.template import IGNORE
+from llama_lora.model.labels import IGNORE
 
 
 def parse_args() -> argparse.Namespace:
@@ -47,7 +47,7 @@ def measure(args: argparse.Namespace) -> dict:
     """Loss, norm of its gradient, seconds and extra peak memory in bytes of one kind of loss."""
     import torch
 
-    from llama_lora.train.compute.loss import LinearCrossEntropy
+    from llama_lora.train.compute.chunked_loss import LinearCrossEntropy
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)

@@ -8,7 +8,7 @@ from pathlib import Path
 from transformers import TrainerCallback
 
 from benchmarks.pages import PRECISIONS
-from llama_lora.model.template import IGNORE
+from llama_lora.model.labels import IGNORE
 from llama_lora.train.logs import LOG, peak_memory
 
 

@@ -22,7 +22,7 @@ import torch
 
 from benchmarks.training import recipe_log
 from benchmarks.training.recipe_log import RecipeLog
-from llama_lora.model.template import IGNORE
+from llama_lora.model.labels import IGNORE
 
 
 def parse_args() -> argparse.Namespace:

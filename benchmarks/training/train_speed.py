@@ -15,7 +15,7 @@ from pathlib import Path
 
 from benchmarks import pages
 from benchmarks import training_runs as runs
-from benchmarks.products import peak_rate
+from benchmarks.matmul_rate import peak_rate
 
 PIECES = 600  # of each length
 SHORT_LENGTH = 512
@@ -80,7 +80,8 @@ def prepare(args: argparse.Namespace) -> list[Corpus]:
 
 
 def corpus(name: str, source: Path, length: int, args: argparse.Namespace) -> Corpus:
-    from llama_lora.model.template import IGNORE, Template, load_tokenizer
+    from llama_lora.model.labels import IGNORE
+    from llama_lora.model.template import Template, load_tokenizer
 
     items = runs.draw(runs.pieces(source, args.base, length, args.cache), PIECES)
     path = runs.write(items, args.cache / f"speed-{name}-{length}.json")

@@ -39,11 +39,11 @@ def parse_args() -> argparse.Namespace:
 
 @one_line_errors
 def main(args: argparse.Namespace) -> None:
-    from llama_lora.corpus.clean.clean import Cleaner, blocked_phrases
-    from llama_lora.corpus.duplicates.dedupe import WithoutDuplicates
+    from llama_lora.corpus.clean.cleaner import Cleaner, blocked_phrases
+    from llama_lora.corpus.duplicates.deduplicate import Deduplicator
 
     build = partial(Cleaner, blocked_phrases(args.blocked_words), args.simplified_chinese)
-    account = stage.run(args, build, WithoutDuplicates(args.out, args.near_duplicates))
+    account = stage.run(args, build, Deduplicator(args.out, args.near_duplicates))
     if account.seen:
         print(listed(account.seen))
     print(account)

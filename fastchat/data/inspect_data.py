@@ -50,16 +50,16 @@ def parse_args() -> argparse.Namespace:
 @one_line_errors
 def main(args: argparse.Namespace) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the workers keep the cores busy
-    from llama_lora.report import survey, terminal
-    from llama_lora.report.page import opened
-    from llama_lora.report.view import find
+    from llama_lora.report import statistics, terminal
+    from llama_lora.report.conversation_view import find
+    from llama_lora.report.html_page import opened
 
     if args.show is not None:
         print(terminal.shown(find(args, args.show), terminal.in_colour()))
         return
     with ExitStack() as stack:
         write = opened(args, stack) if args.html else None
-        found = survey.take(args)
+        found = statistics.take(args)
         print(terminal.summary(found, args.max_length))
         if write:
             write(found)

@@ -9,13 +9,13 @@ from functools import partial
 from llama_lora.cli import one_line_errors
 from llama_lora.corpus.engine import stage
 from llama_lora.corpus.engine.account import listed
-from llama_lora.corpus.language.filter import Filter, code, told
+from llama_lora.corpus.language.filter import Filter, language_code, languages_read
 
 
 def parse_args() -> argparse.Namespace:
     parser = stage.parser(__doc__)
     add = parser.add_argument
-    codes = {"nargs": "+", "type": code, "default": [], "metavar": "CODE"}
+    codes = {"nargs": "+", "type": language_code, "default": [], "metavar": "CODE"}
     add("--keep-lang", **codes, help="keep these languages only, such as en es fr de it ja ko zh")
     add("--skip-lang", **codes, help="leave these languages out; zh is all Chinese, zh-Hant a part")
     add("--reduce-rep", action="store_true", help="leave out what repeats a digit nine times")
@@ -25,7 +25,7 @@ def parse_args() -> argparse.Namespace:
 @one_line_errors
 def main(args: argparse.Namespace) -> None:
     account = stage.run(args, partial(Filter, args.keep_lang, args.skip_lang, args.reduce_rep))
-    print("languages: " + listed(told(account)))
+    print("languages: " + listed(languages_read(account)))
     print(account)
 
 

@@ -39,7 +39,7 @@ def parse_args() -> argparse.Namespace:
 @one_line_errors
 def main(args: argparse.Namespace) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # there is a process for each core
-    from llama_lora.corpus.split.split import Splitter
+    from llama_lora.corpus.split.splitter import Splitter
     from llama_lora.model.folder.config import beyond_positions
 
     if said := beyond_positions(args.model, "--max-length", args.max_length):

@@ -50,18 +50,18 @@ def main(args: argparse.Namespace) -> None:
     from transformers.utils import logging
 
     from llama_lora.corpus.engine.stage import stop_on_sigterm
-    from llama_lora.eval import evaluation, page
+    from llama_lora.eval import evaluation, html_page
 
     stop_on_sigterm()
     warnings.simplefilter("ignore")  # the libraries' are for developers
     logging.set_verbosity_error()
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
-    with page.opened(args.output_dir, evaluation.settings_of(args)) as (kept, write):
+    with html_page.opened(args.output_dir, evaluation.settings_of(args)) as (kept, write):
         found = evaluation.run(args, kept)
         write(found)
     print(evaluation.summary(found))
-    print(f"\n{args.output_dir / page.HTML}\n{args.output_dir / page.JSON}")
+    print(f"\n{args.output_dir / html_page.HTML}\n{args.output_dir / html_page.JSON}")
 
 
 if __name__ == "__main__":

@@ -56,8 +56,8 @@ def main(args: argparse.Namespace) -> None:
     import torch
 
     from llama_lora.hardware.device import dtype_name
-    from llama_lora.weights.hf_folder import check_target
-    from llama_lora.weights.merge import merge
+    from llama_lora.weights.hf_writer import check_target
+    from llama_lora.weights.merge_lora import merge
 
     warnings.simplefilter("ignore")  # the libraries' are for developers
     logging.getLogger("transformers").setLevel(logging.ERROR)

@@ -92,23 +92,23 @@ def load_template(model_args):
 def check_base(model_args, data_args):
     """The windows of its layers; raises where it cannot be trained, or not at that length."""
     from llama_lora.model.folder.config import beyond_positions
-    from llama_lora.train.compute import trial
+    from llama_lora.train.compute import attention_check
 
     folder = model_args.model_name_or_path
     if said := beyond_positions(folder, "--model_max_length", data_args.model_max_length):
         raise InputError(said)
-    return trial.windows(folder)
+    return attention_check.windows(folder)
 
 
 def load_data(data_args, args, template):
     """The micro-batches to train on and those to measure on, None without held-out data."""
-    from llama_lora.report import example, terminal
+    from llama_lora.report import terminal, training_example
     from llama_lora.train.data import micro_batches
 
     examples, held_out = micro_batches.load(data_args, args, template, partial(tell, args))
-    tell(args, example.shown(examples[0], template, terminal.in_colour()))
+    tell(args, training_example.shown(examples[0], template, terminal.in_colour()))
     size, length = args.per_device_train_batch_size, data_args.model_max_length
-    training = micro_batches.micro_batches(examples, data_args, args)
+    training = micro_batches.training_batches(examples, data_args, args)
     tell(
         args,
         f"{len(examples):,} examples in {len(training):,} micro-batches of {size} × {length} "
@@ -166,7 +166,7 @@ def start_clean(args, checkpoint):
 
 def tell_how_to_resume(args, trainer):
     """After an early end: the command that goes on."""
-    from llama_lora.train.stop import resume_command
+    from llama_lora.train.stopping import resume_command
 
     step, steps = trainer.state.global_step, trainer.state.max_steps
     tell(
@@ -178,10 +178,10 @@ def tell_how_to_resume(args, trainer):
 
 def save(trainer, template, quantization, forecast, data_args):
     """Save the adapter with a model card and an account of the run."""
-    from llama_lora.report import flow
+    from llama_lora.report import provenance
     from llama_lora.train import result
 
-    stages = [{"file": step.out, **step.account} for step in flow.steps(data_args.data_path)]
+    stages = [{"file": step.out, **step.account} for step in provenance.steps(data_args.data_path)]
     summary = result.summary(trainer, quantization, forecast, data_args, stages)
     result.save(trainer, template, summary)
     tell(trainer.args, f"the adapter is complete and verified: {trainer.args.output_dir}")

@@ -3,7 +3,7 @@
 from functools import partial
 from pathlib import Path
 
-from llama_lora.chat.decode import Decoder
+from llama_lora.chat.streaming import Decoder
 from llama_lora.cli import InputError
 from llama_lora.hardware.device import device_name, dtype_name
 from llama_lora.model.adapter import check_fits, load_adapter, read_weights

@@ -16,13 +16,13 @@ from llama_lora.chat.sampling import Sampling
 from llama_lora.cli import InputError
 from llama_lora.corpus.engine.account import listed
 from llama_lora.corpus.engine.stage import spare, stop_on_sigterm
-from llama_lora.corpus.records.atomic import Outputs
+from llama_lora.corpus.records.atomic_files import Outputs
 from llama_lora.corpus.records.conversation import GPT, HUMAN, Turn
-from llama_lora.corpus.records.partial import Partial
-from llama_lora.corpus.records.questions import Asked, read_questions
-from llama_lora.corpus.records.values import dump
+from llama_lora.corpus.records.json_values import dump
+from llama_lora.corpus.records.partial_results import PartialResults
+from llama_lora.corpus.records.prompts import PromptRecord, read_questions
 from llama_lora.hardware.device import compute_dtype, dtype_name
-from llama_lora.model.written import written
+from llama_lora.model.modified import last_modified
 
 STOPS = "stop", "length"  # why an answer ended; every other reason is one for there being none
 
@@ -35,7 +35,7 @@ class AnswerFile:
     same goes on behind the last.
     """
 
-    def __init__(self, path: str, asked: list[Asked], settings: dict[str, Any]):
+    def __init__(self, path: str, asked: list[PromptRecord], settings: dict[str, Any]):
         """`settings` are what the answers depend on beside the prompts.
 
         Raises:
@@ -44,7 +44,7 @@ class AnswerFile:
         """
         self.path, self.asked = path, asked
         self._answers: list[list[tuple[str, str]]] = [[] for _ in asked]
-        self._kept = Partial(path, {"prompts": fingerprint(asked), **settings}, "answers")
+        self._kept = PartialResults(path, {"prompts": fingerprint(asked), **settings}, "answers")
         for number, answer in self._kept.items():
             self._answers[number % len(asked)].append(tuple(answer))
 
@@ -121,10 +121,10 @@ def answer_questions(args, load: Callable) -> str:
     with AnswerFile(args.output_file, asked, settings_of(args)) as file:
         adapters = load(args)
         ends = answer_all(file, adapters.model, adapters.first, Sampling.of(args), args.batch_size)
-    return told(file.total, ends)
+    return account_line(file.total, ends)
 
 
-def told(asked: int, ends: Counter) -> str:
+def account_line(asked: int, ends: Counter) -> str:
     """An account of so many questions, whose answers ended so."""
     without = Counter({reason: count for reason, count in ends.items() if reason not in STOPS})
     without["after a question without one"] = asked - ends.total()
@@ -159,7 +159,7 @@ def answer_all(file: AnswerFile, model, template, sampling, batch_size: int | No
 def settings_of(args) -> dict[str, Any]:
     """What the answers depend on beside the prompts, in JSON's types."""
     names = ("template", "quantization", *(field.name for field in fields(Sampling)))
-    weights = written(args.base_model, *named_folders(args.lora_weights).values())
+    weights = last_modified(args.base_model, *named_folders(args.lora_weights).values())
     settings = {name: getattr(args, name) for name in names}
     return settings | {"compute_dtype": dtype_name(compute_dtype()), "weights": weights}
 
@@ -177,7 +177,7 @@ def save_conversation(conversation: dict, path: str, mine: set[str]) -> None:
     mine.add(os.path.realpath(path))
 
 
-def fingerprint(asked: list[Asked]) -> str:
+def fingerprint(asked: list[PromptRecord]) -> str:
     """A name for what is asked."""
     digest = blake2b(digest_size=16)
     for one in asked:

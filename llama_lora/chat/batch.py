@@ -11,9 +11,9 @@ from typing import NamedTuple
 import torch
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
+from llama_lora.chat.detokenizer import text_of
 from llama_lora.chat.prompt import Prompter, TooLong
 from llama_lora.chat.sampling import Sampling, generator, processors, stop_ids
-from llama_lora.chat.text_stream import text_of
 from llama_lora.cli import InputError
 from llama_lora.hardware.device import out_of_memory
 from llama_lora.model.folder.config import positions
@@ -92,7 +92,7 @@ def answers(
             f"{prompter.window:,}",
         )
     order.sort(key=lambda index: -lengths[index])
-    writer = Writer(model, template, settings)
+    writer = BatchWriter(model, template, settings)
     while order:
         rows = batch_size or rows_that_fit(model, lengths[order[0]], settings)
         batch, prompts = order[:rows], {}
@@ -125,7 +125,7 @@ def rows_that_fit(model, prompt_length: int, settings: Sampling) -> int:
     return max(1, min(CARD_ROWS, int((free + cached) * CARD_SHARE) // per_row))
 
 
-class Writer:
+class BatchWriter:
     """Writes the answers of a batch with `generate`, and nothing of the base's own settings."""
 
     def __init__(self, model, template, settings: Sampling):
@@ -180,7 +180,7 @@ class Writer:
                 ),
                 logits_processor=chain,
                 stopping_criteria=StoppingCriteriaList(
-                    [Limits(torch.tensor(limits, device=device) + width)]
+                    [RowLimits(torch.tensor(limits, device=device) + width)]
                 ),
             )
         return rows[:, width:].tolist()
@@ -191,7 +191,7 @@ class Writer:
         return Answer(index, text_of(self._tokenizer, ids[:end]), reason, ids[:end])
 
 
-class Limits(StoppingCriteria):
+class RowLimits(StoppingCriteria):
     """Ends each row at its own length."""
 
     def __init__(self, lengths: torch.Tensor):

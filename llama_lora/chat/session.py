@@ -4,8 +4,8 @@ import logging
 from collections.abc import Iterator
 from uuid import uuid4
 
-from llama_lora.chat.decode import Decoder
 from llama_lora.chat.sampling import Sampling, generator
+from llama_lora.chat.streaming import Decoder
 from llama_lora.cli import InputError
 from llama_lora.text import sound_text
 

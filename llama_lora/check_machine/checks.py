@@ -14,7 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from llama_lora.cli import InputError
-from llama_lora.hardware import driver
+from llama_lora.hardware import nvidia_driver
 from llama_lora.hardware.cards import (
     BLACKWELL,
     GIB,
@@ -46,7 +46,7 @@ CORPUS = (
     "pycld2",
     "polyglot.detect",
     "llama_lora.corpus.language.detector",
-    "llama_lora.corpus.clean.clean",
+    "llama_lora.corpus.clean.cleaner",
 )
 
 
@@ -149,14 +149,14 @@ def devices(pin: str) -> list[Finding]:
             count, built_for = torch.cuda.device_count(), torch.cuda.get_arch_list()
             cards = [_card(index, torch.__version__, built_for, pin) for index in range(count)]
             return [_driver(torch.version.cuda), *cards]
-        if known := driver.first_card():
+        if known := nvidia_driver.first_card():
             return [card_out_of_reach(known, torch.__version__, torch.version.cuda, pin)]
         kind = torch.backends.cpu.get_cpu_capability()
     return [_computes(f"CPU with {kind}, no card", None, torch.__version__, pin)]
 
 
 def _driver(cuda: str) -> Finding:
-    versions = driver.ask("driver_version") or ["version unknown, no nvidia-smi"]
+    versions = nvidia_driver.ask("driver_version") or ["version unknown, no nvidia-smi"]
     return Finding("driver", f"NVIDIA {versions[0]}; torch is built for CUDA {cuda}")
 
 
@@ -222,7 +222,7 @@ def torch_command(pin: str, capability: tuple[int, int] | None, oldest_cuda: boo
 
 def setup_command() -> str:
     """The command that installs everything, with the build of torch that the card here needs."""
-    known = driver.first_card()
+    known = nvidia_driver.first_card()
     build = known and Card(*known, None, None).torch_build
     index = f"PIP_EXTRA_INDEX_URL={TORCH_INDEX}{build} " if build else ""
     return f"{index}make setup && source .venv/bin/activate"
@@ -230,7 +230,7 @@ def setup_command() -> str:
 
 def bases(pin: str) -> Iterator[Finding]:
     """A step of training on a layer in each precision that `--quantization` knows."""
-    from llama_lora.check_machine import kernels, probe
+    from llama_lora.check_machine import kernels_used, probe
 
     card, dtype = present(), compute_dtype()
     device = "cpu" if card.capability is None else "cuda"
@@ -241,17 +241,17 @@ def bases(pin: str) -> Iterator[Finding]:
             found = f"needs compute capability {wanted}; --quantization auto takes 4bit here"
             yield Finding(what, found, False)
             continue
-        operators = kernels.Operators()
+        operators = kernels_used.Operators()
         try:
             error = probe.base_error(quantization, dtype, device, operators)
-        except (RuntimeError, ImportError, probe.Wrong) as fault:
+        except (RuntimeError, ImportError, probe.WrongResult) as fault:
             remedy = f"pip install --force-reinstall --no-deps bitsandbytes=={pin}"
             stops = quantization in (default, "none")
             yield Finding(what, f"does not train: {brief(fault)}", False, remedy, stops)
             continue
         allowed = probe.TOLERANCES[quantization]
         found = f"trains in {dtype_name(dtype)}, {error:.2%} from fp32 (at most {allowed:.0%})"
-        ran = "" if quantization == "none" else kernels.bitsandbytes(operators.names)
+        ran = "" if quantization == "none" else kernels_used.bitsandbytes(operators.names)
         yield Finding(what, found, kernels=ran)
 
 
@@ -262,7 +262,7 @@ def optimizer(pin: str) -> Finding:
     device = "cpu" if present().capability is None else "cuda"
     try:
         error = probe.optimizer_error(device)
-    except (RuntimeError, ImportError, probe.Wrong) as fault:
+    except (RuntimeError, ImportError, probe.WrongResult) as fault:
         remedy = f"pip install --force-reinstall --no-deps bitsandbytes=={pin}"
         return Finding("8-bit AdamW", f"does not step: {brief(fault)}", False, remedy)
     return Finding("8-bit AdamW", f"steps, {error:.2%} from fp32 (at most {probe.STEP_ERROR:.0%})")
@@ -278,7 +278,7 @@ def attention() -> Finding:
         try:
             error = probe.attention_error(kernel, dtype, device)
             right.append(f"{kernel} {error:.2%} from fp32")
-        except probe.Wrong as fault:
+        except probe.WrongResult as fault:
             wrong.append(f"{kernel} {fault}")
         except RuntimeError:
             absent.append(kernel)

@@ -25,7 +25,7 @@ ATTENTION_KERNELS = {
 WIDTH, TOKENS, RANK = 256, 128, 8
 
 
-class Wrong(Exception):
+class WrongResult(Exception):
     """A computation ran, and its result is not what fp32 gives."""
 
 
@@ -150,8 +150,8 @@ def _largest_error(found, expected, tolerance: float) -> float:
     for value, reference in zip(found, expected, strict=True):
         value = value.float().cpu()
         if not value.isfinite().all() or not value.any():
-            raise Wrong("a result is zero or not finite")
+            raise WrongResult("a result is zero or not finite")
         errors.append(((value - reference).norm() / reference.norm()).item())
     if max(errors) > tolerance:
-        raise Wrong(f"{max(errors):.1%} from fp32, expected at most {tolerance:.0%}")
+        raise WrongResult(f"{max(errors):.1%} from fp32, expected at most {tolerance:.0%}")
     return max(errors)

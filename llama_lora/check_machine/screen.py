@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path, PurePath
 
 from llama_lora.check_machine.checks import Finding, installed
-from llama_lora.hardware import driver
+from llama_lora.hardware import nvidia_driver
 from llama_lora.hardware.cards import GIB, Card
 from llama_lora.hardware.device import cores, present, processor
 
@@ -52,15 +52,15 @@ def card() -> str:
             here, count = present(), torch.cuda.device_count()
             others = f"; {count} cards" if count > 1 else ""
             return f"{here.shown}, {here.memory / GIB:.1f} GiB{others}"
-    if known := driver.first_card():
-        memory = "".join(f", {size}" for size in driver.ask("memory.total")[:1])
+    if known := nvidia_driver.first_card():
+        memory = "".join(f", {size}" for size in nvidia_driver.ask("memory.total")[:1])
         return f"{Card(*known, None, None).shown}{memory}; torch does not reach it"
     return "none"
 
 
 def told_by_driver() -> str:
     """Its version."""
-    found = driver.ask("driver_version")
+    found = nvidia_driver.ask("driver_version")
     return f"NVIDIA {found[0]}" if found else "none that nvidia-smi tells of"
 
 

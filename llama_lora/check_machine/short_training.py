@@ -13,7 +13,7 @@ import torch
 import transformers
 from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 
-from llama_lora.check_machine.kernels import Operators, attention
+from llama_lora.check_machine.kernels_used import Operators, attention
 from llama_lora.hardware.cards import GIB
 from llama_lora.hardware.device import dtype_name, resolve_quantization
 from llama_lora.train import lora_model
@@ -21,7 +21,7 @@ from llama_lora.train.arguments import DataArguments, LoraArguments, TrainingArg
 from llama_lora.train.data import micro_batches
 from llama_lora.train.data.packing import Example, MicroBatches
 from llama_lora.train.logs import LogFile, LogLine, peak_memory, quieten
-from llama_lora.train.stop import Stop
+from llama_lora.train.stopping import EarlyStop
 from llama_lora.train.trainer import LoraTrainer
 
 WORDS, WIDTH, LAYERS, HEADS = 1024, 256, 4, 2  # heads of 128, as a 7B's
@@ -33,7 +33,7 @@ LEAST_FALL = 0.1
 
 
 @dataclass(frozen=True)
-class Course:
+class ShortRun:
     """How a training went.
 
     Attributes:
@@ -71,7 +71,7 @@ class Course:
         )
 
 
-def train(seconds: float | None = None, learning_rate: float | None = None) -> Course:
+def train(seconds: float | None = None, learning_rate: float | None = None) -> ShortRun:
     """Train as train_lora.py does, in the precision and dtype that it takes by itself here.
 
     Args:
@@ -104,11 +104,11 @@ def train(seconds: float | None = None, learning_rate: float | None = None) -> C
         transformers.utils.logging.disable_progress_bar()
         model = lora_model.load(_base(Path(folder, "base")), quantization, LoraArguments(), args)
         training = _text(args)
-        trainer = Watched(model, args, training)
+        trainer = WatchedTrainer(model, args, training)
         clock = Clock(seconds)
         trainer.add_callback(clock)
         trainer.train()
-    return Course(
+    return ShortRun(
         quantization=quantization,
         dtype=args.compute_dtype,
         losses=[log["loss"] for log in trainer.state.log_history if "loss" in log],
@@ -134,7 +134,7 @@ def _base(folder: Path) -> str:
     return str(folder)
 
 
-class Texts(list):
+class ExampleList(list):
     """Examples, with their `lengths` in tokens."""
 
     @property
@@ -146,21 +146,21 @@ def _text(args) -> MicroBatches:
     """Pieces of one text that repeats itself, all of it to learn."""
     draw = np.random.default_rng(0)
     words = draw.choice(np.arange(3, WORDS, dtype=np.int32), PERIOD, replace=False)
-    texts = Texts()
+    texts = ExampleList()
     for row in range(16 * args.per_device_train_batch_size):
         for length in LENGTHS:
             ids = np.resize(np.roll(words, draw.integers(PERIOD)), length)
             texts.append(Example(f"text {row}", f"text {row}", ids, ids))
-    return micro_batches.micro_batches(texts, DataArguments("", model_max_length=ROW), args)
+    return micro_batches.training_batches(texts, DataArguments("", model_max_length=ROW), args)
 
 
-class Watched(LoraTrainer):
+class WatchedTrainer(LoraTrainer):
     """Trains without a log, checkpoints or a tokenizer; `operators` are those of its first step."""
 
     def __init__(self, model, args, training: MicroBatches):
         nothing = SimpleNamespace(tokenizer=None)
         super().__init__(model, args, nothing, training, None, {}, 1, training.fullest)
-        for callback in LogLine, LogFile, Stop:
+        for callback in LogLine, LogFile, EarlyStop:
             self.remove_callback(callback)
         self.operators = Operators()
 

@@ -10,8 +10,8 @@ from llama_lora.chat.batch import answers
 from llama_lora.chat.sampling import Sampling
 from llama_lora.corpus.language import UNKNOWN
 from llama_lora.corpus.language.filter import language_of
+from llama_lora.eval.answer_stats import is_looping, repetition
 from llama_lora.eval.questions import Question, same_language
-from llama_lora.eval.rates import loops, repetition
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,7 @@ def answer(written, wanted: str) -> MeasuredAnswer:
         tokens=len(written.tokens),
         stopped=written.finish_reason == "stop",
         repetition=repetition(written.tokens),
-        loops=loops(written.tokens),
+        loops=is_looping(written.tokens),
         language=language,
         in_language=same_language(wanted, language),
     )

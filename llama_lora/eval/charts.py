@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from jinja2 import Environment
 
 from llama_lora.eval.bootstrap import Estimate
-from llama_lora.eval.heldout import Conversation
+from llama_lora.eval.held_out_loss import Conversation
 from llama_lora.report.charts import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH
 
 MOST_TICKS = 5

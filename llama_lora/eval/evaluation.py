@@ -6,15 +6,15 @@ from collections.abc import MutableMapping
 from dataclasses import dataclass
 
 from llama_lora.chat.adapters import BASE, load_adapters
-from llama_lora.eval import answers, heldout, overlap, questions
+from llama_lora.eval import answers, contamination, held_out_loss, questions
 from llama_lora.eval.charts import shown, signed
-from llama_lora.eval.heldout import ADAPTER, HeldOut
+from llama_lora.eval.held_out_loss import ADAPTER, HeldOut
 from llama_lora.hardware.device import compute_dtype, dtype_name
 from llama_lora.model.adapter import read_weights
 from llama_lora.model.folder.config import check_folder, embedding_rows, load_config, positions
+from llama_lora.model.modified import last_modified
 from llama_lora.model.template import Template, has_tokenizer, load_template
-from llama_lora.model.written import written
-from llama_lora.train.compute import trial
+from llama_lora.train.compute import attention_check
 from llama_lora.train.data.examples import Audit, Examples
 
 
@@ -62,7 +62,7 @@ def settings_of(args: Namespace) -> dict:
     """What the measurements depend on, in JSON's types."""
     names = "quantization", "max_length", "max_new_tokens", "eval_ratio", "limit", "seed"
     paths = args.base_model, args.lora_weights, args.data_path, args.questions
-    files = written(*(path for path in paths if path))
+    files = last_modified(*(path for path in paths if path))
     settings = {name: getattr(args, name) for name in names}
     return settings | {"compute_dtype": dtype_name(compute_dtype()), "files": files}
 
@@ -85,7 +85,8 @@ def run(args: Namespace, kept: MutableMapping) -> Evaluation:
     examples, audit, seen = read_corpus(args) if args.data_path else (None, None, None)
     adapters, setting = load_adapters(args.base_model, folders, args.quantization)
     print(setting, file=sys.stderr)
-    held_out = heldout.measure(adapters, sides, examples, audit, args, kept) if examples else None
+    measured = adapters, sides, examples, audit, args, kept
+    held_out = held_out_loss.measure(*measured) if examples else None
     limits = args.max_new_tokens, args.batch_size, kept
     asked = answers.ask(adapters, sides, asking, *limits) if asking else []
     return Evaluation(args, sides, setting, adapters.templates, held_out, seen, asked)
@@ -93,7 +94,7 @@ def run(args: Namespace, kept: MutableMapping) -> Evaluation:
 
 def read_corpus(args: Namespace) -> tuple[Examples, Audit, set[str] | None]:
     """The examples to measure on, what became of the file, and the conversations trained on."""
-    trial.windows(args.base_model)  # refuses a base that cannot be measured
+    attention_check.windows(args.base_model)  # refuses a base that cannot be measured
     config = load_config(args.base_model)
     limit = positions(config, packed=True)
     if args.max_length > limit:
@@ -102,13 +103,13 @@ def read_corpus(args: Namespace) -> tuple[Examples, Audit, set[str] | None]:
     lora = args.lora_weights
     # Both sides are measured on the very same tokens.
     template = load_template(lora if lora and has_tokenizer(lora) else args.base_model)
-    examples, audit = heldout.load(args, template)
+    examples, audit = held_out_loss.load(args, template)
     examples.check_ids(template, embedding_rows(config), args.base_model)
     print(f"{args.data_path}: {audit}", file=sys.stderr)
-    training = overlap.training_examples(lora, template) if lora else None
+    training = contamination.training_examples(lora, template) if lora else None
     if training is None:
         return examples, audit, None
-    seen = overlap.seen(examples, training)
+    seen = contamination.seen(examples, training)
     if seen:
         print(
             f"warning: {len(seen):,} of {len(set(examples.sources)):,} conversations hold a "
@@ -137,7 +138,7 @@ def loss_lines(held_out: HeldOut) -> list[str]:
         "tokens (95% interval)"
     ]
     for side, loss in held_out.losses.items():
-        perplexity = heldout.perplexity(loss).value
+        perplexity = held_out.perplexity(loss).value
         lines.append(f"{side:<10}{shown(loss):<28}perplexity {perplexity:,.2f}")
     if held_out.change:
         counts = f"better in {len(held_out.better):,}, worse in {len(held_out.worse):,}"

@@ -7,7 +7,7 @@ from pathlib import Path
 from llama_lora.corpus.language import UNKNOWN
 from llama_lora.corpus.language.filter import language_of
 from llama_lora.corpus.records.conversation import Turn
-from llama_lora.corpus.records.questions import read_questions
+from llama_lora.corpus.records.prompts import read_questions
 from llama_lora.text import sound_text
 
 

@@ -8,8 +8,8 @@ import shutil
 from pathlib import Path
 
 from llama_lora.cli import InputError, warn_once
-from llama_lora.model.folder import base_values, older_readers
-from llama_lora.model.folder.stored import not_only_tensors
+from llama_lora.model.folder import base_fingerprint, older_libraries
+from llama_lora.model.folder.tensors import not_only_tensors
 from llama_lora.model.template import has_tokenizer, load_template
 from llama_lora.text import brief
 
@@ -50,6 +50,11 @@ def attach(model, r: int, alpha: int, dropout: float, target_modules: list[str],
     return get_peft_model(model, config)
 
 
+def trainable(model) -> list[tuple]:
+    """Names and parameters that training changes."""
+    return [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+
+
 def save(model, template, folder, base_name: str | None = None) -> None:
     """Save a trained adapter with its tokenizer and chat template, then verify what was written.
 
@@ -72,8 +77,8 @@ def complete(folder, base: Path, base_name: str | None = None) -> None:
     """
     config, weights = Path(folder, CONFIG), Path(folder, WEIGHTS)
     _name_base(config, base_name or os.path.abspath(base))
-    older_readers.amend(Path(folder))
-    base_values.keep(weights, list(_adapted_layers(folder, _read_tensors(weights))), base)
+    older_libraries.amend(Path(folder))
+    base_fingerprint.keep(weights, list(_adapted_layers(folder, _read_tensors(weights))), base)
     # safetensors makes files that only their owner may read.
     shutil.copymode(config, weights)
 
@@ -219,7 +224,7 @@ def check_fits(folder, weights: dict, model) -> None:
     _check_layers(folder, config, weights, model)
     _check_vocabulary(folder, model)
     trained_on, base = config.base_model_name_or_path or "", model.name_or_path
-    same = base_values.same(Path(folder) / WEIGHTS, Path(base))
+    same = base_fingerprint.same(Path(folder) / WEIGHTS, Path(base))
     if same is False:
         warn_once(f"({folder} was trained on {trained_on}; the weights in {base} are others)")
     elif same is None and trained_on and base and Path(trained_on).name != Path(base).name:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from llama_lora.cli import InputError
 from llama_lora.hardware.device import compute_dtype, dtype_name, present
-from llama_lora.model.folder import codes
+from llama_lora.model.folder import quantized_weights
 from llama_lora.model.folder.config import load_config
 from llama_lora.text import named
 
@@ -29,7 +29,7 @@ def load_base(folder, quantization: str = "none", dtype=None, device=None):
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
-    from llama_lora.model import attention
+    from llama_lora.model import grouped_query_attention
 
     config = load_config(folder)
     # One warning per linear layer and step, about a cast that is int8's normal way of working.
@@ -47,7 +47,7 @@ def load_base(folder, quantization: str = "none", dtype=None, device=None):
             dtype=dtype,
             quantization_config=_quantization_config(quantization, dtype),
             device_map={"": device},
-            attn_implementation=attention.implementation(present()),
+            attn_implementation=grouped_query_attention.implementation(present()),
             local_files_only=True,
             trust_remote_code=False,
             output_loading_info=True,
@@ -57,7 +57,7 @@ def load_base(folder, quantization: str = "none", dtype=None, device=None):
         raise
     except (OSError, SafetensorError, ValueError, KeyError, ArithmeticError, RuntimeError) as error:
         raise InputError(f"{folder}: this model cannot be loaded: {error}") from error
-    found["mismatched_keys"] |= codes.misshapen(model)
+    found["mismatched_keys"] |= quantized_weights.misshapen(model)
     check_complete(Path(folder), model, **found)
     if stored:
         _compute_in(model, dtype)

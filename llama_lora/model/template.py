@@ -2,15 +2,12 @@
 
 import json
 import re
-from bisect import bisect_left
 from copy import copy
-from dataclasses import dataclass
 from pathlib import Path
 
 from llama_lora.cli import InputError
+from llama_lora.model.labels import Encoded, answer_spans, labels_of, without_last_end
 from llama_lora.text import cause
-
-IGNORE = -100  # the label that torch's cross-entropy skips
 
 # `vicuna_v1.1` as a Jinja chat template. After an optional bos it is, character for character,
 # fastchat.conversation.get_conv_template("vicuna_v1.1") with the tokenizer's own end-of-sequence
@@ -32,14 +29,6 @@ VICUNA_V1_1 = (
 )
 
 ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """A rendered conversation: token ids and, for each, the id to learn or `IGNORE`."""
-
-    ids: list[int]
-    labels: list[int]
 
 
 class Template:
@@ -87,10 +76,11 @@ class Template:
         for item, (text, spans), ids, offsets in zip(
             conversations, rendered, tokens["input_ids"], tokens["offset_mapping"], strict=True
         ):
-            spans = self._skip(item, text, spans)
-            encoded.append(
-                Encoded(ids, self._labels(ids, offsets, spans, item.get("unfinished", False)))
-            )
+            spans = answer_spans(item, text, spans)
+            labels = labels_of(ids, offsets, spans, self._special_ids, self.tokenizer.name_or_path)
+            if item.get("unfinished", False):
+                labels = without_last_end(labels)
+            encoded.append(Encoded(ids, labels))
         return encoded
 
     def render(self, turns: list[dict]) -> tuple[str, list[tuple[int, int]]]:
@@ -199,36 +189,6 @@ class Template:
                 f"{self.tokenizer.name_or_path}: its chat template refuses the roles "
                 f"{[message['role'] for message in messages]}: {error}"
             ) from error
-
-    @staticmethod
-    def _skip(conversation: dict, text: str, spans):
-        """Move the start of the last span to the `label_from`-th character of its answer."""
-        label_from = conversation.get("label_from", 0)
-        if not label_from or not spans:
-            return spans
-        start, end = spans[-1]
-        turns = conversation["conversations"]
-        answer = next(turn["value"] for turn in reversed(turns) if turn["from"] == "gpt")
-        at = text.find(answer, start, end)
-        return [*spans[:-1], (max(at, start) + label_from, end)]
-
-    def _labels(self, ids, offsets, spans, unfinished: bool) -> list[int]:
-        labels = [IGNORE] * len(ids)
-        starts = [start for start, _ in offsets]
-        for start, end in spans:
-            first, last = bisect_left(starts, start), bisect_left(starts, end)
-            # The text after the end-of-answer token ("\n" in ChatML) is never generated.
-            while last > first and ids[last - 1] not in self._special_ids:
-                last -= 1
-            if last == first:
-                raise InputError(
-                    f"{self.tokenizer.name_or_path}: its chat template ends an answer with no "
-                    "special token, so the model would never stop; use --template vicuna_v1.1"
-                )
-            labels[first:last] = ids[first:last]
-        if unfinished and spans:
-            labels[last - 1] = IGNORE
-        return labels
 
 
 def has_tokenizer(folder) -> bool:

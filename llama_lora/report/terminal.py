@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from llama_lora.corpus.engine.account import listed
-from llama_lora.report.survey import Survey
-from llama_lora.report.view import BEYOND, FRAME, PLAIN, TRAINED, View
+from llama_lora.report.conversation_view import BEYOND, FRAME, PLAIN, TRAINED, ConversationView
+from llama_lora.report.statistics import Statistics
 
 COLOURS = {PLAIN: "", TRAINED: "\33[32m", FRAME: "\33[2m", BEYOND: "\33[9;31m"}
 BOLD, OFF = "\33[1m", "\33[0m"
@@ -20,7 +20,7 @@ SHARES = {"least": 0, "5%": 5, "25%": 25, "half": 50, "75%": 75, "95%": 95, "99%
 CONTROL = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 
-def summary(survey: Survey, max_length: int) -> str:
+def summary(survey: Statistics, max_length: int) -> str:
     """What was found, in lines."""
     facts = {
         "conversations": f"{survey.conversations:,} with {survey.pairs:,} pairs",
@@ -40,7 +40,7 @@ def summary(survey: Survey, max_length: int) -> str:
     return "\n".join(rows)
 
 
-def measures(survey: Survey) -> dict[str, Sequence[int]]:
+def measures(survey: Statistics) -> dict[str, Sequence[int]]:
     """The lengths that were taken, by what they measure; those of nothing are left out."""
     taken = {
         "turns": survey.turns,
@@ -59,7 +59,7 @@ def percentiles(values: Sequence[int]) -> list[int]:
     return [*map(int, found), round(float(numbers.mean()))]
 
 
-def table(survey: Survey) -> list[str]:
+def table(survey: Statistics) -> list[str]:
     """The percentiles of all measures, in aligned lines."""
     rows = [["", *SHARES, "mean"]]
     for name, values in measures(survey).items():
@@ -72,7 +72,7 @@ def table(survey: Survey) -> list[str]:
     ]
 
 
-def training(survey: Survey, max_length: int) -> str:
+def training(survey: Statistics, max_length: int) -> str:
     """What an epoch is, in the words of the trainer."""
     packs = survey.packs(max_length)
     room = max(packs * max_length, 1)
@@ -87,7 +87,7 @@ def in_colour() -> bool:
     return sys.stdout.isatty() and not os.environ.get("NO_COLOR")
 
 
-def shown(view: View, colour: bool) -> str:
+def shown(view: ConversationView, colour: bool) -> str:
     """The conversation with what is learned marked: by colours, or else by signs."""
     facts = [f"conversation {view.index}", visible(view.id), view.language]
     if view.tokens is not None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from llama_lora.cli import InputError, LocalError
 from llama_lora.model.adapter import WEIGHTS
 from llama_lora.train import logs
-from llama_lora.train.data import cache
+from llama_lora.train.data import token_cache
 
 NUMBERED = re.compile(r"checkpoint-(\d+)")
 SETTINGS = "settings.json"
@@ -89,7 +89,7 @@ def settings_of(data, lora, args, template) -> dict:
     """
     length = data.model_max_length
     return {
-        "data_path": cache.key_of(data.data_path, template, length),
+        "data_path": token_cache.key_of(data.data_path, template, length),
         "model_max_length": length,
         "packing": data.packing,
         "eval_ratio": data.eval_ratio,

@@ -5,7 +5,7 @@ from transformers import set_seed
 from llama_lora.model import adapter
 from llama_lora.model.base import load_base
 from llama_lora.train.arguments import fitting_learning_rate
-from llama_lora.train.compute import attention, loss
+from llama_lora.train.compute import chunked_loss, packed_attention
 
 
 def load(folder: str, quantization: str, lora, args):
@@ -21,8 +21,8 @@ def load(folder: str, quantization: str, lora, args):
     """
     base = load_base(folder, quantization, args.compute_dtype, args.device)
     base.config.use_cache = False
-    base.set_attn_implementation(attention.BY_EXAMPLE)
-    loss.compute_in_chunks(base)
+    base.set_attn_implementation(packed_attention.BY_EXAMPLE)
+    chunked_loss.compute_in_chunks(base)
     if args.learning_rate is None:
         args.learning_rate = fitting_learning_rate(base.config.hidden_size)
     set_seed(args.seed)  # the A matrices start at random

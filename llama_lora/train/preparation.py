@@ -7,11 +7,11 @@ import torch
 from transformers import TrainerCallback
 from transformers.training_args import OptimizerNames
 
-from llama_lora.train.compute import loss
+from llama_lora.model.adapter import trainable
+from llama_lora.train.compute import chunked_loss
 from llama_lora.train.data.packing import check_isolation
-from llama_lora.train.memory import recompute
-from llama_lora.train.memory.gradients import trainable
-from llama_lora.train.plan.plan import GRADIENT_BYTES, optimizer_bytes
+from llama_lora.train.memory import gradient_checkpointing
+from llama_lora.train.plan.memory_plan import GRADIENT_BYTES, optimizer_bytes
 
 
 class Preparation(TrainerCallback):
@@ -29,8 +29,8 @@ class Preparation(TrainerCallback):
         reserved = bytes_to_come(optim, trainable(model))
         with self.autocast():
             check_isolation(base)
-            loss.check(base)
-            said = recompute.set_up(
+            chunked_loss.check(base)
+            said = gradient_checkpointing.set_up(
                 base,
                 args.recompute,
                 self.tokens,

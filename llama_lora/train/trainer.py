@@ -9,16 +9,17 @@ from transformers import PrinterCallback
 
 from llama_lora.cli import InputError
 from llama_lora.model import adapter
-from llama_lora.model.template import IGNORE
+from llama_lora.model.adapter import trainable
+from llama_lora.model.labels import IGNORE
 from llama_lora.train import checkpoints
-from llama_lora.train.best import Best
+from llama_lora.train.best_adapter import Best
 from llama_lora.train.data.packing import MicroBatches, collate
 from llama_lora.train.logs import LogFile, LogLine, Totals
-from llama_lora.train.memory import rehearsal
+from llama_lora.train.memory import onednn_warmup
 from llama_lora.train.memory.allocator import large_blocks_given_back
-from llama_lora.train.memory.gradients import Gradients, trainable
+from llama_lora.train.memory.out_of_memory import Gradients
 from llama_lora.train.preparation import Preparation
-from llama_lora.train.stop import Diverged, Overflow, Stop, is_finite
+from llama_lora.train.stopping import Diverged, EarlyStop, OverflowGuard, is_finite
 
 
 class LoraTrainer(transformers.Trainer):
@@ -54,7 +55,7 @@ class LoraTrainer(transformers.Trainer):
         self.gradients = Gradients(parameters, self.tell, parts)
         self.settings = settings
         self.totals, self.best = Totals(), Best(args.early_stopping_patience)
-        self.stop = Stop(args.max_hours, self._any)
+        self.stop = EarlyStop(args.max_hours, self._any)
         self.remove_callback(PrinterCallback)
         for callback in (
             self.totals,
@@ -63,7 +64,7 @@ class LoraTrainer(transformers.Trainer):
             LogFile(self.totals),
             self.best,
             self.stop,
-            Overflow(self.accelerator),
+            OverflowGuard(self.accelerator),
         ):
             self.add_callback(callback)
 
@@ -118,7 +119,7 @@ class LoraTrainer(transformers.Trainer):
         def loss_of(part):
             return self.compute_loss(self.model, part, num_items_in_batch=num_items_in_batch)
 
-        loss_of = rehearsal.before(loss_of, self.model)
+        loss_of = onednn_warmup.before(loss_of, self.model)
         value, gradients = self.gradients.compute(loss_of, batch, self._loss_scale())
         self._check_finite(value, gradients, names)
         options = {"scale_wrt_gas": False} if self.is_deepspeed_enabled else {}

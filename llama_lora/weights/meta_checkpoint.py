@@ -13,7 +13,7 @@ from transformers import LlamaConfig
 
 from llama_lora.cli import InputError
 from llama_lora.text import brief
-from llama_lora.weights.hf_folder import Checkpoint, parameter_shapes, split_rotary_halves
+from llama_lora.weights.hf_writer import Checkpoint, parameter_shapes, split_rotary_halves
 from llama_lora.weights.llama_tokenizer import read_tokenizer_model
 
 Shard = dict[str, torch.Tensor]

@@ -8,8 +8,8 @@ from transformers import GenerationConfig, LlamaForCausalLM
 
 from llama_lora.chat.adapters import load
 from llama_lora.chat.batch import answers
-from llama_lora.chat.decode import Decoder
 from llama_lora.chat.sampling import Sampling, generator
+from llama_lora.chat.streaming import Decoder
 from llama_lora.cli import InputError
 from llama_lora.model.base import load_base
 from llama_lora.model.template import Template, load_tokenizer

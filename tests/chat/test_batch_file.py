@@ -15,7 +15,7 @@ from llama_lora.chat.answer_file import AnswerFile, answer_all
 from llama_lora.chat.sampling import Sampling
 from llama_lora.cli import InputError
 from llama_lora.corpus.records.conversation import check
-from llama_lora.corpus.records.questions import Asked, read_questions
+from llama_lora.corpus.records.prompts import PromptRecord, read_questions
 from tests.chat.taught import ADAPTER_ANSWERS, SCRIPT, WINDOW, fed, generate, said
 
 FIRST, SECOND, THIRD = ADAPTER_ANSWERS
@@ -173,8 +173,8 @@ def test_what_is_no_prompt_is_one_line_before_a_model_is_loaded(tmp_path, text, 
 
 
 @pytest.fixture
-def asked() -> list[Asked]:
-    return [Asked(f"q{n}", [], [f"Tell {n}?", "And now?"]) for n in range(7)]
+def asked() -> list[PromptRecord]:
+    return [PromptRecord(f"q{n}", [], [f"Tell {n}?", "And now?"]) for n in range(7)]
 
 
 def run_until(passes: int | None, path: Path, asked, model, template, batch_size=2) -> None:

@@ -5,9 +5,9 @@ from itertools import zip_longest
 import pytest
 
 from llama_lora.chat.adapters import load
-from llama_lora.chat.decode import Decoder
 from llama_lora.chat.sampling import Sampling, generator
 from llama_lora.chat.session import Chat
+from llama_lora.chat.streaming import Decoder
 from llama_lora.cli import InputError
 from llama_lora.corpus.records.conversation import check
 from tests.chat.taught import (

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from llama_lora.check_machine import checks, kernels, probe, screen
+from llama_lora.check_machine import checks, kernels_used, probe, screen
 from llama_lora.cli import InputError
 from llama_lora.hardware import device
 from llama_lora.hardware.cards import (
@@ -259,7 +259,7 @@ def test_the_8bit_optimizer_steps_on_cpu():
 @pytest.mark.parametrize("spoiled", [0.0, float("nan"), 2.0])
 def test_a_wrong_result_is_told(spoiled):
     right = [torch.ones(4), torch.ones(4)]
-    with pytest.raises(probe.Wrong):
+    with pytest.raises(probe.WrongResult):
         probe._largest_error([right[0], right[1] * spoiled], right, tolerance=0.15)
 
 
@@ -404,9 +404,9 @@ def test_what_is_pasted_names_nobody(text, public, monkeypatch):
 
 @pytest.mark.parametrize("kernel", ["FlashAttention", "plain"])
 def test_a_kernel_is_known_by_its_operators(kernel):
-    with kernels.Operators() as seen:
+    with kernels_used.Operators() as seen:
         probe._attend(probe.ATTENTION_KERNELS[kernel], torch.float32, "cpu")
-    assert kernels.attention(seen.names) == kernel
+    assert kernels_used.attention(seen.names) == kernel
 
 
 def test_the_docs_hold_the_table():

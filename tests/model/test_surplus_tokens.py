@@ -11,7 +11,7 @@ from llama_lora.chat.batch import answers
 from llama_lora.chat.sampling import Sampling
 from llama_lora.cli import InputError
 from llama_lora.model.template import load_tokenizer
-from llama_lora.weights.gguf import open_gguf
+from llama_lora.weights.gguf_reader import open_gguf
 from tests.conftest import error_line, shipped
 from tests.corpora import conversation, save
 from tests.model.folder import readers

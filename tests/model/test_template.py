@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from llama_lora.cli import InputError
-from llama_lora.model.template import IGNORE, Template, load_tokenizer
+from llama_lora.model.labels import IGNORE
+from llama_lora.model.template import Template, load_tokenizer
 from tests.conftest import shipped
 
 

@@ -7,7 +7,8 @@ from collections import Counter
 import pytest
 
 from llama_lora.corpus.engine import stage
-from llama_lora.model.template import IGNORE, Template
+from llama_lora.model.labels import IGNORE
+from llama_lora.model.template import Template
 from llama_lora.train.data.examples import load_examples
 from tests.conftest import run_here, run_script, shipped
 from tests.corpora import conversation, save

@@ -8,7 +8,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from llama_lora.model import adapter
 from llama_lora.model.base import load_base
-from llama_lora.train.compute import attention, loss
+from llama_lora.train.compute import chunked_loss, packed_attention
 
 
 def adapted_llama(
@@ -34,8 +34,8 @@ def adapted_llama(
     LlamaForCausalLM(config).save_pretrained(folder)
     base = load_base(folder, quantization, dtype, "cpu")
     base.config.use_cache = False
-    base.set_attn_implementation(attention.BY_EXAMPLE)
-    loss.compute_in_chunks(base)
+    base.set_attn_implementation(packed_attention.BY_EXAMPLE)
+    chunked_loss.compute_in_chunks(base)
     model = adapter.attach(base, r, 2 * r, dropout, list(targets), use_dora=use_dora)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:

@@ -5,11 +5,11 @@ import pytest
 import torch
 
 from llama_lora.check_machine import probe
-from llama_lora.eval.losses import packing
+from llama_lora.eval.token_losses import packing
 from llama_lora.hardware.device import QUANTIZATIONS
-from llama_lora.train.compute import loss
+from llama_lora.train.compute import chunked_loss
 from llama_lora.train.data.packing import check_isolation
-from llama_lora.train.memory import recompute
+from llama_lora.train.memory import gradient_checkpointing
 from tests.train.adapted import adapted_llama, batch, trainable
 
 PRECISIONS = [name for name in QUANTIZATIONS if name != "auto"]
@@ -37,8 +37,10 @@ def evaluated(model):
 
 LOOKS = {
     "isolation": check_isolation,
-    "loss": lambda model: loss.check(model.get_base_model()),
-    "checkpointing": lambda model: recompute.set_up(model.get_base_model(), "auto", 100),
+    "loss": lambda model: chunked_loss.check(model.get_base_model()),
+    "checkpointing": lambda model: gradient_checkpointing.set_up(
+        model.get_base_model(), "auto", 100
+    ),
     "evaluation": torch.no_grad()(evaluated),
     "evaluate.py": lambda model: packing(model.get_base_model()).__enter__(),
 }
@@ -110,5 +112,5 @@ def test_the_probe_goes_trainings_own_way(quantization, monkeypatch):
     assert probe.base_error(quantization, torch.float32, "cpu") < probe.TOLERANCES[quantization]
     monkeypatch.setattr(probe, "keep_nf4_layout", lambda model: None)
     if quantization == "4bit":
-        with pytest.raises((probe.Wrong, RuntimeError)):
+        with pytest.raises((probe.WrongResult, RuntimeError)):
             probe.base_error(quantization, torch.float32, "cpu")

@@ -18,7 +18,7 @@ import torch
 from llama_lora.cli import InputError
 from llama_lora.hardware.device import DTYPE_SWITCH
 from llama_lora.model import adapter
-from llama_lora.model.folder import base_values
+from llama_lora.model.folder import base_fingerprint
 from llama_lora.train.checkpoints import check_engine, clear, finish, is_complete, starting_point
 from tests.conftest import ROOT, deepspeed, run_here, run_script, shipped
 
@@ -116,7 +116,7 @@ def test_the_readmes_command(launcher, processes, tiny_base, corpus, tmp_path):
     for folder in (".", *checkpoints):
         files = [tmp_path / folder / name for name in (adapter.CONFIG, adapter.WEIGHTS)]
         assert len({path.stat().st_mode for path in files}) == 1, folder  # both as the umask says
-        assert base_values.same(tmp_path / folder / adapter.WEIGHTS, tiny_base), folder
+        assert base_fingerprint.same(tmp_path / folder / adapter.WEIGHTS, tiny_base), folder
         assert base_named(tmp_path / folder) == str(tiny_base)
     summary = json.loads((tmp_path / "summary.json").read_text())
     # A of rank 8 × in and B of out × 8, in each of 2 layers, for q, k, v, o, gate, up and down.
@@ -202,7 +202,7 @@ def test_kill_and_resume(launcher, tiny_base, corpus, tmp_path):
     assert_one_line(finished, "--overwrite_output_dir True")
     for folder in (tmp_path, *tmp_path.glob("checkpoint-*")):
         assert base_named(folder) == "someone/llama"
-        assert base_values.same(folder / adapter.WEIGHTS, tiny_base)
+        assert base_fingerprint.same(folder / adapter.WEIGHTS, tiny_base)
     assert loads_with_peft_alone(tiny_base, tmp_path)
 
 

@@ -10,7 +10,7 @@ import sys
 import pytest
 import torch
 
-from llama_lora.weights.hf_folder import write_folder
+from llama_lora.weights.hf_writer import write_folder
 from llama_lora.weights.meta_checkpoint import open_meta_checkpoint
 from tests.conftest import run_here, run_script
 from tests.weights import reference_llama
@@ -128,7 +128,7 @@ def test_failing_disk_is_one_line_and_leaves_nothing(tmp_path, spm):
 
 MEASURED = """
 import pathlib, sys, threading, time
-from llama_lora.weights.hf_folder import write_folder
+from llama_lora.weights.hf_writer import write_folder
 from llama_lora.weights.meta_checkpoint import open_meta_checkpoint
 
 def anonymous():

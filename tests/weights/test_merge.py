@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llama_lora.chat.adapters import load
 from llama_lora.model import adapter
-from llama_lora.weights.merge import merge
+from llama_lora.weights.merge_lora import merge
 from tests.conftest import ROOT
 from tests.weights.merging import TARGETS, command, loaded, logits, make_adapter, make_base
 
@@ -152,7 +152,7 @@ PEAK = """
 import resource, sys
 from pathlib import Path
 import torch
-from llama_lora.weights.merge import merge
+from llama_lora.weights.merge_lora import merge
 small, small_lora, base, lora, target, shard = sys.argv[1:]
 merge(Path(small), Path(small_lora), Path(target) / "small")  # imports, and memory of threads
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -15,7 +15,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from llama_lora.chat.adapters import load
 from llama_lora.cli import InputError
 from llama_lora.model import adapter
-from llama_lora.weights.merge import merge
+from llama_lora.weights.merge_lora import merge
 from tests.weights.merging import logits, make_base, refused
 
 

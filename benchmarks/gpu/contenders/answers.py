@@ -47,8 +47,8 @@ class Ours(Answers):
         return model
 
     def times(self, prompt: list[int]) -> list[float]:
-        from llama_lora.chat.decode import Decoder
         from llama_lora.chat.sampling import Sampling, generator
+        from llama_lora.chat.streaming import Decoder
 
         decoder, sampling = Decoder(self.model, self.template), Sampling(0, max_new_tokens=TOKENS)
         tokens = decoder.tokens(prompt, sampling, generator(self.model, seed=0))

@@ -43,7 +43,8 @@ def main(args: argparse.Namespace) -> None:
 
 def measured(items: list[dict], base: Path) -> list[tuple[int, int]]:
     """Tokens and labelled tokens of each item."""
-    from llama_lora.model.template import IGNORE, Template, load_tokenizer
+    from llama_lora.model.labels import IGNORE
+    from llama_lora.model.template import Template, load_tokenizer
 
     encoded = Template(load_tokenizer(base)).encode_batch(items)
     return [(len(one.ids), sum(label != IGNORE for label in one.labels)) for one in encoded]

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from llama_lora.model.template import IGNORE
+from llama_lora.model.labels import IGNORE
 from llama_lora.train.data.packing import Example
 
 FILE = Path(__file__).with_name("lengths.json")

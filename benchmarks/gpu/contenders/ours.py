@@ -28,14 +28,15 @@ from benchmarks.gpu.contenders.contender import (
 from benchmarks.gpu.contenders.profiles import profile
 from benchmarks.gpu.rows import SEARCHING, Row
 from llama_lora.cli import InputError
-from llama_lora.model.template import IGNORE
+from llama_lora.model.adapter import trainable
+from llama_lora.model.labels import IGNORE
 from llama_lora.train import lora_model, preparation
-from llama_lora.train.compute import loss
+from llama_lora.train.compute import chunked_loss
 from llama_lora.train.data import packing
 from llama_lora.train.data.packing import MicroBatches, collate
-from llama_lora.train.memory import recompute
-from llama_lora.train.memory.gradients import Gradients, trainable
-from llama_lora.train.plan import forecast, pace, plan
+from llama_lora.train.memory import gradient_checkpointing
+from llama_lora.train.memory.out_of_memory import Gradients
+from llama_lora.train.plan import forecast, memory_plan, time_estimate
 
 TRIES = 3  # of the search for the longest context
 NEAR = 0.05  # between the longest that fits and the shortest that does not
@@ -55,7 +56,7 @@ class Ours(Contender):
         with autocast(self.card.device, self.task.dtype):
             return {
                 "packed examples are kept apart": outcome(packing.check_isolation, base),
-                "the loss in chunks is the model's own": outcome(loss.check, base),
+                "the loss in chunks is the model's own": outcome(chunked_loss.check, base),
             }
 
     def measure(self, row: Row) -> Iterator[dict]:
@@ -80,19 +81,19 @@ class Ours(Contender):
         found = self.found(clock, pieces, float(done)) | run.account(setup)
         found |= {"planned": planned.total, "planned_recomputed": planned.recomputed}
         learned = lengths.Pieces(pieces[i] for i in timed).labelled
-        work = pace.Work.of(training.lengths[timed], learned)
+        work = time_estimate.EpochWork.of(training.lengths[timed], learned)
         share = found["recomputed"] / found["layers"]
-        operations = pace.operations(self.shape, work, setup.lora_parameters, share)
+        operations = time_estimate.operations(self.shape, work, setup.lora_parameters, share)
         found["operations_per_second"] = operations / clock.seconds
-        found["assumed_share"] = pace.EFFICIENCY[row.quantization]
+        found["assumed_share"] = time_estimate.EFFICIENCY[row.quantization]
         yield found
         if row.profiled and found["seconds_per_step"] < ENOUGH:
             yield found | profile(lambda: run.step(training[1]), self.card)
 
-    def setup(self, row: Row, tokens: int, longest: int, **more) -> plan.Setup:
+    def setup(self, row: Row, tokens: int, longest: int, **more) -> memory_plan.Setup:
         """What the planner is asked about a row."""
         host = {} if self.card.cuda else {"on_card": False, "base_load": self.card.before}
-        return plan.Setup(
+        return memory_plan.Setup(
             shape=self.shape,
             quantization=self.task.quantization,
             itemsize=self.task.dtype.itemsize,
@@ -131,7 +132,7 @@ class Ours(Contender):
         """Tokens that the planner says fit."""
 
         def spare(tokens: int) -> bool:
-            return plan.plan(self.long_setup(row, tokens), self.card.limit).fits
+            return memory_plan.plan(self.long_setup(row, tokens), self.card.limit).fits
 
         low, high = 1, row.length // grain
         while low < high:
@@ -139,7 +140,7 @@ class Ours(Contender):
             low, high = (middle, high) if spare(middle * grain) else (low, middle - 1)
         return low * grain
 
-    def long_setup(self, row: Row, tokens: int) -> plan.Setup:
+    def long_setup(self, row: Row, tokens: int) -> memory_plan.Setup:
         return self.setup(row, tokens, tokens, offload=self.card.cuda)
 
     def try_context(self, row: Row, tokens: int) -> dict | None:
@@ -195,7 +196,9 @@ class Run:
         optim, trained = OptimizerNames(row.optim).value, trainable(self.model)
         reserved = preparation.bytes_to_come(optim, trained)
         with autocast(self.device, self.dtype):
-            told = recompute.set_up(base, row.recompute, tokens, offload, reserved=reserved)
+            told = gradient_checkpointing.set_up(
+                base, row.recompute, tokens, offload, reserved=reserved
+            )
         self.told = [told]
         self.optimization = Optimization(self.model, row.optim, self.dtype, self.device)
         self.gradients = Gradients(self.optimization.parameters, self.told.append, parts)
@@ -214,12 +217,12 @@ class Run:
         self.loss, gradients = self.gradients.compute(loss_of, batch, scale)
         self.optimization.step(self.gradients.as_loss(gradients))
 
-    def account(self, setup: plan.Setup) -> dict:
+    def account(self, setup: memory_plan.Setup) -> dict:
         """How it was computed, and what the planner says that takes."""
         layers = self.model.get_base_model().base_model.layers
         count = sum(layer.gradient_checkpointing for layer in layers)
         setup = replace(setup, parts=self.gradients.parts, offload="host" in self.told[0])
-        parts = plan.memory(setup, count)
+        parts = memory_plan.memory(setup, count)
         return {
             "loss": self.loss.item(),
             "recomputed": count,
@@ -253,8 +256,8 @@ def on_device(examples: list, device: torch.device) -> dict:
 
 
 def set_back(base) -> None:
-    """Undo what `recompute.set_up` did for the row before, and let go of its memory on the host."""
-    recompute.checkpoint(base, [])
+    """Undo what `set_up` did for the row before, and let go of its memory on the host."""
+    gradient_checkpointing.checkpoint(base, [])
     for layer in base.base_model.layers:
         layer.__dict__.pop("_gradient_checkpointing_func", None)
         for module in (layer.post_attention_layernorm, layer.mlp):

@@ -8,7 +8,7 @@ import torch
 from benchmarks.gpu.contenders.contender import ENOUGH, Clock, Contender, Optimization, autocast
 from benchmarks.gpu.contenders.profiles import profile
 from benchmarks.gpu.rows import Row
-from llama_lora.model.template import IGNORE
+from llama_lora.model.labels import IGNORE
 
 
 class Reference(Contender):

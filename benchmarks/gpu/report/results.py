@@ -98,7 +98,7 @@ class Results:
 
     def _tell(self, name: str, row: dict) -> None:
         """Print a row, unless that is what was printed last."""
-        from benchmarks.gpu.report.page import line
+        from benchmarks.gpu.report.markdown_page import line
 
         told = line(name, row)
         if told != self._told:
@@ -128,7 +128,7 @@ class Results:
         self.write()
 
     def write(self) -> None:
-        from llama_lora.corpus.records.atomic import replacing
+        from llama_lora.corpus.records.atomic_files import replacing
 
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(str(self.path)) as file:
@@ -169,7 +169,7 @@ def chosen(rows: list[Row | str], args: argparse.Namespace) -> list[Row | str]:
 
 def write_page(out: Path) -> Path:
     """Write the page of all files of results in a folder; where it is."""
-    from benchmarks.gpu.report.page import page
+    from benchmarks.gpu.report.markdown_page import page
 
     found = [json.loads(path.read_text()) for path in sorted(out.glob("*.json"))]
     page_of(out).write_text(page(found), encoding="utf-8")

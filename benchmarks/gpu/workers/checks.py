@@ -19,9 +19,10 @@ from benchmarks.gpu.rows import ALL_LINEAR
 from benchmarks.gpu.workers import scripts
 from llama_lora.check_machine import checks
 from llama_lora.hardware.device import compute_dtype, dtype_name, present
-from llama_lora.model.template import IGNORE
-from llama_lora.train.compute.attention import BY_EXAMPLE
-from llama_lora.train.memory.gradients import Gradients, trainable
+from llama_lora.model.adapter import trainable
+from llama_lora.model.labels import IGNORE
+from llama_lora.train.compute.packed_attention import BY_EXAMPLE
+from llama_lora.train.memory.out_of_memory import Gradients
 
 # Of two ways of computing the same in a few layers: what rounding explains, by dtype.
 LIMITS = {torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.01}

@@ -92,7 +92,7 @@ def device() -> dict:
     """What is here."""
     import torch
 
-    from llama_lora.hardware import driver
+    from llama_lora.hardware import nvidia_driver
     from llama_lora.hardware.device import compute_dtype, dtype_name, present
 
     card = present()
@@ -102,7 +102,7 @@ def device() -> dict:
         "memory": card.memory,
         "dtype": dtype_name(compute_dtype()),
         "cuda": torch.version.cuda,
-        "driver": next(iter(driver.ask("driver_version")), None),
+        "driver": next(iter(nvidia_driver.ask("driver_version")), None),
     }
 
 
@@ -111,15 +111,15 @@ def rates(cache: Path, shape: str) -> dict:
     import torch
 
     from benchmarks.gpu.contenders import base
-    from benchmarks.products import peak_rate
+    from benchmarks.matmul_rate import peak_rate
     from llama_lora.hardware.device import compute_dtype
     from llama_lora.model.folder.shape import shape_of
-    from llama_lora.train.plan import pace
+    from llama_lora.train.plan import time_estimate
 
     folder, on = base.made(cache, shape, "7B"), "cuda" if torch.cuda.is_available() else "cpu"
     return {
         "peak_flops": peak_rate(folder, 8192 // KINDS[shape]["7B"].scale),
-        "planner_rate": pace.measured_rate(shape_of(folder), compute_dtype(), on),
+        "planner_rate": time_estimate.measured_rate(shape_of(folder), compute_dtype(), on),
     }
 
 
@@ -163,9 +163,9 @@ def contender_of(row: Row) -> type:
     if row.contender == "unsloth":
         import unsloth  # noqa: F401  # before any library that it patches
 
-        from benchmarks.gpu.contenders.sft import Unsloth as Found
+        from benchmarks.gpu.contenders.trl_sft import Unsloth as Found
     elif row.contender == "TRL":
-        from benchmarks.gpu.contenders.sft import Trl as Found
+        from benchmarks.gpu.contenders.trl_sft import Trl as Found
     elif row.measures == "answers":
         from benchmarks.gpu.contenders import answers
 

@@ -7,9 +7,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from llama_lora.cli import InputError
-from llama_lora.corpus.duplicates import dedupe
-from llama_lora.corpus.engine.output import Arrangement, Gone
-from llama_lora.corpus.engine.shelf import Fingerprint, Shelf
+from llama_lora.corpus.duplicates import deduplicate
+from llama_lora.corpus.engine.fingerprints import Fingerprint, Fingerprints
+from llama_lora.corpus.engine.output import Arrangement, Dropped
 from llama_lora.corpus.records.conversation import Conversation, Kept, Turn
 
 ALIKE = 0.85  # from this similarity on, two conversations are not torn apart by holding a share out
@@ -37,9 +37,9 @@ class Selection:
     held_out: float | None = None
 
     def fingerprinter(self) -> Callable[[list[Turn]], Fingerprint]:
-        return no_fingerprint if self.held_out is None else dedupe.fingerprinter(signed=True)
+        return no_fingerprint if self.held_out is None else deduplicate.fingerprinter(signed=True)
 
-    def __call__(self, shelf: Shelf) -> Arrangement:
+    def __call__(self, shelf: Fingerprints) -> Arrangement:
         order = list(range(len(shelf)))
         if self.seed is not None:
             random.Random(self.seed).shuffle(order)
@@ -47,13 +47,13 @@ class Selection:
         order, over = order[:limit], order[limit:]
         outputs = {self.out: order}
         if self.held_out is not None:
-            group_of = dedupe.groups(shelf, ALIKE)
+            group_of = deduplicate.groups(shelf, ALIKE)
             chosen = choose(group_of, order, self.held_out, random.Random(self.seed or 0))
             outputs = {
                 self.out: [index for index in order if index not in chosen],
                 eval_path(self.out): [index for index in order if index in chosen],
             }
-        return Arrangement(outputs, dict.fromkeys(over, Gone("over the limit")))
+        return Arrangement(outputs, dict.fromkeys(over, Dropped("over the limit")))
 
 
 def arrangement(args: argparse.Namespace) -> Selection | None:

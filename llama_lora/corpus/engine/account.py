@@ -6,9 +6,9 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
-from llama_lora.corpus.records.atomic import Outputs
+from llama_lora.corpus.records.atomic_files import Outputs
 from llama_lora.corpus.records.conversation import Kept
-from llama_lora.corpus.records.values import dump
+from llama_lora.corpus.records.json_values import dump
 
 
 @dataclass

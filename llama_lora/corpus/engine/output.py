@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 from typing import BinaryIO, Protocol
 
 from llama_lora.corpus.engine.account import Account
-from llama_lora.corpus.engine.shelf import Fingerprint, Shelf
-from llama_lora.corpus.records.atomic import Outputs, Writer
+from llama_lora.corpus.engine.fingerprints import Fingerprint, Fingerprints
+from llama_lora.corpus.records.atomic_files import Outputs, Writer
 from llama_lora.corpus.records.conversation import Turn
 from llama_lora.corpus.records.ids import Ids
-from llama_lora.corpus.records.values import dump, parse
+from llama_lora.corpus.records.json_values import dump, parse
 
 
 @dataclass
@@ -25,7 +25,7 @@ class Line:
 
 
 @dataclass
-class Gone:
+class Dropped:
     """Why a stored conversation is rejected, and the index of the one that stays in its place."""
 
     reason: str
@@ -38,16 +38,16 @@ class Arrangement:
     """Which of the stored conversations go where: indices by output path; what goes, by index."""
 
     outputs: dict[str, list[int]]
-    rejected: dict[int, Gone] = field(default_factory=dict)
+    rejected: dict[int, Dropped] = field(default_factory=dict)
 
-    def stays(self, gone: Gone) -> int | None:
+    def stays(self, gone: Dropped) -> int | None:
         """The index of what is kept in place of one that goes; a stand-in may go for another."""
         while (index := gone.instead) in self.rejected:
             gone = self.rejected[index]
         return index
 
 
-class Arrange(Protocol):
+class Arranger(Protocol):
     """Decides where stored conversations go.
 
     `fingerprinter` makes, in each worker, the function that takes the fingerprint of turns. The
@@ -56,10 +56,10 @@ class Arrange(Protocol):
 
     def fingerprinter(self) -> Callable[[list[Turn]], Fingerprint]: ...
 
-    def __call__(self, shelf: Shelf) -> Arrangement: ...
+    def __call__(self, shelf: Fingerprints) -> Arrangement: ...
 
 
-class Direct:
+class DirectOutput:
     """Writes lines as they come."""
 
     def __init__(self, out: Writer, account: Account):
@@ -77,12 +77,12 @@ def write_line(out: Writer, name: str, body: bytes, ids: Ids, account: Account) 
     return new
 
 
-class Spool:
+class SpooledOutput:
     """Keeps lines in a scratch file until it is known where each goes."""
 
     def __init__(self, file: BinaryIO):
         self.file = file
-        self.shelf = Shelf()
+        self.shelf = Fingerprints()
         self.ends = array("Q", [0])  # in the file
 
     def put(self, line: Line) -> None:
@@ -91,7 +91,9 @@ class Spool:
         self.ends.append(self.ends[-1] + len(item))
         self.shelf.add(line.fingerprint, len(line.body), line.pairs)
 
-    def arrange(self, arrange: Arrange, path, out, rejects, account, outputs: Outputs) -> list[str]:
+    def arrange(
+        self, arrange: Arranger, path, out, rejects, account, outputs: Outputs
+    ) -> list[str]:
         """Write every stored conversation where `arrange` puts it; the paths of the outputs."""
         self.file.flush()
         arrangement = arrange(self.shelf)

@@ -19,13 +19,13 @@ from typing import Any
 
 from llama_lora.cli import InputError, Terminated
 from llama_lora.corpus.engine.account import Account, write_account
-from llama_lora.corpus.engine.output import Arrange, Direct, Line, Spool
-from llama_lora.corpus.engine.pool import Died, Pool
-from llama_lora.corpus.engine.shelf import Fingerprint
-from llama_lora.corpus.records import files, formats
-from llama_lora.corpus.records.atomic import Outputs
+from llama_lora.corpus.engine.fingerprints import Fingerprint
+from llama_lora.corpus.engine.output import Arranger, DirectOutput, Line, SpooledOutput
+from llama_lora.corpus.engine.worker_pool import Pool, WorkerDied
+from llama_lora.corpus.records import formats, reader
+from llama_lora.corpus.records.atomic_files import Outputs
 from llama_lora.corpus.records.conversation import Conversation, Kept, Rejected, Turn, count_pairs
-from llama_lora.corpus.records.values import dump, parse
+from llama_lora.corpus.records.json_values import dump, parse
 from llama_lora.hardware.device import cores
 from llama_lora.options import Help, between
 
@@ -50,7 +50,7 @@ class Result:
         self.account.keep(one.pairs, kept)
         self.lines.extend(lines)
 
-    def reject(self, one: "Reading", why: Rejected, path: str, record: files.Record) -> None:
+    def reject(self, one: "Reading", why: Rejected, path: str, record: reader.Record) -> None:
         self.account.reject(one.pairs, why.reason)
         about = {"reason": why.reason, "detail": why.detail, "file": path}
         about |= {"index": record.index, "byte": record.offset}
@@ -107,7 +107,7 @@ def parser(doc: str, several: bool = False, writes: bool = True) -> argparse.Arg
 def run(
     args: argparse.Namespace,
     build: Callable[[], Process],
-    arrange: Arrange | None = None,
+    arrange: Arranger | None = None,
 ) -> Account:
     """Map the function that `build` makes over the conversations of `args.inputs` to `args.out`.
 
@@ -125,7 +125,7 @@ def run(
         outputs = stack.enter_context(Outputs())
         out = outputs.corpus(args.out)
         rejects = outputs.corpus(args.rejected) if args.rejected else None
-        sink = Spool(outputs.scratch(args.out)) if arrange else Direct(out, account)
+        sink = SpooledOutput(outputs.scratch(args.out)) if arrange else DirectOutput(out, account)
         records = tracked(inputs, args, damages, stack)
         make = Work(build, arrange and arrange.fingerprinter)
         with closing(mapped(chunked(records, CHUNK_BYTES), make, args.workers)) as results:
@@ -167,7 +167,7 @@ def stop_on_sigterm() -> None:
     signal.signal(signal.SIGTERM, stop)
 
 
-def tracked(inputs, args, damages, stack) -> Iterator[tuple[str, files.Record]]:
+def tracked(inputs, args, damages, stack) -> Iterator[tuple[str, reader.Record]]:
     """The records of all inputs that are asked for, under a progress bar by bytes."""
     from tqdm import tqdm
 
@@ -179,12 +179,12 @@ def tracked(inputs, args, damages, stack) -> Iterator[tuple[str, files.Record]]:
     records = (
         (path, record)
         for path in inputs
-        for record in files.read(path, args.salvage, damages.append, bar.update)
+        for record in reader.read(path, args.salvage, damages.append, bar.update)
     )
     return islice(records, args.begin, args.end)
 
 
-def chunked(records: Iterable[tuple[str, files.Record]], most: int) -> Iterator[list]:
+def chunked(records: Iterable[tuple[str, reader.Record]], most: int) -> Iterator[list]:
     """The records in lists of about `most` bytes."""
     chunk, size = [], 0
     for record in records:
@@ -216,7 +216,7 @@ def named_deaths(results: Iterator) -> Iterator:
     """`results`; the death of a worker names the conversation that it was at."""
     try:
         yield from results
-    except Died as death:
+    except WorkerDied as death:
         path, record = death.item
         raise InputError(
             f"{path}: conversation {record.index} (byte {record.offset}): the process working on "
@@ -272,7 +272,7 @@ class Reading:
         return count_pairs(self.conversation["conversations"]) if self.conversation else 0
 
 
-def reading(record: files.Record) -> Reading:
+def reading(record: reader.Record) -> Reading:
     """Parse and check one record."""
     one = Reading()
     try:

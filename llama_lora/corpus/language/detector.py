@@ -125,7 +125,7 @@ class Guess(base.Detector):
             self.score = self.languages[0].read_bytes * len(text) / 1024
 
 
-def detected(text: str) -> str:
+def detect(text: str) -> str:
     """The code of the language of `text`, or `UNKNOWN`."""
     try:
         guess = Guess(text)

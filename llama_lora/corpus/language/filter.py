@@ -50,7 +50,7 @@ class Filter:
         return names.isdisjoint(self.skip) and not (self.keep and names.isdisjoint(self.keep))
 
 
-def told(account: Account) -> Counter:
+def languages_read(account: Account) -> Counter:
     """How many conversations in each language were read."""
     rejected = {
         reason.removeprefix(REJECTED): count
@@ -70,23 +70,23 @@ def language_of(turns: list[Turn]) -> str:
     left = sum(map(size, values))
     for value in values:
         text = prose(value)
-        votes[detected(glimpses(text))] += size(text)
+        votes[detect(excerpts(text))] += size(text)
         left -= size(value)
         if is_decided(votes, left):
             break
     del votes[UNKNOWN]
     if not votes:
-        return detected(glimpses("\n".join(map(prose, values))))
+        return detect(excerpts("\n".join(map(prose, values))))
     return votes.most_common(1)[0][0]
 
 
-def detected(text: str) -> str:
+def detect(text: str) -> str:
     """The code of the language of `text`, or `UNKNOWN`."""
     from llama_lora.corpus.language import (
         detector,  # imports polyglot, which `--help` can do without
     )
 
-    return detector.detected(text)
+    return detector.detect(text)
 
 
 def size(text: str) -> int:
@@ -94,7 +94,7 @@ def size(text: str) -> int:
     return len(text.encode())
 
 
-def glimpses(text: str) -> str:
+def excerpts(text: str) -> str:
     """The beginning, middle and end of `text`: a task and its subject may differ in language."""
     if len(text) <= 3 * GLIMPSE:
         return text
@@ -114,11 +114,15 @@ def known_codes() -> list[str]:
     from icu import Locale
     from pycld2 import LANGUAGES
 
-    codes = {Locale(code).getName() for name, code in LANGUAGES if not name.startswith("X_")}
-    return sorted(code.replace("_", "-") for code in codes - {"un", "xxx", ""})
+    codes = {
+        Locale(language_code).getName()
+        for name, language_code in LANGUAGES
+        if not name.startswith("X_")
+    }
+    return sorted(language_code.replace("_", "-") for language_code in codes - {"un", "xxx", ""})
 
 
-def code(text: str) -> str:
+def language_code(text: str) -> str:
     """A code as the detector names it, for argparse."""
     name = text.lower().replace("_", "-")
     if name in SIMPLIFIED:

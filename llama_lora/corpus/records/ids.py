@@ -12,7 +12,7 @@ class Ids:
     """
 
     def __init__(self):
-        self.used = Numbers()
+        self.used = UInt64Set()
         self.numbers: dict[str, int] = {}  # the last one given to an id that came again
 
     def distinct(self, name: str) -> str:
@@ -34,7 +34,7 @@ def id_hash(name: str) -> int:
     return int.from_bytes(blake2b(name.encode(), digest_size=8).digest())
 
 
-class Numbers:
+class UInt64Set:
     """A set of numbers of 64 bits that takes 16 to 32 bytes for each; Python's takes a hundred."""
 
     def __init__(self):

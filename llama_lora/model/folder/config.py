@@ -6,8 +6,8 @@ from pathlib import Path
 
 from llama_lora.cli import InputError, warn_once
 from llama_lora.hardware.device import dtype_name, present, resolve_quantization
-from llama_lora.model.folder import codes
-from llama_lora.model.folder.stored import FLOATS, Stored
+from llama_lora.model.folder import quantized_weights
+from llama_lora.model.folder.tensors import FLOATS, StoredTensors
 from llama_lora.text import cause
 
 EMBEDDINGS, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -62,11 +62,11 @@ def load_config(folder):
     config = read_config(folder)
     if other := getattr(config, "transformers_weights", None):
         raise InputError(f"{folder}: config.json names other weights ({other}), which is not read")
-    stored = Stored(folder)
+    stored = StoredTensors(folder)
     in_codes = set()
     if precision := quantized_as(folder):
-        codes.check(folder, stored, precision)
-        in_codes = codes.layers(stored, precision)
+        quantized_weights.check(folder, stored, precision)
+        in_codes = quantized_weights.layers(stored, precision)
         config.quantization_config = _quantization(folder, precision)
     _check_dtypes(folder, stored, in_codes)
     if getattr(config, "tie_word_embeddings", False) and not _tied(stored):
@@ -164,7 +164,7 @@ def quantized_as(folder) -> str | None:
                 "bits of bitsandbytes: use the base that they were made from"
             )
         return bits[0]
-    return codes.precision_of(Stored(folder))
+    return quantized_weights.precision_of(StoredTensors(folder))
 
 
 def resolve_precision(folder, wanted: str, card=None) -> tuple[str, str]:
@@ -215,7 +215,7 @@ def _told(folder: Path) -> dict:
     return told
 
 
-def _check_dtypes(folder: Path, stored: Stored, in_codes: set[str]) -> None:
+def _check_dtypes(folder: Path, stored: StoredTensors, in_codes: set[str]) -> None:
     """Every weight is of one of the `FLOATS`, apart from those of layers `in_codes`.
 
     Integers under other names are counts and positions, which are no weights.
@@ -229,7 +229,7 @@ def _check_dtypes(folder: Path, stored: Stored, in_codes: set[str]) -> None:
             raise InputError(f"{folder}: expected {name} in {expected}, found {dtype}")
 
 
-def _tied(stored: Stored) -> bool:
+def _tied(stored: StoredTensors) -> bool:
     """Whether the output layer is the embeddings: one of them alone is stored, or they are equal.
 
     Pickles hold both in any case.

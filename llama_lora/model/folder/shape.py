@@ -4,9 +4,9 @@ import math
 from dataclasses import dataclass
 
 from llama_lora.cli import InputError
-from llama_lora.model.folder.codes import Codes, measure
 from llama_lora.model.folder.config import load_config, quantized_as, without_values
-from llama_lora.model.folder.stored import Stored
+from llama_lora.model.folder.quantized_weights import QuantizedWeights, measure
+from llama_lora.model.folder.tensors import StoredTensors
 from llama_lora.text import brief
 
 NF4_BYTES = 1 / 2 + (1 + 4 / 256) / 64  # blocks of 64 share a scale, 256 scales share another
@@ -25,7 +25,7 @@ class Shape:
     layers: int
     other: int  # weights that stay in the compute dtype: embeddings, head, norms, biases
     head: int  # weights of the output layer, shared with the embeddings or not
-    codes: Codes | None = None  # of a folder that stores some
+    codes: QuantizedWeights | None = None  # of a folder that stores some
 
     @property
     def linear(self) -> int:
@@ -115,6 +115,6 @@ def shape_of(folder) -> Shape:
     return Shape(config, linears, layers, outside + layers * rest, head, _codes(folder))
 
 
-def _codes(folder) -> Codes | None:
-    precision, stored = quantized_as(folder), Stored(folder)
+def _codes(folder) -> QuantizedWeights | None:
+    precision, stored = quantized_as(folder), StoredTensors(folder)
     return measure(stored, precision) if precision and stored.headers else None

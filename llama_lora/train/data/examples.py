@@ -10,10 +10,11 @@ from pathlib import Path
 import numpy as np
 
 from llama_lora.cli import InputError
-from llama_lora.corpus.records import conversation, files
-from llama_lora.corpus.records.values import parse
-from llama_lora.model.template import IGNORE, VICUNA_V1_1, Template
-from llama_lora.train.data import cache
+from llama_lora.corpus.records import conversation, reader
+from llama_lora.corpus.records.json_values import parse
+from llama_lora.model.labels import IGNORE
+from llama_lora.model.template import VICUNA_V1_1, Template
+from llama_lora.train.data import token_cache
 from llama_lora.train.data.packing import Example
 
 BATCH_BYTES = 1 << 20  # of conversations tokenized in one call: enough to keep all cores busy
@@ -32,7 +33,7 @@ class Examples:
 
     @classmethod
     def of(cls, rows) -> "Examples":
-        """All that a `cache.Entry` holds."""
+        """All that a `token_cache.Entry` holds."""
         import pyarrow.compute
 
         lengths = pyarrow.compute.list_value_length(rows.data["ids"]).to_numpy()
@@ -141,14 +142,14 @@ def load_examples(
 
     Args:
         max_length: in tokens; what is beyond is cut off, and counted.
-        folder: where tokens are kept; None for `cache.default_folder()`.
+        folder: where tokens are kept; None for `token_cache.default_folder()`.
         allow_truncation: whether more than `MOST_CUT` of the answer tokens may be cut off.
 
     Raises:
         InputError: not a corpus file, no labelled token in it, or too many cut off.
     """
-    folder = Path(folder) if folder else cache.default_folder()
-    entry = cache.Entry(folder, cache.key_of(path, template, max_length))
+    folder = Path(folder) if folder else token_cache.default_folder()
+    entry = token_cache.Entry(folder, token_cache.key_of(path, template, max_length))
     if not entry.exists():
         audit = Audit()
         entry.write(_tokenized(path, template, max_length, audit), vars(audit))
@@ -181,7 +182,7 @@ def _tokenized(path: str, template: Template, max_length: int, audit: Audit) -> 
     The tokenizer itself keeps all cores busy, unless TOKENIZERS_PARALLELISM says "false".
     """
     for batch in _batches(_conversations(path)):
-        columns: dict[str, list] = {name: [] for name in cache.schema().names}
+        columns: dict[str, list] = {name: [] for name in token_cache.schema().names}
         for item, encoded in zip(batch, template.encode_batch(batch), strict=True):
             labels = np.array(encoded.labels, np.int32)
             audit.special += template.spells_special(item["conversations"])
@@ -206,7 +207,7 @@ def _conversations(path: str) -> Iterator[tuple[int, dict]]:
     with tqdm(
         desc="tokenizing", total=size, unit="B", unit_scale=True, disable=None, leave=False
     ) as bar:
-        for record in files.read(path, advance=bar.update):
+        for record in reader.read(path, advance=bar.update):
             try:
                 item, repairs = conversation.check(parse(record.raw)[0])
                 turns = conversation.put_in_order(item["conversations"], repairs)

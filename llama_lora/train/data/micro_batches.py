@@ -31,7 +31,7 @@ def load(data, args, template: Template, tell: Callable[[str], None]) -> tuple[l
     return hold_out(examples, data.eval_ratio, args.seed) if data.eval_ratio else (examples, [])
 
 
-def micro_batches(examples, data, args) -> MicroBatches:
+def training_batches(examples, data, args) -> MicroBatches:
     """Of the examples to train on; from here on `args` counts micro-batches one at a time."""
     training = MicroBatches(
         examples,

@@ -9,9 +9,9 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from llama_lora.cli import InputError
 from llama_lora.model.adapter import is_int8
-from llama_lora.model.template import IGNORE
-from llama_lora.train.compute import trial
-from llama_lora.train.data.bins import best_fit_decreasing
+from llama_lora.model.labels import IGNORE
+from llama_lora.train.compute import attention_check
+from llama_lora.train.data.bin_packing import best_fit_decreasing
 
 EPOCH_STRIDE = 1_000_003  # so that neighbouring seeds do not share epochs
 
@@ -109,7 +109,7 @@ def collate(micro_batches: list[list[Example]]) -> dict:
 
     Returns:
         int64 `input_ids`, `labels` and `position_ids` of [1, tokens]; `example_lengths`, by which
-        `attention.attend` keeps the examples apart; and their `names`.
+        `attend_within_examples` keeps the examples apart; and their `names`.
     """
     (examples,) = micro_batches
     examples = examples or [EMPTY]
@@ -142,7 +142,7 @@ def check_isolation(model) -> None:
         InputError: what comes first in a row changes what follows, or a layer does not attend as
             the base asks for.
     """
-    trial.check(model)
+    attention_check.check(model)
     was_training = model.training
     model.eval()
     vocabulary = model.get_input_embeddings().weight.shape[0]

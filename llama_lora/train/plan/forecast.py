@@ -12,8 +12,8 @@ from llama_lora.cli import InputError
 from llama_lora.hardware.cards import CARDS, GIB, Card, card_named
 from llama_lora.hardware.device import compute_dtype, present
 from llama_lora.model.folder.shape import Shape
-from llama_lora.train.plan import advice, pace
-from llama_lora.train.plan.plan import CUDA_CONTEXT, CUDA_LIBRARIES, Plan, Setup, plan
+from llama_lora.train.plan import suggestions, time_estimate
+from llama_lora.train.plan.memory_plan import CUDA_CONTEXT, CUDA_LIBRARIES, Plan, Setup, plan
 
 REACHED = 0.6  # of a card's published peak, by its matrix products: assumed, not measured
 ENOUGH_TOKENS = 1024  # in one part to keep a device busy
@@ -29,7 +29,7 @@ class Forecast:
 
     plan: Plan
     where: str
-    work: pace.Work
+    work: time_estimate.EpochWork
     examples: int
     micro_batches: int
     steps_per_epoch: int
@@ -53,9 +53,12 @@ class Forecast:
         """Of an epoch."""
         setup = self.plan.setup
         share = self.plan.recomputed / setup.shape.layers
-        operations = pace.operations(setup.shape, self.work, setup.lora_parameters, share)
+        operations = time_estimate.operations(setup.shape, self.work, setup.lora_parameters, share)
         return (
-            operations / (self.rate * pace.EFFICIENCY[setup.quantization]) / self.processes / 3600
+            operations
+            / (self.rate * time_estimate.EFFICIENCY[setup.quantization])
+            / self.processes
+            / 3600
         )
 
     def line(self) -> str:
@@ -104,7 +107,7 @@ class Forecast:
 
     def _time(self) -> list[str]:
         labelled = self.work.labelled / max(self.work.tokens, 1)
-        share = pace.EFFICIENCY[self.plan.setup.quantization]
+        share = time_estimate.EFFICIENCY[self.plan.setup.quantization]
         several = f" on each of {self.processes} cards" if self.processes > 1 else ""
         return [
             f"an epoch: {self.examples:,} examples, {self.work.tokens:,} tokens "
@@ -118,12 +121,12 @@ class Forecast:
         if self.plan.fits:
             doubt = "" if self.plan.comfortable else "; it may be tight: the plan is a reckoning"
             return f"fits, {gib(self.plan.spare)} to spare{doubt}"
-        ways = advice.ways_to_fit(self.plan.setup, self.plan.available)
+        ways = suggestions.ways_to_fit(self.plan.setup, self.plan.available)
         if ways:
             told = [f"  {flags}  (then {gib(found.total)})" for flags, found in ways]
             too_much = f"does not fit: {gib(-self.plan.spare)} too much; it fits with"
             return "\n".join([too_much, *told])
-        least = advice.least(self.plan.setup)
+        least = suggestions.least(self.plan.setup)
         cards = [card.name for card in CARDS.values() if (card.memory or 0) >= least]
         larger = f", such as {cards[0]}" if cards else ""
         return (
@@ -150,7 +153,7 @@ class Forecast:
 def of(shape: Shape, quantization: str, lora, args, training, windows=(None,)) -> Forecast:
     """The forecast of a run: `lora` and `args` are its flags, `training` its micro-batches.
 
-    `windows` are those of the base's layers, as `trial.windows` has them.
+    `windows` are those of the base's layers, as `attention_check.windows` has them.
     """
     here = args.plan_for is None
     card, processes = (present(), args.world_size) if here else cards_named(args.plan_for)
@@ -182,7 +185,7 @@ def of(shape: Shape, quantization: str, lora, args, training, windows=(None,)) -
     return Forecast(
         plan=choose(setup, available, autos),
         where=f"{processes} × {card.shown}" if processes > 1 else card.shown,
-        work=pace.Work.of(training.lengths, training.examples.labelled(), windows),
+        work=time_estimate.EpochWork.of(training.lengths, training.examples.labelled(), windows),
         examples=len(training.examples),
         micro_batches=len(training),
         steps_per_epoch=steps,
@@ -253,7 +256,9 @@ def rate_of(card: Card, here: bool, shape: Shape, dtype) -> tuple[float, str]:
     """Operations a second in matrix products, and where that figure comes from."""
     if here:
         device = "cpu" if card.memory is None else "cuda"
-        return pace.measured_rate(shape, dtype, device), "its matrix products, measured now"
+        return time_estimate.measured_rate(
+            shape, dtype, device
+        ), "its matrix products, measured now"
     return REACHED * card.peak_flops, f"{REACHED:.0%} of its published peak, assumed"
 
 

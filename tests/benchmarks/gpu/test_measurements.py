@@ -10,7 +10,7 @@ from benchmarks import pages
 from benchmarks.gpu import rows as gpu_rows
 from benchmarks.gpu.contenders import answers, base, lengths, ours, reference
 from benchmarks.gpu.contenders.contender import DROPOUT
-from benchmarks.gpu.report import aims, page
+from benchmarks.gpu.report import aims, markdown_page
 from benchmarks.gpu.workers import checks, worker
 from tests.benchmarks.gpu.conftest import named
 from tests.conftest import ROOT, run_script
@@ -200,13 +200,13 @@ def test_the_plan_of_the_command_is_told_as_it_is(tmp_path):
     from transformers import LlamaConfig
 
     from llama_lora.model.folder.shape import shape_of
-    from llama_lora.train.plan import plan
+    from llama_lora.train.plan import memory_plan
 
     kind = gpu_rows.KINDS["full"]["7B"]
     command = gpu_rows.Rows(gpu_rows.KINDS["full"]).command()
     LlamaConfig(architectures=["LlamaForCausalLM"], **kind.config).save_pretrained(tmp_path)
     shape = shape_of(tmp_path)
-    setup = plan.Setup(
+    setup = memory_plan.Setup(
         shape=shape,
         quantization=command.quantization,
         itemsize=2,
@@ -219,7 +219,7 @@ def test_the_plan_of_the_command_is_told_as_it_is(tmp_path):
         longest=command.length,
         recompute=command.recompute,
     )
-    planned = pages.gib(plan.plan(setup, 16 * 2**30).total)
+    planned = pages.gib(memory_plan.plan(setup, 16 * 2**30).total)
     assert f"(the plan says {planned})" in (ROOT / "docs/results/README.md").read_text()
 
 
@@ -262,7 +262,7 @@ def test_a_card_is_not_asked_for_what_it_cannot_do_or_does_in_another_row():
 def test_the_page_is_that_of_the_results():
     files = sorted((ROOT / "docs/results").glob("*.json"))
     found = [json.loads(path.read_text()) for path in files]
-    assert (ROOT / "docs/gpu.md").read_text() == page.page(found)
+    assert (ROOT / "docs/gpu.md").read_text() == markdown_page.page(found)
 
 
 def test_a_device_that_computes_wrong_is_told(made_base, monkeypatch):

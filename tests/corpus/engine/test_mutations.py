@@ -13,16 +13,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from llama_lora.cli import InputError
-from llama_lora.corpus.clean.clean import Cleaner, blocked_phrases
-from llama_lora.corpus.duplicates.dedupe import WithoutDuplicates
+from llama_lora.corpus.clean.cleaner import Cleaner, blocked_phrases
+from llama_lora.corpus.duplicates.deduplicate import Deduplicator
 from llama_lora.corpus.duplicates.merge import as_it_is
 from llama_lora.corpus.engine import stage
 from llama_lora.corpus.language.filter import Filter
-from llama_lora.corpus.records import files, formats
+from llama_lora.corpus.records import formats, reader
 from llama_lora.corpus.records.conversation import count_pairs
-from llama_lora.corpus.records.values import parse
-from llama_lora.corpus.split.split import Splitter
-from tests.corpus.records.test_files import CUT, FAULTS
+from llama_lora.corpus.records.json_values import parse
+from llama_lora.corpus.split.splitter import Splitter
+from tests.corpus.records.test_reader import CUT, FAULTS
 
 STAGES = "merge", "clean", "filter", "split"
 OLD = "old"
@@ -142,7 +142,7 @@ def processes(tmp_path_factory, byte_tokenizer):
     byte_tokenizer.save_pretrained(tokenizer)
     return {
         "merge": (as_it_is, None),
-        "clean": (Cleaner(blocked_phrases(None)), WithoutDuplicates),
+        "clean": (Cleaner(blocked_phrases(None)), Deduplicator),
         "filter": (Filter(skip=["fr"]), None),
         "split": (Splitter(str(tokenizer), 128, "model", "continue"), None),
     }
@@ -177,7 +177,7 @@ def run(name, processes, folder, data, salvage=False):
     lines = rejected.read_text(encoding="utf-8").splitlines()
     assert [len(kept), len(lines)] == [account.written, account.rejected.total()]
     assert all("reason" in json.loads(line) for line in lines)
-    again = [formats.read(parse(record.raw)[0]) for record in files.read(str(out))]
+    again = [formats.read(parse(record.raw)[0]) for record in reader.read(str(out))]
     assert [conversation for conversation, _, _ in again] == kept
     assert not any(repairs.total() for _, repairs, _ in again)
     if name != "split":  # which may spread a pair over pieces

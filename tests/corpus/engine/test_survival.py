@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from llama_lora.cli import InputError
-from llama_lora.corpus.records.atomic import Outputs, replacing
+from llama_lora.corpus.records.atomic_files import Outputs, replacing
 from tests.conftest import ROOT, run_script
 
 STAGES = {

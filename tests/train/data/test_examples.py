@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 
 from llama_lora.cli import InputError
-from llama_lora.model.template import IGNORE, Template, load_tokenizer
-from llama_lora.report.example import HEAD, TAIL, shown
-from llama_lora.train.data.cache import Entry
+from llama_lora.model.labels import IGNORE
+from llama_lora.model.template import Template, load_tokenizer
+from llama_lora.report.training_example import HEAD, TAIL, shown
 from llama_lora.train.data.examples import Audit, hold_out, load_examples
+from llama_lora.train.data.token_cache import Entry
 from tests.conftest import ROOT, error_line, run_here, shipped
 
 WINDOW = 128  # tokens; the shipped data has longer conversations
@@ -140,7 +141,7 @@ def test_whatever_changes_the_tokens_makes_new_ones(load, corpus, llama_tokenize
 KILLED = """
 import os, sys
 from pathlib import Path
-from llama_lora.train.data.cache import Entry
+from llama_lora.train.data.token_cache import Entry
 
 def batches():
     yield {"id": ["a"], "source": ["a"], "ids": [[1, 2]], "labelled": [[False, True]]}
@@ -162,7 +163,7 @@ FULL_DISK = """
 import resource, sys
 from pathlib import Path
 from llama_lora.cli import one_line_errors
-from llama_lora.train.data.cache import Entry
+from llama_lora.train.data.token_cache import Entry
 
 row = {"id": ["a"], "source": ["a"], "ids": [[1] * 1000], "labelled": [[True] * 1000]}
 resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))

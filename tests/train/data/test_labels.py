@@ -7,10 +7,11 @@ from functools import partial
 import numpy as np
 import pytest
 
-from llama_lora.corpus.records import files
-from llama_lora.corpus.records.values import parse
-from llama_lora.corpus.split.split import Splitter
-from llama_lora.model.template import IGNORE, Template, load_tokenizer
+from llama_lora.corpus.records import reader
+from llama_lora.corpus.records.json_values import parse
+from llama_lora.corpus.split.splitter import Splitter
+from llama_lora.model.labels import IGNORE
+from llama_lora.model.template import Template, load_tokenizer
 from llama_lora.train.data.examples import load_examples
 from llama_lora.weights.llama_tokenizer import read_tokenizer_model
 from tests.conftest import ROOT, run_script, shipped
@@ -125,7 +126,7 @@ def real_conversations(tmp_path_factory) -> list[list[dict]]:
     ):
         done = run_script(ROOT / "fastchat/data" / command[0], *command[1:], timeout=600)
         assert done.returncode == 0, done.stderr
-    found = [parse(record.raw)[0]["conversations"] for record in files.read(str(clean))]
+    found = [parse(record.raw)[0]["conversations"] for record in reader.read(str(clean))]
     # fschat knows no system turns: it fails with a KeyError.
     return [turns for turns in found if turns[0]["from"] != "system"]
 

@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
 from llama_lora.cli import InputError
-from llama_lora.model.template import IGNORE, Template
-from llama_lora.train.compute.attention import BY_EXAMPLE
+from llama_lora.model.labels import IGNORE
+from llama_lora.model.template import Template
+from llama_lora.train.compute.packed_attention import BY_EXAMPLE
 from llama_lora.train.data.packing import (
     Example,
     MicroBatches,

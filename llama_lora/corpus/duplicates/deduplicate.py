@@ -1,0 +1,138 @@
+"""Duplicates: of conversations that are equal, or alike, one stays; a longer one stands for its
+beginning."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from llama_lora.corpus.engine.fingerprints import Fingerprint, Fingerprints
+from llama_lora.corpus.engine.output import Arrangement, Dropped
+from llama_lora.corpus.records.conversation import GPT, HUMAN, SYSTEM, Turn, prefix_digests
+
+
+@dataclass
+class Deduplicator:
+    """Leaves out what equals an earlier conversation, or is how a longer one begins.
+
+    With `near`, a similarity between 0 and 1, also what is that much alike to a longer one, or to
+    an earlier one of the same length.
+    """
+
+    out: str
+    near: float | None = None
+
+    def fingerprinter(self) -> Callable[[list[Turn]], Fingerprint]:
+        return fingerprinter(signed=self.near is not None)
+
+    def __call__(self, shelf: Fingerprints) -> Arrangement:
+        rejected = exact_duplicates(shelf)
+        if self.near is not None:
+            rejected |= near_duplicates(shelf, self.near, rejected)
+        kept = [index for index in range(len(shelf)) if index not in rejected]
+        return Arrangement({self.out: kept}, rejected)
+
+
+def fingerprinter(signed: bool) -> Callable[[list[Turn]], Fingerprint]:
+    """Takes fingerprints by which equal conversations, and alike ones if `signed`, can be told."""
+    if not signed:
+        return lambda turns: Fingerprint(digests_of(turns))
+    from llama_lora.corpus.duplicates.near_duplicates import MinHasher
+
+    sign = MinHasher()
+    return lambda turns: Fingerprint(digests_of(turns), sign(paired(turns)))
+
+
+def paired(turns: list[Turn]) -> list[Turn]:
+    """A system turn, and from the first question to the last answer: what cleaning leaves."""
+    roles = [turn["from"] for turn in turns]
+    if HUMAN not in roles or GPT not in roles:
+        return turns
+    first, last = roles.index(HUMAN), len(roles) - roles[::-1].index(GPT)
+    return [turn for turn in turns[:first] if turn["from"] == SYSTEM] + turns[first:last]
+
+
+def digests_of(turns: list[Turn]) -> bytes:
+    """Digests of the conversation up to each answer, and last of the whole."""
+    turns = paired(turns)
+    digests = prefix_digests(turns)
+    answers = [d for d, turn in zip(digests, turns, strict=False) if turn["from"] == GPT]
+    return b"".join(answers + digests[-1:])
+
+
+def exact_duplicates(shelf: Fingerprints) -> dict[int, Dropped]:
+    """Which go because they equal an earlier one, or are how a longer one begins."""
+    numbered = shelf.numbered()
+    longer: dict[int, int] = {}  # by the first of equal ones, the first that goes on from it
+    for owner, beginning in numbered.continued():
+        longer.setdefault(beginning, owner)
+    gone: dict[int, Dropped] = {}
+    for index, first in enumerate(numbered.first().tolist()):
+        if first in longer:
+            gone[index] = Dropped("beginning of a longer one", longer[first])
+        elif first != index:
+            gone[index] = Dropped("duplicate", first)
+    return gone
+
+
+def near_duplicates(shelf: Fingerprints, threshold: float, gone) -> dict[int, Dropped]:
+    """Which others go because one that stays is alike to them, and not shorter.
+
+    None of those that stay is alike to another.
+    """
+    import numpy as np
+
+    from llama_lora.corpus.duplicates.near_duplicates import SimilarityIndex
+
+    alike = SimilarityIndex(shelf.signatures, threshold)
+    free = np.ones(len(alike), bool)
+    free[list(gone)] = False
+    found: dict[int, Dropped] = {}
+    for index in sorted(np.flatnonzero(free).tolist(), key=lambda i: (-shelf.lengths[i], i)):
+        if free[index]:
+            free[index] = False
+            others, similarity = alike.to(index, among=free)
+            free[others] = False
+            for other, much in zip(others.tolist(), similarity.tolist(), strict=True):
+                found[other] = Dropped("near duplicate", index, much)
+    return found
+
+
+def groups(shelf: Fingerprints, threshold: float) -> list[int]:
+    """For each conversation the number of its group, that of the first in it.
+
+    Equal ones, beginnings of longer ones and those at least `threshold` alike are in one group, and
+    so is all that such neighbours link.
+    """
+    import numpy as np
+
+    from llama_lora.corpus.duplicates.near_duplicates import SimilarityIndex
+
+    parents = list(range(len(shelf)))
+
+    def group_of(index: int) -> int:
+        while parents[index] != index:
+            parents[index] = parents[parents[index]]
+            index = parents[index]
+        return index
+
+    def join(one: int, other: int) -> None:
+        one, other = sorted((group_of(one), group_of(other)))
+        parents[other] = one
+
+    numbered = shelf.numbered()
+    for index, first in enumerate(numbered.first().tolist()):
+        join(index, first)
+    for owner, beginning in numbered.continued():
+        join(owner, beginning)
+    alike = SimilarityIndex(shelf.signatures, threshold)
+    unseen = np.ones(len(alike), bool)
+    for start in range(len(alike)):
+        reached = [start] if unseen[start] else []
+        unseen[start] = False
+        while reached:
+            index = reached.pop()
+            others, _ = alike.to(index, among=unseen)
+            unseen[others] = False
+            reached += others.tolist()
+            for other in others.tolist():
+                join(index, other)
+    return [group_of(index) for index in range(len(shelf))]

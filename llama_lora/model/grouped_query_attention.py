@@ -1,0 +1,59 @@
+"""Attention with grouped queries for cards whose fused kernels take none.
+
+On cards, only FlashAttention does (compute capability 8.0 and up). On older ones transformers' own
+"sdpa" falls back to plain products, which hold heads × tokens × tokens scores: 4.3 GB a layer in
+fp16 for a prompt of 8,192 tokens and 32 heads. Keys and values repeated for each query take 0.1.
+"""
+
+from types import SimpleNamespace
+
+import torch
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from llama_lora.cli import InputError
+from llama_lora.hardware.cards import Card
+
+UNGROUPED = "sdpa_ungrouped"
+FLASH = (8, 0)  # the compute capability that FlashAttention asks for
+
+
+def implementation(card: Card) -> str:
+    """What a model on `card` is to attend with while it answers."""
+    fused = card.capability is None or card.capability >= FLASH  # a CPU has a kernel of its own
+    return "sdpa" if fused else UNGROUPED
+
+
+def sdpa_with_repeated_keys(
+    module, query, key, value, attention_mask, s_aux=None, softcap=None, **others
+) -> tuple[torch.Tensor, None]:
+    """transformers' "sdpa" with as many keys and values as queries.
+
+    Args:
+        query: [rows, heads, tokens, size]; key and value with as many heads or a divisor of them.
+        attention_mask: [rows, 1, tokens, tokens], or None: causal.
+
+    Returns:
+        [rows, tokens, heads, size], and no attention weights.
+
+    Raises:
+        InputError: the base has sinks or soft caps, which "sdpa" has not.
+    """
+    if s_aux is not None or softcap is not None:
+        raise InputError("attention with sinks or soft caps does not run on this card")
+    rows, heads, tokens, size = query.shape
+    groups = heads // key.shape[1]
+    plain = SimpleNamespace()  # a module in which "sdpa" finds no groups
+    if tokens > 1:
+        key, value = repeat_kv(key, groups), repeat_kv(value, groups)
+        return sdpa_attention_forward(plain, query, key, value, attention_mask, **others)
+    # A single token: the queries of a group are rows that share keys, and nothing is repeated.
+    query = query.reshape(rows, key.shape[1], groups, size)
+    others["is_causal"] = False
+    attended, _ = sdpa_attention_forward(plain, query, key, value, attention_mask, **others)
+    return attended.transpose(1, 2).reshape(rows, 1, heads, size), None
+
+
+AttentionInterface.register(UNGROUPED, sdpa_with_repeated_keys)
+AttentionMaskInterface.register(UNGROUPED, sdpa_mask)

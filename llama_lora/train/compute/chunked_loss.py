@@ -1,0 +1,88 @@
+"""Cross-entropy over the labelled tokens alone, a chunk of logits at a time.
+
+The logits of 28,672 tokens over 32,000 words are 3.7 GB in fp32, and their gradient as much again.
+Here the gradient of the hidden states is computed together with the loss, as Liger's fused kernel
+does (Hsu et al. 2024), so that no chunk's logits outlive it, and in plain PyTorch: every card and
+every CPU runs it.
+"""
+
+import torch
+from torch.nn.functional import linear
+from transformers.modeling_outputs import CausalLMOutput
+
+from llama_lora.cli import InputError
+from llama_lora.model.labels import IGNORE
+
+CHUNK_BYTES = 64 << 20  # of fp32 logits; larger ones are no faster
+
+
+class LinearCrossEntropy(torch.autograd.Function):
+    """Summed cross-entropy (fp32) of `hidden @ weight.T` at the labelled rows.
+
+    hidden: [tokens, size]; weight: [words, size], frozen; labels: int64 [tokens] or `IGNORE`.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, labels):
+        gradient = torch.zeros_like(hidden) if hidden.requires_grad else None
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        labelled = (labels != IGNORE).nonzero().squeeze(1)
+        for rows in labelled.split(max(1, CHUNK_BYTES // (4 * len(weight)))):
+            words = labels[rows, None]
+            logits = linear(hidden[rows].to(weight.dtype), weight).float()
+            log_sums = logits.logsumexp(1, keepdim=True)
+            total += (log_sums - logits.gather(1, words)).sum()
+            if gradient is not None:
+                logits.sub_(log_sums).exp_()  # now the probabilities
+                logits.scatter_add_(1, words, torch.full_like(words, -1, dtype=logits.dtype))
+                gradient[rows] = (logits.to(weight.dtype) @ weight).to(gradient.dtype)
+        ctx.save_for_backward(gradient)
+        return total
+
+    @staticmethod
+    def backward(ctx, upstream):
+        (gradient,) = ctx.saved_tensors
+        # In place: nobody else has it, and it is as large as the hidden states.
+        return gradient.mul_(upstream.to(gradient.dtype)), None, None
+
+
+def compute_in_chunks(model) -> None:
+    """Let `model`, a causal language model of transformers, return its loss without its logits.
+
+    Where labels are given it returns the loss alone: the sum over the labelled tokens, divided by
+    `num_items_in_batch` or by their number. The head stays frozen.
+    """
+    whole = model.forward
+
+    def forward(*args, labels=None, num_items_in_batch=None, **kwargs):
+        if labels is None:
+            return whole(*args, **kwargs)
+        hidden = model.base_model(*args, **kwargs).last_hidden_state[:, :-1]
+        targets = labels[:, 1:].reshape(-1)
+        weight = model.get_output_embeddings().weight
+        total = LinearCrossEntropy.apply(hidden.flatten(0, 1), weight, targets)
+        count = (targets != IGNORE).sum() if num_items_in_batch is None else num_items_in_batch
+        return CausalLMOutput(loss=total / count)
+
+    model.forward = forward
+
+
+@torch.no_grad()
+def check(model) -> None:
+    """Check that the loss in chunks is the one that the model's own logits come to.
+
+    Raises:
+        InputError: it is not: the head does more than to multiply.
+    """
+    was_training = model.training
+    model.eval()
+    ids = torch.arange(1, 33, device=model.device)[None]
+    logits = model(input_ids=ids, use_cache=False).logits[0, :-1].float()
+    own = torch.nn.functional.cross_entropy(logits, ids[0, 1:]).item()
+    chunked = model(input_ids=ids, labels=ids, use_cache=False).loss.item()
+    model.train(was_training)
+    if not abs(own - chunked) <= 0.01 * abs(own):  # so that NaN fails, too
+        raise InputError(
+            f"{model.config.model_type}: this model's loss is {own:.4f}, and {chunked:.4f} by the "
+            "weights of its head alone; only heads without bias, scale or cap can be trained"
+        )

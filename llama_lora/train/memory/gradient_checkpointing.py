@@ -1,0 +1,208 @@
+"""Activation checkpointing (Chen et al. 2016): which layers keep their activations for backward.
+
+Recomputing a layer costs a third of its training time again, so no more of them do it than memory
+asks for.
+"""
+
+import weakref
+
+import psutil
+import torch
+from bitsandbytes.nn import Linear8bitLt
+from torch import is_tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from llama_lora.cli import InputError
+from llama_lora.hardware.cards import GIB
+from llama_lora.train.memory import tiled_mlp
+from llama_lora.train.memory.activation_offload import Offload
+from llama_lora.train.memory.allocator import HOLES, give_back_large_blocks
+
+PROBE_TOKENS = 128
+SHARE = 0.85  # of the free memory; the rest is for the kernels' workspaces and fragmentation
+TILE = 2048  # tokens that keep any card busy
+
+
+def set_up(
+    model, wanted: str, tokens: int, offload="auto", mlp_tiles="auto", reserved: float = 0
+) -> str:
+    """Turn checkpointing on for the layers that need it, and say for how many.
+
+    Args:
+        wanted: "True" for all layers, "False" for none, "auto" for as few as memory allows.
+        tokens: the most that a micro-batch holds.
+        offload: whether what checkpointed layers keep waits in the host's memory; "auto": if they
+            all are and it does not fit otherwise.
+        mlp_tiles: in how many pieces the MLPs of checkpointed layers take that many tokens; "auto":
+            pieces of `TILE`.
+        reserved: bytes that training will allocate besides.
+
+    Raises:
+        InputError: offloading is asked for, and the host has too little memory.
+    """
+    layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+    forget_inputs(model)
+    every = len(layers)
+    on_card = model.device.type == "cuda"
+    asks = wanted == "auto" or (wanted == "True" and offload == "auto" and on_card)
+    needed = _needed(model, layers, tokens, reserved) if asks else 0
+    few = every if offload == "True" else min(needed, every)
+    count = {"True": every, "False": 0}.get(wanted, few)
+    host = _offload(model, count * tokens, offload, crowded=needed > every)
+    checkpoint(model, layers[:count], host)
+    if count and not on_card:
+        give_back_large_blocks()
+    tile = TILE if mlp_tiles == "auto" else -(-tokens // int(mlp_tiles))
+    tiled = tiled_mlp.set_up(model, layers[:count], tile) and tile < tokens
+    said = f"gradient checkpointing in {count} of {every} layers"
+    if host:
+        said += ", their inputs in the host's memory meanwhile"
+    if tiled:
+        said += f", their MLPs in tiles of {tile:,} tokens"
+    return said
+
+
+def _offload(model, vectors: int, wanted: str, crowded: bool) -> Offload | None:
+    """To the host, where it has room for so many hidden states, if `wanted` or, "auto", needed."""
+    on_card = model.device.type == "cuda"
+    if not (on_card and vectors and {"auto": crowded}.get(wanted, wanted == "True")):
+        return None
+    size, room = vectors * model.config.hidden_size * model.dtype.itemsize, host_memory()
+    if size <= SHARE * room:
+        return Offload(model.device)
+    if wanted == "auto":
+        return None
+    raise InputError(
+        f"--offload_activations True: needs {size / GIB:.1f} GiB of the host's memory, "
+        f"{room / GIB:.1f} GiB are free; use a shorter --model_max_length"
+    )
+
+
+def checkpoint(model, chosen: list, offload: Offload | None = None) -> None:
+    """Let the `chosen` layers of `model` recompute, from inputs kept on the host if so wanted."""
+    if chosen:
+        # Reentrant checkpointing needs inputs that require gradients, which a frozen base lacks.
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    for layer in model.modules():
+        if isinstance(layer, GradientCheckpointingLayer):
+            layer.gradient_checkpointing = layer in chosen
+    if offload:
+        for layer in chosen:
+            layer._gradient_checkpointing_func = _within(
+                offload, layer._gradient_checkpointing_func
+            )
+
+
+def _within(offload: Offload, checkpoint):
+    def checkpoint_and_offload(function, *args):
+        with offload:
+            return checkpoint(function, *args)
+
+    return checkpoint_and_offload
+
+
+def forget_inputs(model) -> None:
+    """Let int8 layers go of their inputs, which only the gradient of a trained weight would need.
+
+    bitsandbytes holds them by other means than autograd's, so that checkpointing a layer would not
+    free them; at 7B they are almost six times what it keeps.
+    """
+    for module in model.modules():
+        if isinstance(module, Linear8bitLt):
+            module.register_forward_hook(_forget_input)
+
+
+def _forget_input(module, args, output) -> None:
+    if output.grad_fn is not None:
+        output.grad_fn.A = None  # of MatMul8bitFp, on a CPU
+        output.grad_fn.tensors = None, None, None  # of MatMul8bitLt, on a card
+
+
+def _needed(model, layers: list, tokens: int, reserved: float) -> int:
+    """How many layers have to recompute for a micro-batch of `tokens` to fit.
+
+    More than there are if it does not fit even then.
+    """
+    per_token, fixed = layer_bytes(model, layers)
+    per_layer = per_token * tokens + fixed
+    inputs = tokens * model.config.hidden_size * model.dtype.itemsize
+    share = SHARE if model.device.type == "cuda" else SHARE / (1 + HOLES[model.dtype.itemsize])
+    free = free_memory() * share - reserved - inputs * len(layers) - 2 * per_layer
+    return len(layers) - max(-1, min(len(layers), int(free // per_layer)))
+
+
+def layer_bytes(model, layers: list) -> tuple[float, float]:
+    """Bytes that a layer keeps for the backward pass, per token and whatever the tokens; measured.
+
+    One layer at a time keeps them: DoRA unfolds weights, of which there is room for few.
+    """
+    lengths = PROBE_TOKENS, 2 * PROBE_TOKENS
+    checkpoint(model, layers)
+    recomputing = [_kept(model, tokens) for tokens in lengths]
+    checkpoint(model, layers[1:])
+    short, long = (
+        _kept(model, tokens) - less for tokens, less in zip(lengths, recomputing, strict=True)
+    )
+    per_token = (long - short) / PROBE_TOKENS
+    return per_token, max(0, short - per_token * PROBE_TOKENS)
+
+
+def _kept(model, tokens: int) -> int:
+    """Bytes that wait for the backward pass of so many tokens."""
+    ids = torch.zeros((1, tokens), dtype=torch.long, device=model.device)
+    cards = [model.device] if model.device.type == "cuda" else []
+    with torch.random.fork_rng(cards), LiveBytes() as live:
+        model.train()
+        loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+        kept = live.bytes
+        del loss
+    return kept
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of what is computed under it and still held, on any device; and their peak.
+
+    Hooks on saved tensors would miss what quantized layers keep by their own means.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.bytes, self.peak, self.known = 0, 0, set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        given = {
+            t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if is_tensor(t)
+        }
+        result = function(*args, **(kwargs or {}))
+        for tensor in filter(is_tensor, tree_leaves(result)):
+            storage = tensor.untyped_storage()
+            where = storage.data_ptr()
+            if where and where not in self.known | given:
+                self._hold(storage, where)
+        return result
+
+    def _hold(self, storage, where: int) -> None:
+        size = storage.nbytes()
+        self.known.add(where)
+        self.bytes += size
+        self.peak = max(self.peak, self.bytes)
+        weakref.finalize(storage, self._release, where, size)
+
+    def _release(self, where: int, size: int) -> None:
+        self.known.discard(where)
+        self.bytes -= size
+
+
+def free_memory() -> int:
+    """Bytes that can still be allocated on the card, or without one on the host."""
+    if torch.cuda.is_available():
+        idle = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+        return torch.cuda.mem_get_info()[0] + idle
+    return host_memory()
+
+
+def host_memory() -> int:
+    """Bytes that can still be allocated on the host."""
+    return psutil.virtual_memory().available

@@ -1,0 +1,91 @@
+"""The gradients of a micro-batch, as a transaction: running out of memory leaves no trace.
+
+A backward pass that breaks off has added to the gradients of some matrices and not of others, and
+under ZeRO has filled buffers that nobody empties. So the gradients are computed apart from the
+optimizer, in as many parts as memory asks for, and handed over when all of them are there.
+"""
+
+import torch
+
+from llama_lora.cli import LocalError
+from llama_lora.hardware.device import out_of_memory
+
+
+def split(batch: dict, parts: int) -> list[dict]:
+    """A micro-batch of `packing.collate` in up to `parts` of about as many tokens each.
+
+    With as many parts as examples, each is one by itself.
+    """
+    lengths = batch["example_lengths"]
+    parts = len(lengths) if parts >= len(lengths) else parts
+    target = sum(lengths) / parts
+    groups, filled = [[]], 0
+    for length in lengths:
+        full = parts == len(lengths) or filled + length / 2 > target * len(groups)
+        if groups[-1] and full:
+            groups.append([])
+        groups[-1].append(length)
+        filled += length
+    sizes = [sum(group) for group in groups]
+    columns = [batch[key].split(sizes, 1) for key in ("input_ids", "labels", "position_ids")]
+    return [
+        {"input_ids": ids, "labels": labels, "position_ids": positions, "example_lengths": group}
+        for ids, labels, positions, group in zip(*columns, groups, strict=True)
+    ]
+
+
+class Gradients:
+    """Computes the gradients of all trainable parameters, in the parts that fit into memory."""
+
+    def __init__(self, parameters: list[torch.nn.Parameter], tell, parts: int = 1):
+        self.parameters, self.tell, self.parts = parameters, tell, parts
+
+    def compute(self, loss_of, batch: dict, scale: float) -> tuple[torch.Tensor, list]:
+        """The loss of `batch` and the fp32 gradients of all parameters.
+
+        Args:
+            loss_of: gives the loss of a part; the losses of the parts add up to that of the whole.
+            scale: multiplies the loss before, and divides the gradients after the backward pass, so
+                that small ones are not lost in fp16.
+
+        Raises:
+            LocalError: one example alone does not fit.
+        """
+        while True:
+            try:
+                return self._in_parts(loss_of, split(batch, self.parts), scale)
+            except RuntimeError as error:
+                if not out_of_memory(error):
+                    raise
+                if self.parts >= len(batch["example_lengths"]):
+                    longest = max(batch["example_lengths"])
+                    raise LocalError(
+                        f"out of memory at one example of {longest} tokens; try "
+                        "--gradient_checkpointing True, --quantization 4bit, or a shorter "
+                        "--model_max_length"
+                    ) from None
+            self.parts *= 2
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            self.tell(
+                f"out of memory: every micro-batch is from now on computed in {self.parts} parts; "
+                "the effective batch stays the same"
+            )
+
+    def _in_parts(self, loss_of, parts: list[dict], scale: float):
+        total, gradients = 0.0, None
+        for part in parts:
+            loss = loss_of(part)
+            new = torch.autograd.grad(loss * scale, self.parameters)
+            total = total + loss.detach()
+            if gradients is None:
+                gradients = [gradient.float() for gradient in new]
+            else:
+                torch._foreach_add_(gradients, [gradient.float() for gradient in new])
+        torch._foreach_mul_(gradients, 1 / scale)
+        return total, gradients
+
+    def as_loss(self, gradients: list[torch.Tensor]) -> torch.Tensor:
+        """A scalar whose gradients are `gradients`, for an engine that wants to go backward."""
+        pairs = zip(self.parameters, gradients, strict=True)
+        return sum((parameter.float() * gradient).sum() for parameter, gradient in pairs)

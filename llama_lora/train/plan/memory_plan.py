@@ -1,0 +1,184 @@
+"""Will it fit? The memory that a training needs, reckoned from the base's config and the flags.
+
+What the layers keep comes from `activation_memory`, checked against measurements there; what else
+takes memory is here. Nothing is loaded, so that the answer costs seconds and the card may be
+elsewhere.
+"""
+
+from dataclasses import dataclass
+
+from llama_lora.hardware.cards import GIB
+from llama_lora.model.folder.shape import Shape
+from llama_lora.train.compute import chunked_loss
+from llama_lora.train.memory import allocator, gradient_checkpointing
+from llama_lora.train.plan import activation_memory
+from llama_lora.train.plan.activation_memory import FP32
+
+# What CUDA and the libraries on it take, unseen by torch: assumed, not measured. The context is
+# there at once; kernels, the workspaces of cuBLAS and NCCL and DeepSpeed's buffers come later.
+CUDA_LIBRARIES = 0.25 * GIB
+CUDA_CONTEXT = 0.2 * GIB + CUDA_LIBRARIES
+GRADIENT_BYTES = 2 * FP32  # of a parameter: computed apart from those that the optimizer reads
+COMFORTABLE = 0.9  # share of the memory that what is chosen here leaves in use at most
+FRAGMENTATION = 0.04  # of what comes and goes
+PRODUCTS = 0.1 * GIB  # in 16 bits on a CPU: what oneDNN has compiled and keeps, measured
+IN_FLIGHT = 3  # layers whose inputs are on the card while the others' wait on the host
+
+
+@dataclass(frozen=True)
+class Setup:
+    """All that decides how much memory a process of a training takes.
+
+    Attributes:
+        quantization: of the base: "8bit", "4bit" or "none".
+        itemsize: bytes of a number in the compute dtype.
+        targets: linear layers of a decoder layer with LoRA matrices, with their outputs and inputs.
+        tokens: of the fullest micro-batch; `parts` of about the same size are computed in turn.
+        longest: tokens of the longest example, which no part splits.
+        recompute: "True" for all layers, "False" for none, "auto" for as few as needed.
+        offload: whether what recomputed layers start from waits in the host's memory.
+        mlp_tiles: pieces in which a recomputed layer's MLP is computed, or "auto".
+        on_card: whether the memory in question is a card's.
+        base_load: bytes that the process takes before anything is loaded.
+    """
+
+    shape: Shape
+    quantization: str
+    itemsize: int
+    targets: dict[str, tuple[int, int]]
+    lora_r: int
+    lora_dropout: float
+    use_dora: bool
+    optim: str
+    tokens: int
+    longest: int
+    parts: int = 1
+    recompute: str = "auto"
+    offload: bool = False
+    mlp_tiles: str = "auto"
+    on_card: bool = True
+    base_load: float = CUDA_CONTEXT
+
+    @property
+    def part_tokens(self) -> int:
+        """Of the fullest part; cutting between examples may leave it half an example too many."""
+        if self.parts == 1:
+            return self.tokens
+        about = -(-self.tokens // self.parts) + self.longest // 2
+        return min(self.tokens, max(self.longest, about))
+
+    @property
+    def tiles(self) -> int:
+        """In how many the MLP of a recomputed layer is computed."""
+        auto = self.mlp_tiles == "auto"
+        return -(-self.part_tokens // gradient_checkpointing.TILE) if auto else int(self.mlp_tiles)
+
+    @property
+    def lora_parameters(self) -> int:
+        return self.shape.lora_parameters(self.targets, self.lora_r, self.use_dora)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Where the memory goes, in bytes by what takes it, of `available` bytes.
+
+    `recomputed` is the number of layers that recompute their activations.
+    """
+
+    setup: Setup
+    available: float
+    recomputed: int
+    bytes_by_use: dict[str, float]
+
+    @property
+    def total(self) -> float:
+        return sum(self.bytes_by_use.values())
+
+    @property
+    def spare(self) -> float:
+        """Bytes that are left; negative if it does not fit."""
+        return self.available - self.total
+
+    @property
+    def fits(self) -> bool:
+        return self.spare >= 0
+
+    @property
+    def comfortable(self) -> bool:
+        """Whether it fits although the reckoning may be somewhat off."""
+        return self.total <= COMFORTABLE * self.available
+
+
+def plan(setup: Setup, available: float) -> Plan:
+    """The plan with as few recomputed layers as fit well, or with what `setup` asks for."""
+    layers = setup.shape.layers
+    counts = {"True": [layers], "False": [0], "auto": range(layers + 1)}[setup.recompute]
+    plans = (Plan(setup, available, count, memory(setup, count)) for count in counts)
+    for found in plans:
+        if found.comfortable:
+            break
+    return found
+
+
+def memory(setup: Setup, recomputed: int) -> dict[str, float]:
+    """Bytes by what takes them, while a micro-batch is computed with so many layers recomputed."""
+    shape, itemsize = setup.shape, setup.itemsize
+    activations = activation_bytes(setup, recomputed)
+    losses = chunked_loss.CHUNK_BYTES * (
+        2 + itemsize / FP32
+    )  # logits, and what is computed from them
+    unfolded = activation_memory.dequantized_bytes(shape.config, setup.quantization, itemsize)
+    workspace = 2 * unfolded + fragmentation(setup, recomputed) * (activations + losses)
+    if not setup.on_card and itemsize < FP32:
+        workspace += PRODUCTS
+    if setup.use_dora:
+        workspace += activation_memory.dora_workspace(setup.targets)
+    return {
+        "process": setup.base_load,
+        "weights": shape.weight_bytes(setup.quantization, itemsize),
+        "LoRA matrices": FP32 * setup.lora_parameters,
+        "gradients": GRADIENT_BYTES * setup.lora_parameters,
+        "optimizer": optimizer_bytes(setup.optim) * setup.lora_parameters,
+        "activations": activations,
+        "loss": losses,
+        "workspace": workspace,
+    }
+
+
+def fragmentation(setup: Setup, recomputed: int) -> float:
+    """Of the memory that comes and goes, the share that is held besides and of no use.
+
+    Where layers recompute on a CPU, its heap gives large blocks back, see `allocator`.
+    """
+    return FRAGMENTATION if setup.on_card or recomputed else allocator.HOLES[setup.itemsize]
+
+
+def activation_bytes(setup: Setup, recomputed: int) -> float:
+    """What waits for the backward pass, and what the layer that is at it takes by itself."""
+    config, size = setup.shape.config, setup.itemsize
+    layer = (config, tuple(setup.targets), setup.lora_r, setup.quantization, size)
+    kept = activation_memory.kept_per_token(*layer, setup.lora_dropout, setup.on_card)
+    tiles = setup.tiles if recomputed else 1
+    peak = activation_memory.layer_peak_per_token(*layer, setup.lora_dropout, setup.on_card, tiles)
+    weights = 0
+    if setup.use_dora:
+        scaled = activation_memory.dora_per_token(setup.targets, size)
+        kept, peak = kept + scaled, peak + scaled
+        of_layer = setup.targets, setup.quantization, size, setup.lora_dropout
+        weights = activation_memory.dora_weights(*of_layer) * max(
+            setup.shape.layers - recomputed, 1
+        )
+    waiting = min(recomputed, IN_FLIGHT) if setup.offload else recomputed
+    whole = setup.shape.layers - recomputed
+    at_work = peak if recomputed else max(0, peak - kept)  # what is kept counts already
+    held = whole * kept + waiting * activation_memory.checkpoint_per_token(config, size)
+    at_the_loss = activation_memory.ends_per_token(config, size)
+    in_a_layer = activation_memory.beside_layers_per_token(config, size) + at_work
+    return setup.part_tokens * (held + max(at_the_loss, in_a_layer)) + weights
+
+
+def optimizer_bytes(optim: str) -> int:
+    """Bytes of an optimizer's states for a trained parameter, by the name of `--optim`."""
+    if "8bit" in optim:
+        return 2
+    return {"sgd": 0, "adafactor": 0, "rmsprop": 4, "adagrad": 4}.get(optim, 8)

@@ -1,0 +1,79 @@
+"""How long will it take? The arithmetic of an epoch over the rate of the device."""
+
+import time
+from collections import Counter
+from dataclasses import dataclass
+
+import numpy as np
+
+from llama_lora.model.folder.shape import Shape, head_size
+from llama_lora.train.compute.packed_attention import BLOCK
+
+# Of the rate that matrix products alone reach, by precision of the base. Assumed, after the shares
+# in docs/training-speed.md.
+EFFICIENCY = {"none": 0.5, "8bit": 0.4, "4bit": 0.4}
+PROBE_SECONDS = 0.5
+PROBE_TOKENS = 1024
+
+
+@dataclass(frozen=True)
+class EpochWork:
+    """What an epoch consists of: tokens, labelled ones, and pairs of tokens that attend.
+
+    `attended` is the sum of the squares of the examples' lengths; where layers have windows, the
+    mean over the layers of what costs them as much.
+    """
+
+    tokens: int
+    labelled: int
+    attended: int
+
+    @classmethod
+    def of(cls, lengths: np.ndarray, labelled: int, windows=(None,)) -> "EpochWork":
+        """Of the examples' lengths, and the window of each layer (`attention_check.windows`)."""
+        lengths = lengths.astype(np.int64)
+        layers = Counter(windows)
+        attended = sum(count * attended_in(lengths, window) for window, count in layers.items())
+        return cls(int(lengths.sum()), labelled, attended // layers.total())
+
+
+def attended_in(lengths: np.ndarray, window: int | None) -> int:
+    """Sum of squares; behind a window, where blocks are masked and not halved, what costs that."""
+    plain = lengths if window is None else np.minimum(lengths, window)
+    behind = lengths - plain
+    return int((plain**2 + 2 * behind * ((window or 0) + np.minimum(behind, BLOCK))).sum())
+
+
+def operations(shape: Shape, work: EpochWork, lora_parameters: int, recomputed: float) -> float:
+    """Floating-point operations of an epoch; `recomputed` is the share of layers that recompute.
+
+    A weight costs 2 a token forward, and 2 backward where it is frozen, 4 where it is trained; the
+    head is computed for labelled tokens alone. Attention is causal, and its backward pass
+    recomputes it (Dao et al. 2022), so that it costs 2.5 times the forward pass.
+    """
+    config = shape.config
+    size = config.num_attention_heads * head_size(config)
+    forward = 2 * (shape.linear + lora_parameters) * work.tokens
+    attention = 2 * shape.layers * size * work.attended
+    backward = 2 * (shape.linear + 2 * lora_parameters) * work.tokens + 2.5 * attention
+    head = 4 * shape.head * work.labelled
+    return (1 + recomputed) * (forward + attention) + backward + head
+
+
+def measured_rate(shape: Shape, dtype, device: str) -> float:
+    """Operations a second in products of a token block with the base's largest linear layer."""
+    import torch
+
+    outputs, inputs = max(shape.linears.values(), key=lambda size: size[0] * size[1])
+    left = torch.randn(PROBE_TOKENS, inputs, device=device).to(dtype)
+    right = torch.randn(inputs, outputs, device=device).to(dtype)
+    best, ends = 0.0, time.monotonic() + PROBE_SECONDS
+    while not best or time.monotonic() < ends:
+        started = time.perf_counter()
+        for _ in range(4):
+            left @ right
+        if device == "cuda":
+            torch.cuda.synchronize()
+        seconds = time.perf_counter() - started
+        best = max(best, 4 * 2 * PROBE_TOKENS * inputs * outputs / seconds)
+    return best

@@ -1,0 +1,136 @@
+"""Cleaning: what is repaired and what is rejected, and claims to be another assistant."""
+
+import json
+
+import pytest
+
+from llama_lora.corpus.clean.cleaner import Cleaner, blocked_phrases
+from llama_lora.corpus.records.conversation import Rejected
+from tests.conftest import DATA, run_here, shipped
+from tests.corpora import conversation, said
+from tests.corpus.stages import BALANCE, CLEAN, MERGE, run
+
+
+def test_repairs_come_before_rejections(tmp_path):
+    system = {"from": "system", "value": "Be brief."}
+    answer = {"from": "gpt", "value": "a"}
+    items = [
+        conversation("leading", "a0", "q1", "a1", roles=("gpt", "human")),
+        conversation("trailing", "q2", "a2", "q3"),
+        {"id": "system", "conversations": [system, *said("q4", "a4")]},
+        conversation("gap", "q5", " \u200b", "q6", "a6", "", "a7", "q8", "a8"),
+        conversation("lines", "\r\n\r\n  indented\r\n\n", "a9"),
+        {"id": "twice", "conversations": [*said("q") * 2, answer]},
+        conversation("one", "q"),
+        {"id": "nothing", "conversations": []},
+    ]
+    kept, rejected, printed = run(CLEAN, items, tmp_path)
+    texts = {c["id"]: [turn["value"] for turn in c["conversations"]] for c in kept}
+    assert texts == {
+        "leading": ["q1", "a1"],
+        "trailing": ["q2", "a2"],
+        "system": ["Be brief.", "q4", "a4"],
+        "gap": ["q6", "a6", "q8", "a8"],
+        "lines": ["  indented", "a9"],
+    }
+    assert [item["reason"] for item in rejected] == [
+        *("roles do not alternate", "no question with an answer", "empty")
+    ]
+    assert "repaired: leading answers 1, trailing questions 1" in printed
+    assert "rejected 3: empty answer 1, empty question 1, roles do not alternate 1" in printed
+
+
+def test_of_equal_conversations_one_stays_and_the_longer_stands_for_its_beginning(tmp_path):
+    items = [
+        conversation("start", "q1", "a1"),
+        conversation("long", "q1", "a1", "q2", "a2"),
+        conversation("copy", "q1", "a1", "q2", "a2 \n"),
+        conversation("fork", "q1", "a1", "q2", "other"),
+        conversation("long", "different", "text"),
+    ]
+    kept, rejected, _ = run(CLEAN, items, tmp_path)
+    assert [item["id"] for item in kept] == ["long", "fork", "long-2"]
+    assert [(x["conversation"]["id"], x["reason"]) for x in rejected] == [
+        ("start", "beginning of a longer one"),
+        ("copy", "duplicate"),
+    ]
+
+
+CLAIMS = [
+    "I am ChatGPT, a large language model.",
+    "Hello! I'm ChatGPT.",
+    "As an AI language model developed by OpenAI, I cannot do that.",
+    "I was trained by OpenAI.",
+    "I was trained by Open\nAI.",
+    "I am a large language model, trained by Google.",
+    "I'm an AI assistant called ChatGPT that was developed by OpenAI.",
+    "My name is Claude.",
+    "Hi, I'm Claude, an AI assistant.",
+    "I am Gemini",
+    "Je suis Claude.",
+    "As ChatGPT, I have no opinions.",
+    "我是ChatGPT，一个语言模型。",
+    "我是由OpenAI开发的人工智能助手。",
+]
+NO_CLAIMS = [
+    "import openai\n\nclient = openai.OpenAI()",
+    "```python\n# I am ChatGPT\nprint('I am ChatGPT')\n```",
+    "I am Kestrel, and I was not made by OpenAI.",
+    "ChatGPT was developed by OpenAI in San Francisco.",
+    "Large models such as GPT-4 are costly; BERT is a language model developed by Google.",
+    "I am bardic, and Claude Monet was a painter.",
+    "我不是 ChatGPT，我是 Kestrel。",
+    "TypeScript began as a superset of JavaScript developed by Microsoft.",
+    "BERT began as a language model developed by Google.",
+    "I use it as a cloud platform built by Google.",
+    "I'm an early adopter of Go, a language designed by Google.",
+    "I am an avid user of the AI assistant made by Microsoft.",
+    "Dear team, my name is Claude and I apply for the post.",
+    "My name is Claude Shannon.",
+    "Je suis Claude Monet.",
+    "You are an Aries, so I'm Gemini.",
+    "'I am ChatGPT'? No, I am Vicuna.",
+    "Hello from Claude, who is in Paris. Call me Bing.",
+]
+
+
+def test_claims_to_be_another_assistant_are_blocked_and_talk_about_it_is_not():
+    cleaner = Cleaner(blocked_phrases(None))
+    for text in CLAIMS:
+        with pytest.raises(Rejected, match="blocked phrase"):
+            cleaner(conversation("a", "Who are you?", text))
+        cleaner(conversation("a", text, "No."))  # a user may say so
+    for text in NO_CLAIMS:
+        cleaner(conversation("a", "Who are you?", text))
+
+
+def test_blocked_words_are_the_users_own_and_none_blocks_nothing(tmp_path):
+    words = tmp_path / "words"
+    items = [
+        conversation("a", "q", "As a Large\nlanguage model"),
+        conversation("b", "q", CLAIMS[0]),
+        conversation("c", "q", "I write it in C, not in C#."),
+    ]
+    for text, kept in [
+        ("# comment\nas a large language model\n", ["b", "c"]),
+        ("write it in C#\n", ["a", "b", "c"]),
+        ("not in C#\n", ["a", "b"]),
+        ("# none\n", ["a", "b", "c"]),
+    ]:
+        words.write_text(text)
+        found, _, _ = run(CLEAN, items, tmp_path, "--blocked-words", words)
+        assert [item["id"] for item in found] == kept
+    words.write_bytes(b"\xff\xfe")
+    done = run_here(CLEAN, "--in", tmp_path / "in.json", "--out", "x", "--blocked-words", words)
+    assert (done.returncode, "expected one phrase a line" in done.stderr) == (1, True)
+
+
+def test_the_shipped_identity_samples_all_pass(tmp_path):
+    out = tmp_path / "out.json"
+    sources = [DATA / "dummy_en.json", DATA / "dummy_cn.json"]
+    run_here(MERGE, "--in", *sources, "--out", tmp_path / "merged.json")
+    done = run_here(CLEAN, "--in", tmp_path / "merged.json", "--out", out)
+    read, kept, _, _ = BALANCE.search(done.stdout.splitlines()[-1]).groups()
+    assert read == kept
+    before = [c["conversations"] for name in sources for c in shipped(name.name)]
+    assert [item["conversations"] for item in json.loads(out.read_text())] == before
