@@ -189,7 +189,7 @@ def test_no_folder_is_crowded():
 
 def test_shared_fixtures_have_names_of_their_own():
     """So that a reader need not ask which folder's is meant."""
-    shared = [path for path in ROOT.rglob("tests/**/*.py") if not path.name.startswith("test_")]
+    shared = [path for path in ROOT.glob("tests/**/*.py") if not path.name.startswith("test_")]
     names = [
         node.name
         for path in shared
