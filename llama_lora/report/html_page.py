@@ -49,7 +49,7 @@ def opened(args: argparse.Namespace, stack: ExitStack) -> Callable[[Statistics],
     """A function that writes the page to `args.html`, with at most `args.sample` conversations.
 
     What could be wrong with that file, and with the accounts of the stages before, is found now
-    and not after the survey.
+    and not after the statistics.
     """
     stage.spare([args.inputs], "--html", args.html)
     file = stack.enter_context(replacing(args.html))
@@ -57,12 +57,15 @@ def opened(args: argparse.Namespace, stack: ExitStack) -> Callable[[Statistics],
 
 
 def write(
-    file: BinaryIO, args: argparse.Namespace, steps: list[provenance.StageRun], survey: Statistics
+    file: BinaryIO,
+    args: argparse.Namespace,
+    steps: list[provenance.StageRun],
+    statistics: Statistics,
 ) -> None:
     """Write the page."""
-    chosen = choose(args.begin, survey.read, survey.unreadable_at, args.sample)
+    chosen = choose(args.begin, statistics.read, statistics.unreadable_at, args.sample)
     style, script = part("report/page.css"), part("report/page.js")
-    packs = survey.packs(args.max_length) if survey.tokens else 0
+    packs = statistics.packs(args.max_length) if statistics.tokens else 0
     made = environment()
     made.filters["bars"] = bars
     pieces = made.get_template("report/page.html").generate(
@@ -71,15 +74,15 @@ def write(
         style=style,
         script=script,
         args=args,
-        survey=survey,
-        figures=figures(survey, packs),
+        statistics=statistics,
+        figures=figures(statistics, packs),
         packs=packs,
-        fill=survey.audit.tokens / max(packs * args.max_length, 1),
+        fill=statistics.audit.tokens / max(packs * args.max_length, 1),
         steps=steps,
-        charts=list(drawn(survey, args.max_length)),
-        languages=bars(survey.languages, MOST_LANGUAGES),
+        charts=list(drawn(statistics, args.max_length)),
+        languages=bars(statistics.languages, MOST_LANGUAGES),
         shares=[*SHARES, "mean"],
-        percentiles={name: percentiles(values) for name, values in measures(survey).items()},
+        percentiles={name: percentiles(values) for name, values in measures(statistics).items()},
         kinds=KINDS,
         shown=len(chosen),
         views=map(embedded, sample(args, chosen)),
@@ -88,29 +91,29 @@ def write(
         file.write(piece.encode())
 
 
-def figures(survey: Statistics, packs: int) -> list[tuple[str, str]]:
+def figures(statistics: Statistics, packs: int) -> list[tuple[str, str]]:
     """The numbers to see first, each with what it counts."""
-    shown = [(f"{survey.conversations:,}", "conversations"), (f"{survey.pairs:,}", "pairs")]
-    if audit := survey.tokens and survey.audit:
+    shown = [(f"{statistics.conversations:,}", "conversations"), (f"{statistics.pairs:,}", "pairs")]
+    if audit := statistics.tokens and statistics.audit:
         shown += [
             (f"{audit.tokens:,}", "tokens in an epoch"),
             (f"{audit.labelled / max(audit.tokens, 1):.1%}", "of them learned"),
             (f"{packs:,}", "packs in an epoch"),
         ]
-    equal = survey.duplicates.total() - survey.duplicates["equal ids"]
+    equal = statistics.duplicates.total() - statistics.duplicates["equal ids"]
     return [*shown, (f"{equal:,}", "duplicates")]
 
 
-def drawn(survey: Statistics, window: int) -> Iterator[Chart]:
+def drawn(statistics: Statistics, window: int) -> Iterator[Chart]:
     """The histograms for which there is anything to draw."""
-    share = 100 * np.asarray(survey.labelled) // np.maximum(np.asarray(survey.trained), 1)
+    share = 100 * np.asarray(statistics.labelled) // np.maximum(np.asarray(statistics.trained), 1)
     of = "conversations"
     for title, values, unit, counted, mark in (
-        ("Length of a conversation", survey.tokens, "tokens", of, window),
+        ("Length of a conversation", statistics.tokens, "tokens", of, window),
         ("Share that is learned", share, "% of its tokens", of, None),
-        ("Turns in a conversation", survey.turns, "turns", of, None),
-        ("Length of a question", survey.questions, "characters", "questions", None),
-        ("Length of an answer", survey.answers, "characters", "answers", None),
+        ("Turns in a conversation", statistics.turns, "turns", of, None),
+        ("Length of a question", statistics.questions, "characters", "questions", None),
+        ("Length of an answer", statistics.answers, "characters", "answers", None),
     ):
         sign = "%" * unit.startswith("%")
         if len(values):

@@ -1,4 +1,4 @@
-"""The survey of a corpus file: what is in it, how long it is, and what training makes of it."""
+"""The statistics of a corpus file: what is in it, how long it is, and what training makes of it."""
 
 import argparse
 from array import array
@@ -69,7 +69,7 @@ class Statistics:
     trained: array = field(default_factory=lengths)
     labelled: array = field(default_factory=lengths)
     ids: array = field(default_factory=id_hashes)
-    shelf: Fingerprints = field(default_factory=Fingerprints)
+    fingerprints: Fingerprints = field(default_factory=Fingerprints)
     damages: list[str] = field(default_factory=list)
 
     @property
@@ -95,7 +95,7 @@ class Statistics:
         self.questions.extend(len(turn["value"]) for turn in turns if turn["from"] == HUMAN)
         self.answers.extend(len(turn["value"]) for turn in turns if turn["from"] == GPT)
         self.ids.append(id_hash(conversation["id"]))
-        self.shelf.add(Fingerprint(digests_of(turns)))
+        self.fingerprints.add(Fingerprint(digests_of(turns)))
 
     def measure(self, labels: list[int], max_length: int) -> None:
         """Put down what training reads and learns of a conversation, as its loader does."""
@@ -108,11 +108,11 @@ class Statistics:
     def count_duplicates(self) -> None:
         """Book the conversations that cleaning would drop as duplicates, and ids given twice.
 
-        What tells them is let go: it is most of what a survey holds.
+        What tells them is let go: it is most of what a statistics holds.
         """
-        self.duplicates.update(gone.reason for gone in exact_duplicates(self.shelf).values())
+        self.duplicates.update(gone.reason for gone in exact_duplicates(self.fingerprints).values())
         self.duplicates["equal ids"] = len(self.ids) - len(set(self.ids))
-        self.shelf, self.ids = Fingerprints(), id_hashes()
+        self.fingerprints, self.ids = Fingerprints(), id_hashes()
 
     def packs(self, max_length: int) -> int:
         """Rows of `max_length` tokens in an epoch."""
@@ -120,9 +120,9 @@ class Statistics:
 
 
 class StatisticsCounter:
-    """Surveys chunks of records, as a worker process does.
+    """Counts chunks of records, as a worker process does.
 
-    `model` is the folder of a tokenizer, None for a survey without tokens.
+    `model` is the folder of a tokenizer, None for a statistics without tokens.
     """
 
     def __init__(self, model: str | None, template: str, max_length: int):
@@ -130,24 +130,24 @@ class StatisticsCounter:
         self.max_length = max_length
 
     def __call__(self, chunk: list, at: Callable[[int], None]) -> Statistics:
-        survey, trainable = Statistics(read=len(chunk)), []
+        statistics, trainable = Statistics(read=len(chunk)), []
         for number, (_, record) in enumerate(chunk):
             at(number)
             one = stage.reading(record)
             if one.rejected:
-                survey.unreadable[one.rejected.reason] += 1
-                survey.unreadable_at.append(record.index)
+                statistics.unreadable[one.rejected.reason] += 1
+                statistics.unreadable_at.append(record.index)
                 continue
-            survey.describe(one)
+            statistics.describe(one)
             try:
                 trainable.append(as_trained(one.conversation))
             except Rejected as rejected:
-                survey.untrainable[rejected.reason] += 1
+                statistics.untrainable[rejected.reason] += 1
         if self.renderer and trainable:
             for item, encoded in zip(trainable, self.renderer.encode_batch(trainable), strict=True):
-                survey.audit.special += self.renderer.spells_special(item["conversations"])
-                survey.measure(encoded.labels, self.max_length)
-        return survey
+                statistics.audit.special += self.renderer.spells_special(item["conversations"])
+                statistics.measure(encoded.labels, self.max_length)
+        return statistics
 
 
 def renderer(model: str | None, template: str) -> Template | None:
@@ -162,15 +162,15 @@ def as_trained(conversation: Conversation) -> Conversation:
 
 
 def take(args: argparse.Namespace) -> Statistics:
-    """Survey the file `args.inputs`."""
-    survey, damages = Statistics(), []
+    """The statistics of the file `args.inputs`."""
+    statistics, damages = Statistics(), []
     build = partial(StatisticsCounter, args.model, args.template, args.max_length)
     with ExitStack() as stack:
         records = stage.tracked([args.inputs], args, damages, stack)
         chunks = stage.chunked(records, stage.CHUNK_BYTES)
         for found in stack.enter_context(closing(stage.mapped(chunks, build, args.workers))):
-            survey.add(found)
-    survey.damages = damages
+            statistics.add(found)
+    statistics.damages = damages
     stage.tell(damages)
-    survey.count_duplicates()
-    return survey
+    statistics.count_duplicates()
+    return statistics

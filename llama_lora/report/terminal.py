@@ -20,34 +20,34 @@ SHARES = {"least": 0, "5%": 5, "25%": 25, "half": 50, "75%": 75, "95%": 95, "99%
 CONTROL = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 
-def summary(survey: Statistics, max_length: int) -> str:
+def summary(statistics: Statistics, max_length: int) -> str:
     """What was found, in lines."""
     facts = {
-        "conversations": f"{survey.conversations:,} with {survey.pairs:,} pairs",
-        "formats": listed(survey.formats),
-        "roles": listed(survey.roles),
-        "languages": listed(survey.languages),
-        "duplicates": listed(survey.duplicates) or "none",
-        "unreadable": listed(survey.unreadable),
-        "not trainable": listed(survey.untrainable),
-        "repaired as read": listed(survey.repairs),
+        "conversations": f"{statistics.conversations:,} with {statistics.pairs:,} pairs",
+        "formats": listed(statistics.formats),
+        "roles": listed(statistics.roles),
+        "languages": listed(statistics.languages),
+        "duplicates": listed(statistics.duplicates) or "none",
+        "unreadable": listed(statistics.unreadable),
+        "not trainable": listed(statistics.untrainable),
+        "repaired as read": listed(statistics.repairs),
     }
     rows = [f"{name:<18}{value}" for name, value in facts.items() if value]
-    if survey.turns:
-        rows += ["", *table(survey)]
-    if survey.tokens:
-        rows += ["", training(survey, max_length)]
+    if statistics.turns:
+        rows += ["", *table(statistics)]
+    if statistics.tokens:
+        rows += ["", training(statistics, max_length)]
     return "\n".join(rows)
 
 
-def measures(survey: Statistics) -> dict[str, Sequence[int]]:
+def measures(statistics: Statistics) -> dict[str, Sequence[int]]:
     """The lengths that were taken, by what they measure; those of nothing are left out."""
     taken = {
-        "turns": survey.turns,
-        "characters, question": survey.questions,
-        "characters, answer": survey.answers,
-        "tokens": survey.tokens,
-        "labelled tokens": survey.labelled,
+        "turns": statistics.turns,
+        "characters, question": statistics.questions,
+        "characters, answer": statistics.answers,
+        "tokens": statistics.tokens,
+        "labelled tokens": statistics.labelled,
     }
     return {name: values for name, values in taken.items() if values}
 
@@ -59,10 +59,10 @@ def percentiles(values: Sequence[int]) -> list[int]:
     return [*map(int, found), round(float(numbers.mean()))]
 
 
-def table(survey: Statistics) -> list[str]:
+def table(statistics: Statistics) -> list[str]:
     """The percentiles of all measures, in aligned lines."""
     rows = [["", *SHARES, "mean"]]
-    for name, values in measures(survey).items():
+    for name, values in measures(statistics).items():
         rows.append([name, *(f"{value:,}" for value in percentiles(values))])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
@@ -72,13 +72,13 @@ def table(survey: Statistics) -> list[str]:
     ]
 
 
-def training(survey: Statistics, max_length: int) -> str:
+def training(statistics: Statistics, max_length: int) -> str:
     """What an epoch is, in the words of the trainer."""
-    packs = survey.packs(max_length)
+    packs = statistics.packs(max_length)
     room = max(packs * max_length, 1)
     return (
-        f"at {max_length:,} tokens: {survey.audit}\n"
-        f"an epoch: {packs:,} packs, {survey.audit.tokens / room:.1%} full"
+        f"at {max_length:,} tokens: {statistics.audit}\n"
+        f"an epoch: {packs:,} packs, {statistics.audit.tokens / room:.1%} full"
     )
 
 

@@ -22,7 +22,7 @@ def test_a_page_that_cannot_be_made_leaves_the_old_one(piece):
     page.write_text("old")
     done = inspect("--in", piece, "--html", page)
     assert done.returncode == 1
-    assert not done.stdout  # told before the survey, which can take long
+    assert not done.stdout  # told before the statistics, which can take long
     assert page.read_text() == "old"
 
 

@@ -23,11 +23,11 @@ class Deduplicator:
     def fingerprinter(self) -> Callable[[list[Turn]], Fingerprint]:
         return fingerprinter(signed=self.near is not None)
 
-    def __call__(self, shelf: Fingerprints) -> Arrangement:
-        rejected = exact_duplicates(shelf)
+    def __call__(self, fingerprints: Fingerprints) -> Arrangement:
+        rejected = exact_duplicates(fingerprints)
         if self.near is not None:
-            rejected |= near_duplicates(shelf, self.near, rejected)
-        kept = [index for index in range(len(shelf)) if index not in rejected]
+            rejected |= near_duplicates(fingerprints, self.near, rejected)
+        kept = [index for index in range(len(fingerprints)) if index not in rejected]
         return Arrangement({self.out: kept}, rejected)
 
 
@@ -58,9 +58,9 @@ def digests_of(turns: list[Turn]) -> bytes:
     return b"".join(answers + digests[-1:])
 
 
-def exact_duplicates(shelf: Fingerprints) -> dict[int, Dropped]:
+def exact_duplicates(fingerprints: Fingerprints) -> dict[int, Dropped]:
     """Which go because they equal an earlier one, or are how a longer one begins."""
-    numbered = shelf.numbered()
+    numbered = fingerprints.numbered()
     longer: dict[int, int] = {}  # by the first of equal ones, the first that goes on from it
     for owner, beginning in numbered.continued():
         longer.setdefault(beginning, owner)
@@ -73,7 +73,7 @@ def exact_duplicates(shelf: Fingerprints) -> dict[int, Dropped]:
     return gone
 
 
-def near_duplicates(shelf: Fingerprints, threshold: float, gone) -> dict[int, Dropped]:
+def near_duplicates(fingerprints: Fingerprints, threshold: float, gone) -> dict[int, Dropped]:
     """Which others go because one that stays is alike to them, and not shorter.
 
     None of those that stay is alike to another.
@@ -82,11 +82,11 @@ def near_duplicates(shelf: Fingerprints, threshold: float, gone) -> dict[int, Dr
 
     from llama_lora.corpus.duplicates.near_duplicates import SimilarityIndex
 
-    alike = SimilarityIndex(shelf.signatures, threshold)
+    alike = SimilarityIndex(fingerprints.signatures, threshold)
     free = np.ones(len(alike), bool)
     free[list(gone)] = False
     found: dict[int, Dropped] = {}
-    for index in sorted(np.flatnonzero(free).tolist(), key=lambda i: (-shelf.lengths[i], i)):
+    for index in sorted(np.flatnonzero(free).tolist(), key=lambda i: (-fingerprints.lengths[i], i)):
         if free[index]:
             free[index] = False
             others, similarity = alike.to(index, among=free)
@@ -96,7 +96,7 @@ def near_duplicates(shelf: Fingerprints, threshold: float, gone) -> dict[int, Dr
     return found
 
 
-def groups(shelf: Fingerprints, threshold: float) -> list[int]:
+def groups(fingerprints: Fingerprints, threshold: float) -> list[int]:
     """For each conversation the number of its group, that of the first in it.
 
     Equal ones, beginnings of longer ones and those at least `threshold` alike are in one group, and
@@ -106,7 +106,7 @@ def groups(shelf: Fingerprints, threshold: float) -> list[int]:
 
     from llama_lora.corpus.duplicates.near_duplicates import SimilarityIndex
 
-    parents = list(range(len(shelf)))
+    parents = list(range(len(fingerprints)))
 
     def group_of(index: int) -> int:
         while parents[index] != index:
@@ -118,12 +118,12 @@ def groups(shelf: Fingerprints, threshold: float) -> list[int]:
         one, other = sorted((group_of(one), group_of(other)))
         parents[other] = one
 
-    numbered = shelf.numbered()
+    numbered = fingerprints.numbered()
     for index, first in enumerate(numbered.first().tolist()):
         join(index, first)
     for owner, beginning in numbered.continued():
         join(owner, beginning)
-    alike = SimilarityIndex(shelf.signatures, threshold)
+    alike = SimilarityIndex(fingerprints.signatures, threshold)
     unseen = np.ones(len(alike), bool)
     for start in range(len(alike)):
         reached = [start] if unseen[start] else []
@@ -135,4 +135,4 @@ def groups(shelf: Fingerprints, threshold: float) -> list[int]:
             reached += others.tolist()
             for other in others.tolist():
                 join(index, other)
-    return [group_of(index) for index in range(len(shelf))]
+    return [group_of(index) for index in range(len(fingerprints))]

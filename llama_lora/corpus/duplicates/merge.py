@@ -39,15 +39,15 @@ class Selection:
     def fingerprinter(self) -> Callable[[list[Turn]], Fingerprint]:
         return no_fingerprint if self.held_out is None else deduplicate.fingerprinter(signed=True)
 
-    def __call__(self, shelf: Fingerprints) -> Arrangement:
-        order = list(range(len(shelf)))
+    def __call__(self, fingerprints: Fingerprints) -> Arrangement:
+        order = list(range(len(fingerprints)))
         if self.seed is not None:
             random.Random(self.seed).shuffle(order)
         limit = len(order) if self.limit is None else self.limit
         order, over = order[:limit], order[limit:]
         outputs = {self.out: order}
         if self.held_out is not None:
-            group_of = deduplicate.groups(shelf, ALIKE)
+            group_of = deduplicate.groups(fingerprints, ALIKE)
             chosen = choose(group_of, order, self.held_out, random.Random(self.seed or 0))
             outputs = {
                 self.out: [index for index in order if index not in chosen],

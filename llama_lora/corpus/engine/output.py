@@ -56,7 +56,7 @@ class Arranger(Protocol):
 
     def fingerprinter(self) -> Callable[[list[Turn]], Fingerprint]: ...
 
-    def __call__(self, shelf: Fingerprints) -> Arrangement: ...
+    def __call__(self, fingerprints: Fingerprints) -> Arrangement: ...
 
 
 class DirectOutput:
@@ -82,21 +82,21 @@ class SpooledOutput:
 
     def __init__(self, file: BinaryIO):
         self.file = file
-        self.shelf = Fingerprints()
+        self.fingerprints = Fingerprints()
         self.ends = array("Q", [0])  # in the file
 
     def put(self, line: Line) -> None:
         item = dump(line.id) + line.body
         self.file.write(item)
         self.ends.append(self.ends[-1] + len(item))
-        self.shelf.add(line.fingerprint, len(line.body), line.pairs)
+        self.fingerprints.add(line.fingerprint, len(line.body), line.pairs)
 
     def arrange(
         self, arrange: Arranger, path, out, rejects, account, outputs: Outputs
     ) -> list[str]:
         """Write every stored conversation where `arrange` puts it; the paths of the outputs."""
         self.file.flush()
-        arrangement = arrange(self.shelf)
+        arrangement = arrange(self.fingerprints)
         wanted = {arrangement.stays(gone) for gone in arrangement.rejected.values()}
         ids, names = Ids(), {}
         for target, order in arrangement.outputs.items():
@@ -108,7 +108,7 @@ class SpooledOutput:
             if target != path:
                 account.seen["held out"] += len(order)
         for index, gone in arrangement.rejected.items():
-            account.turn_away(self.shelf.pairs[index], gone.reason)
+            account.turn_away(self.fingerprints.pairs[index], gone.reason)
             if rejects:
                 about = {"reason": gone.reason, "detail": ""}
                 if gone.instead is not None:
@@ -123,5 +123,5 @@ class SpooledOutput:
         """The id and the body of a line."""
         start, end = self.ends[index], self.ends[index + 1]
         item = os.pread(self.file.fileno(), end - start, start)
-        cut = len(item) - self.shelf.lengths[index]
+        cut = len(item) - self.fingerprints.lengths[index]
         return parse(item[:cut])[0], item[cut:]

@@ -60,10 +60,10 @@ class Splitter:
 
     def __post_init__(self):
         self.renderer = Template(load_tokenizer(self.model), self.template)
-        self.ruler = TokenCounter(self.renderer.tokenizer.backend_tokenizer)
-        self.gap = self.ruler.length(GAP)
+        self.counter = TokenCounter(self.renderer.tokenizer.backend_tokenizer)
+        self.gap = self.counter.length(GAP)
         self.least = self.length(PROBE)
-        texts = 2 * self.ruler.length("a")
+        texts = 2 * self.counter.length("a")
         self.frame = self.length(PROBE * 2) - self.least - texts  # what is put around each pair
         self.shared = self.least - texts - self.frame  # what is put before the first
         try:
@@ -79,7 +79,7 @@ class Splitter:
 
     def length(self, turns: list[Turn]) -> int:
         """How many tokens the turns have as they are rendered."""
-        return self.ruler.length(self.renderer.text(turns))
+        return self.counter.length(self.renderer.text(turns))
 
     # ------------------------------------------------------------------ one conversation
 
@@ -110,7 +110,7 @@ class Splitter:
         return Kept(kept, dropped, repairs, pairs=len(pairs) - dropped.total())
 
     def pair(self, question: Turn, answer: Turn) -> "Pair":
-        size = self.ruler.length(question["value"]) + self.ruler.length(answer["value"])
+        size = self.counter.length(question["value"]) + self.counter.length(answer["value"])
         return Pair(question, answer, size)
 
     def runs(
@@ -149,7 +149,7 @@ class Splitter:
         length = self.length(around(text))
         if length > (room := max(self.max_length // 3, self.least)):
             repairs["system turns shortened"] += 1
-            text, length = self.shortened(self.ruler.measure(text), room, self.least, around)
+            text, length = self.shortened(self.counter.measure(text), room, self.least, around)
         return [{**head[0], "value": text}], length - self.least + self.shared
 
     # ------------------------------------------------------------------ one pair that is too long
@@ -163,7 +163,7 @@ class Splitter:
             return [*head, {**one.question, "value": text}, {**one.answer, "value": ""}]
 
         whole, text = one.question["value"], one.answer["value"]
-        question, answer = self.ruler.measure(whole), self.ruler.measure(text)
+        question, answer = self.counter.measure(whole), self.counter.measure(text)
         at = keys.get("label_from", 0)
         frame = shared + self.frame
         shorten = partial(self.shortened, question, frame=frame, around=asked)

@@ -144,11 +144,11 @@ def families(rng, count):
 
 def marked(texts):
     """The texts as a spool keeps them in mind."""
-    fingerprint_of, shelf = fingerprinter(signed=True), Fingerprints()
+    fingerprint_of, fingerprints = fingerprinter(signed=True), Fingerprints()
     for text in texts:
         turns = conversation("", "q", " ".join(text))["conversations"]
-        shelf.add(fingerprint_of(turns), len(" ".join(text)), 1)
-    return shelf
+        fingerprints.add(fingerprint_of(turns), len(" ".join(text)), 1)
+    return fingerprints
 
 
 @pytest.mark.parametrize("threshold", [0.6, 0.85, 0.95])
@@ -156,15 +156,15 @@ def test_of_near_duplicates_the_longest_stays_and_none_of_those_that_stay_is_lik
     threshold,
 ):
     texts = families(random.Random(9), 150)
-    shelf = marked(texts)
-    gone = near_duplicates(shelf, threshold, {})
+    fingerprints = marked(texts)
+    gone = near_duplicates(fingerprints, threshold, {})
     assert len(gone) > 20
-    table = np.frombuffer(shelf.signatures, np.uint32).reshape(len(texts), -1)
+    table = np.frombuffer(fingerprints.signatures, np.uint32).reshape(len(texts), -1)
     for index, one in gone.items():
         assert one.similarity == (table[index] == table[one.instead]).mean() >= threshold
         assert one.instead not in gone
-        better = shelf.lengths[one.instead], -one.instead
-        assert better > (shelf.lengths[index], -index)
+        better = fingerprints.lengths[one.instead], -one.instead
+        assert better > (fingerprints.lengths[index], -index)
     stay = [index for index in range(len(texts)) if index not in gone]
     missed = sum((table[i] == table[j]).mean() >= threshold for i, j in combinations(stay, 2))
     assert missed <= 0.02 * len(gone)  # those that no band has in common
@@ -227,9 +227,9 @@ def test_groups_are_closed_under_every_kinship(seed):
     rng = random.Random(seed)
     texts = families(rng, 12)
     texts += [list(rng.choice(texts)) for _ in range(3)]
-    shelf = marked(texts)
-    group_of = groups(shelf, 0.85)
-    table = np.frombuffer(shelf.signatures, np.uint32).reshape(len(texts), -1)
+    fingerprints = marked(texts)
+    group_of = groups(fingerprints, 0.85)
+    table = np.frombuffer(fingerprints.signatures, np.uint32).reshape(len(texts), -1)
     for i, j in combinations(range(len(texts)), 2):
         if texts[i] == texts[j] or (table[i] == table[j]).mean() >= 0.9:
             assert group_of[i] == group_of[j]
@@ -265,8 +265,8 @@ def test_nothing_held_out_is_also_trained_on_not_even_after_cleaning(tmp_path):
 
 
 def test_alike_counts_only_what_it_is_asked_among():
-    shelf = marked([["a", "b", "c", "d", "e", "f"]] * 4)
-    found, much = SimilarityIndex(shelf.signatures, 0.85).to(
+    fingerprints = marked([["a", "b", "c", "d", "e", "f"]] * 4)
+    found, much = SimilarityIndex(fingerprints.signatures, 0.85).to(
         1, among=np.array([True, True, False, True])
     )
     assert (found.tolist(), much.tolist()) == ([0, 1, 3], [1, 1, 1])

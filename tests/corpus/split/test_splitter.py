@@ -133,7 +133,7 @@ def tokenizers(llama_tokenizer, byte_tokenizer):
 
 
 @pytest.fixture(scope="module")
-def rulers(tokenizers):
+def counters(tokenizers):
     return {
         kind: TokenCounter(tokenizer.backend_tokenizer) for kind, tokenizer in tokenizers.items()
     }
@@ -176,14 +176,14 @@ SIGNS = st.text(alphabet="ab Z9_'.,;-(){}<>/s\n\t\r é汉👍🏽\u00a0\u0301", 
 @pytest.mark.parametrize("kind", TEMPLATES)
 @settings(max_examples=100, deadline=None)
 @given(seed=st.integers(0, 10**6), signs=st.lists(SIGNS | st.just("</s>"), max_size=4))
-def test_words_are_measured_as_the_whole_text_is(rulers, kind, seed, signs):
-    backend, ruler = rulers[kind].tokenizer, rulers[kind]
-    assert ruler.by_words == (kind != "phrases")
+def test_words_are_measured_as_the_whole_text_is(counters, kind, seed, signs):
+    backend, counter = counters[kind].tokenizer, counters[kind]
+    assert counter.by_words == (kind != "phrases")
     whole = text(seed, 200).join(signs)
     encoding = backend.encode(whole, add_special_tokens=False)
     starts = [start for start, _ in encoding.offsets]
-    measured = ruler.measure(whole)
-    assert ruler.length(whole) == len(measured) == len(starts)
+    measured = counter.measure(whole)
+    assert counter.length(whole) == len(measured) == len(starts)
     assert [measured.place(number) for number in range(len(starts) + 1)] == [*starts, len(whole)]
     for place in range(0, len(whole), 7):
         assert measured.before(place) == sum(start < place for start in starts)
@@ -340,8 +340,8 @@ def test_a_long_question_loses_its_middle_and_is_counted(splitters):
 def test_a_question_of_which_nothing_fits_is_as_long_as_it_is_said_to_be(splitters, kind):
     splitter = splitters(kind, 200)
     around = lambda text: [turn(text, 0), turn("", 1)]  # noqa: E731
-    frame = splitter.length(around("a")) - splitter.ruler.length("a")
-    asked, length = splitter.shortened(splitter.ruler.measure("word " * 50), 0, frame, around)
+    frame = splitter.length(around("a")) - splitter.counter.length("a")
+    asked, length = splitter.shortened(splitter.counter.measure("word " * 50), 0, frame, around)
     assert (asked, length) == (" … ", splitter.length(around(asked)))
 
 
