@@ -1,6 +1,5 @@
 """What each card gets, by simulated capability, and the check of the machine, run on the CPU."""
 
-import dataclasses
 import os
 import re
 import subprocess
@@ -29,12 +28,6 @@ from tests.conftest import ROOT, run_script
 CHECK = ROOT / "fastchat/train/check_machine.py"
 CU126 = "pip install torch==2.13.0+cu126 --index-url https://download.pytorch.org/whl/cu126"
 
-TRAINING = (
-    arguments.ModelArguments,
-    arguments.DataArguments,
-    arguments.LoraArguments,
-    arguments.TrainingArguments,
-)
 
 # The builds of torch as they come, by `torch.cuda.get_arch_list()`.
 BUILT_CU126 = ["sm_50", "sm_60", "sm_70", "sm_75", "sm_80", "sm_86", "sm_90"]
@@ -419,34 +412,6 @@ def test_a_folder_that_does_not_exist_is_a_usage_error(tmp_path):
     done = run_script(CHECK, "--folder", tmp_path / "none")
     assert done.returncode == 2
     assert "no such folder" in done.stderr
-
-
-# ---- docs/recipes.md ----
-
-
-def commands_of_the_recipes() -> list[str]:
-    text = (ROOT / "docs/recipes.md").read_text(encoding="utf-8")
-    blocks = re.findall(r"```bash\n(.*?)```", text, re.S)
-    return [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
-
-
-@pytest.mark.parametrize(
-    "script",
-    sorted(
-        {path for line in commands_of_the_recipes() for path in re.findall(r"[\w/]+\.py\b", line)}
-    ),
-)
-def test_every_flag_of_the_recipes_exists(script):
-    if script == "fastchat/train/train_lora.py":  # whose --help takes seconds of imports
-        known = {f"--{field.name}" for part in TRAINING for field in dataclasses.fields(part)}
-    else:
-        known = set(re.findall(r"--[\w-]+", run_script(ROOT / script, "--help").stdout))
-    used = {
-        flag
-        for line in commands_of_the_recipes()
-        for flag in re.findall(r"--[\w-]+", line.partition(script)[2].partition("&&")[0])
-    }
-    assert used <= known, used - known
 
 
 def test_deepspeed_trains_in_fp16_on_a_p100(monkeypatch, tmp_path):
