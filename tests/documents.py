@@ -28,7 +28,7 @@ class Block:
     output: str | None
 
 
-def text_of(page: Path) -> str:
+def text_of(page) -> str:
     return page.read_text(encoding="utf-8")
 
 
@@ -49,11 +49,22 @@ def commands(text: str) -> list[list[str]]:
     return [list(words) for is_operator, words in parts if not is_operator]
 
 
+def prose(page: Path) -> str:
+    """The text between the blocks of code."""
+    return re.sub(r"^```.*?^```\n", "", text_of(page), flags=re.M | re.S)
+
+
+def inline_code(page: Path) -> list[str]:
+    return re.findall(r"`([^`\n]+)`", prose(page))
+
+
 def script_and_flags(words: list[str]) -> tuple[str, list[str]] | None:
-    """The script of this project that a command runs, and what it gives it."""
+    """The script or module of this project that a command runs, and what it gives it."""
     for i, word in enumerate(words):
-        if word.endswith(".py"):
+        if word.endswith(".py") and not word.startswith("tests/"):
             return word, words[i + 1 :]
+        if word.startswith("benchmarks.") and words[i - 1] == "-m":
+            return f"{word.replace('.', '/')}.py", words[i + 1 :]
     return None
 
 

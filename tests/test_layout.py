@@ -2,6 +2,7 @@
 
 import ast
 import os
+import re
 import subprocess
 import sys
 import tomllib
@@ -113,31 +114,17 @@ def test_no_code_comes_from_a_hub(command, tiny_base, tmp_path):
     assert "kernels" not in done.stderr
 
 
-# From the bottom: what each folder of the library may import of it besides itself and the modules
-# on top, `cli`, `options` and `text`. docs/architecture.md shows it as a picture.
-FLOORS = {
-    "corpus/records": "",
-    "hardware": "",
-    "model/folder": "hardware",
-    "model": "hardware model/folder",
-    "corpus/engine": "corpus/records hardware",
-    "corpus/language": "corpus/records corpus/engine",
-    "corpus/clean": "corpus/records corpus/language",
-    "corpus/duplicates": "corpus/records corpus/engine",
-    "corpus/split": "corpus/records model",
-    "weights": "hardware model model/folder",
-    "chat": "hardware model model/folder corpus/records corpus/engine",
-    "train/compute": "model model/folder",
-    "train/data": "model corpus/records train/compute",
-    "train/memory": "hardware model",
-    "train/plan": "hardware model/folder train/compute train/memory",
-    "train": "hardware model train/compute train/data train/memory train/plan",
-    "check_machine": "hardware model train train/data train/memory",
-    "report": "model corpus/records corpus/engine corpus/language corpus/duplicates train/data",
-    "eval": "hardware model model/folder corpus/records corpus/language "
-    "chat train/compute train/data report",
-}
 LIBRARY = ROOT / "llama_lora"
+
+
+def floors() -> dict[str, list[str]]:
+    """From the bottom: each folder of the library, with those that it may import.
+
+    The modules on top, `cli`, `options` and `text`, may be imported by all.
+    """
+    page = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `([\w/]+)` \|[^|]*\|([^|]*)\|$", page, re.M)
+    return {folder: re.findall(r"`([^`]+)`", imports) for folder, imports in rows}
 
 
 def folder_of(path: Path) -> str:
@@ -164,9 +151,10 @@ def imported_by(path: Path) -> set[str]:
 
 
 def test_imports_point_downwards():
+    allowed_in = floors()
     for path in LIBRARY.rglob("*.py"):
         folder = folder_of(path.parent)
-        allowed = {folder, "", *FLOORS.get(folder, "").split()} if folder else {""}
+        allowed = {folder, "", *allowed_in.get(folder, [])} if folder else {""}
         found = imported_by(path)
         assert found <= allowed, f"{path}: imports {sorted(found - allowed)}"
 
@@ -174,10 +162,11 @@ def test_imports_point_downwards():
 def test_each_floor_stands_on_lower_ones():
     """So no folders need one another, and one with subfolders lies above or below all of them."""
     folders = {folder_of(path.parent) for path in LIBRARY.rglob("[!_]*.py")}
-    assert set(FLOORS) == folders - {""}
-    floors = list(FLOORS)
-    for folder, allowed in FLOORS.items():
-        assert all(floors.index(one) < floors.index(folder) for one in allowed.split()), folder
+    found = floors()
+    assert set(found) == folders - {""}
+    order = list(found)
+    for folder, allowed in found.items():
+        assert all(order.index(one) < order.index(folder) for one in allowed), folder
 
 
 def test_no_folder_is_crowded():

@@ -11,14 +11,22 @@ from tests.documents import (
     README,
     blocks,
     commands,
+    inline_code,
     parser_of,
+    prose,
     script_and_flags,
     text_of,
 )
 
 DOCS = ROOT / "docs"
 COMMANDS = {
-    page: [words for block in blocks(page) for words in commands(block.text)] for page in PAGES
+    page: [words for block in blocks(page) for words in commands(block.text)]
+    + [
+        code.split()
+        for code in inline_code(page)
+        if code.startswith("python3 ") and "…" not in code
+    ]
+    for page in PAGES
 }
 RUN = [
     (page, *run) for page in PAGES for words in COMMANDS[page] if (run := script_and_flags(words))
@@ -30,15 +38,6 @@ OTHERS = {
     "--apply_chat_template",  # lm_eval
 }
 names = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-
-
-def prose(page) -> str:
-    """The text between the blocks of code."""
-    return re.sub(r"^```.*?^```\n", "", text_of(page), flags=re.M | re.S)
-
-
-def inline_code(page) -> list[str]:
-    return re.findall(r"`([^`\n]+)`", prose(page))
 
 
 def links(page) -> list[str]:
@@ -88,8 +87,8 @@ def test_what_its_commands_name_is_there(page):
         match words:
             case ["make", target, *_]:
                 assert target in targets
-            case ["python3", script, *_] if script.endswith(".py"):
-                assert (ROOT / script).is_file()
+            case ["python3", *_] if run := script_and_flags(words):
+                assert (ROOT / run[0]).is_file()
             case ["pip", "install", "-r", requirements]:
                 assert (ROOT / requirements).is_file()
 
