@@ -138,7 +138,7 @@ def loss_lines(held_out: HeldOut) -> list[str]:
         "tokens (95% interval)"
     ]
     for side, loss in held_out.losses.items():
-        perplexity = held_out.perplexity(loss).value
+        perplexity = held_out_loss.perplexity(loss).value
         lines.append(f"{side:<10}{shown(loss):<28}perplexity {perplexity:,.2f}")
     if held_out.change:
         counts = f"better in {len(held_out.better):,}, worse in {len(held_out.worse):,}"

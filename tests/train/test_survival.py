@@ -274,10 +274,10 @@ import sys
 
 import torch
 
-from llama_lora.train.compute import attention
+from llama_lora.train.compute import packed_attention
 
 MOST = {most}
-attend = attention.attend
+attend = packed_attention.attend_within_examples
 
 
 class Full(torch.autograd.Function):
@@ -298,7 +298,7 @@ def on_a_small_card(module, query, *args, **kwargs):
     return Full.apply(result, query.shape[2]), weights
 
 
-attention.AttentionInterface.register(attention.BY_EXAMPLE, on_a_small_card)
+packed_attention.AttentionInterface.register(packed_attention.BY_EXAMPLE, on_a_small_card)
 sys.argv[0] = {script!r}
 runpy.run_path({script!r}, run_name="__main__")
 '''
