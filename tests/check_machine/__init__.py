@@ -1,0 +1,1 @@
+"""Checks of the machine, on the CPU and with simulated cards."""
