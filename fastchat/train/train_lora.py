@@ -11,26 +11,11 @@ from functools import partial
 from llama_lora.cli import InputError, one_line_errors
 
 
+@one_line_errors
 def parse_args():
-    from transformers import HfArgumentParser
+    from llama_lora.train import command_line
 
-    from llama_lora.train import arguments
-
-    parser = HfArgumentParser(
-        (
-            arguments.ModelArguments,
-            arguments.DataArguments,
-            arguments.LoraArguments,
-            arguments.TrainingArguments,
-        ),
-        description=__doc__.split("\n")[0],
-    )
-    try:
-        parsed = parser.parse_args_into_dataclasses()
-        arguments.check(*parsed)
-    except (ValueError, InputError) as error:
-        parser.error(" ".join(str(error).split()))
-    return parsed
+    return command_line.parse(__doc__.split("\n")[0])
 
 
 @one_line_errors
@@ -40,6 +25,7 @@ def main(model_args, data_args, lora_args, args):
     from llama_lora.train.trainer import LoraTrainer
 
     quieten(args)
+    tell(args, *args.not_needed)
     checkpoints.check_output(args.output_dir)
     resume = args.output_dir, args.resume_from_checkpoint, args.overwrite_output_dir
     checkpoint = None if args.dry_run else checkpoints.starting_point(*resume)
@@ -189,7 +175,7 @@ def save(trainer, template, quantization, forecast, data_args):
 
 def tell(args, *lines):
     """Print once, whatever the number of processes."""
-    if args.process_index == 0:
+    if lines and args.process_index == 0:
         print(*lines, sep="\n", flush=True)
 
 
