@@ -21,6 +21,7 @@ def parse_args():
 @one_line_errors
 def main(model_args, data_args, lora_args, args):
     from llama_lora.train import checkpoints, lora_model
+    from llama_lora.train.arguments import check_schedule
     from llama_lora.train.logs import quieten
     from llama_lora.train.trainer import LoraTrainer
 
@@ -41,6 +42,7 @@ def main(model_args, data_args, lora_args, args):
     forecast = look_ahead(model_args, lora_args, args, quantization, training, windows)
     if args.dry_run:
         return
+    check_schedule(args, forecast.steps)
     model = lora_model.load(model_args.model_name_or_path, quantization, lora_args, args)
     tell_what_is_trained(args, model)
     args.eval_on_start = held_out is not None and checkpoint is None

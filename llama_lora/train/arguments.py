@@ -14,7 +14,7 @@ from transformers.integrations import (
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy, SchedulerType
 from transformers.utils import is_torch_tf32_available
 
-from llama_lora.cli import UsageError
+from llama_lora.cli import InputError, UsageError
 from llama_lora.hardware.device import (
     DTYPE_SWITCH,
     QUANTIZATIONS,
@@ -337,6 +337,21 @@ def check(model, data, lora, training) -> None:
         faults[f"--report_to {tool}: not installed{get}"] = tool not in known - installed
     if broken := [fault for fault, holds in faults.items() if not holds]:
         raise UsageError(*broken)
+
+
+def check_schedule(training, steps: int) -> None:
+    """Raise `InputError` where the learning rate is 0 in all of the `steps`: in the only one."""
+    if steps > 1:
+        return
+    warm_up = training.get_warmup_steps(steps)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    kind, options = training.lr_scheduler_type, training.lr_scheduler_kwargs
+    transformers.get_scheduler(kind, optimizer, warm_up, steps, options)
+    if optimizer.param_groups[0]["lr"] == 0:
+        raise InputError(
+            "the only step has a learning rate of 0, by the warm-up, and the adapter would learn "
+            "nothing: take more steps, or --warmup_ratio 0 and no --warmup_steps"
+        )
 
 
 def _deepspeed_runs_fp16() -> bool:

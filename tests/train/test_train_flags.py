@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from llama_lora.train import arguments
-from tests.conftest import ROOT, run_here, shipped
+from tests.conftest import ROOT, error_line, run_here, shipped
 
 SCRIPT = ROOT / "fastchat/train/train_lora.py"
 OURS = arguments.ModelArguments, arguments.DataArguments, arguments.LoraArguments
@@ -325,3 +325,23 @@ def test_several_processes_tell_a_fault_once(monkeypatch):
 
 def test_bare_gradient_checkpointing_is_true(parsed):
     assert parsed("--gradient_checkpointing", "--bf16")[-1].recompute == "True"
+
+
+@pytest.mark.parametrize("more", [[], ["--warmup_steps", 5], ["--lr_scheduler_type", "linear"]])
+def test_a_step_without_a_learning_rate_is_refused(more, tiny_base, corpus, tmp_path):
+    own = ["--model_name_or_path", tiny_base, "--data_path", corpus, "--output_dir", tmp_path]
+    done = run_here(SCRIPT, *own, "--model_max_length", 256, "--max_steps", 1, *more)
+    told = error_line(done)
+    assert "the only step" in told
+    assert "warm-up" in told
+    assert "--warmup_ratio 0" in told
+    assert "parameters" not in done.stdout  # of a base that was loaded
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_step_with_a_learning_rate_trains(tiny_base, corpus, tmp_path):
+    own = ["--model_name_or_path", tiny_base, "--data_path", corpus, "--output_dir", tmp_path]
+    more = ["--model_max_length", 256, "--max_steps", 1, "--lr_scheduler_type", "constant"]
+    done = run_here(SCRIPT, *own, *more)
+    assert done.returncode == 0, done.stderr
+    assert "the adapter is complete" in done.stdout
