@@ -5,7 +5,6 @@ deepspeed --num_gpus=1 fastchat/train/train_lora.py --deepspeed ./deepspeed-conf
     --num_train_epochs 1 --per_device_train_batch_size 14 --gradient_checkpointing True
 """
 
-import os
 from functools import partial
 
 from llama_lora.cli import InputError, one_line_errors
@@ -149,7 +148,6 @@ def start_clean(args, checkpoint):
             tell(args, f"removed, since this run goes on before them: {', '.join(left)}")
     elif args.should_save:
         checkpoints.clear(args.output_dir)
-    tell(args, f"to stop early and lose nothing: kill -USR1 {os.getpid()}")
 
 
 def tell_how_to_resume(args, trainer):

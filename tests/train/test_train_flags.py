@@ -6,12 +6,14 @@ import os
 import re
 import runpy
 import shlex
+import signal
 import sys
 
 import pytest
 import torch
 
 from llama_lora.train import arguments
+from tests import conftest
 from tests.conftest import ROOT, error_line, run_here, shipped
 
 SCRIPT = ROOT / "fastchat/train/train_lora.py"
@@ -345,3 +347,26 @@ def test_a_step_with_a_learning_rate_trains(tiny_base, corpus, tmp_path):
     done = run_here(SCRIPT, *own, *more)
     assert done.returncode == 0, done.stderr
     assert "the adapter is complete" in done.stdout
+
+
+def test_a_signal_is_heeded_from_when_it_is_offered(tiny_base, corpus, tmp_path, monkeypatch):
+    class Signalled(conftest.Printed):
+        def write(self, text):
+            if "kill -USR1 " in text:
+                assert f"kill -USR1 {os.getpid()}" in text
+                os.kill(os.getpid(), signal.SIGUSR1)
+            return super().write(text)
+
+    def not_yet(*_):
+        raise AssertionError("the signal that the log offers would end the run")
+
+    before = signal.signal(signal.SIGUSR1, not_yet)
+    monkeypatch.setattr(conftest, "Printed", Signalled)
+    own = ["--model_name_or_path", tiny_base, "--data_path", corpus, "--output_dir", tmp_path]
+    batch = ["--model_max_length", 256, "--per_device_train_batch_size", 2]
+    try:
+        done = run_here(SCRIPT, *own, *batch)
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert done.returncode == 0, done.stderr
+    assert "stopped by SIGUSR1 after step 1 of" in done.stdout
