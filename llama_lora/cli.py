@@ -17,6 +17,10 @@ class InputError(Exception):
     """
 
 
+class UsageError(InputError):
+    """Flags cannot be used as they are given; each argument is the line of one fault."""
+
+
 class LocalError(InputError):
     """An `InputError` that one of several processes has met alone, and so has to tell itself."""
 
@@ -28,8 +32,9 @@ class Terminated(BaseException):
 def one_line_errors(main: Callable) -> Callable:
     """Make `main` end as a command should.
 
-    `InputError` and a full disk print one line and exit 1, Ctrl-C exits 130, SIGTERM 143, a closed
-    pipe (`| head`) 141. Any other exception is a fault of ours and keeps its traceback.
+    `InputError` and a full disk print one line and exit 1, and `UsageError` one for each fault;
+    Ctrl-C exits 130, SIGTERM 143, a closed pipe (`| head`) 141. Any other exception is a fault of
+    ours and keeps its traceback.
     """
 
     @functools.wraps(main)
@@ -38,6 +43,10 @@ def one_line_errors(main: Callable) -> Callable:
             result = main(*args, **kwargs)
             sys.stdout.flush()
             return result
+        except UsageError as error:
+            sys.exit(
+                fail(*error.args, hint=f"{os.path.basename(sys.argv[0])} --help lists the flags")
+            )
         except InputError as error:
             sys.exit(fail(str(error), alone=isinstance(error, LocalError)))
         except RuntimeError as error:
@@ -67,14 +76,15 @@ def drop_output() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def fail(message: str, alone: bool = False) -> int:
-    """Print `message` as a single line on stderr and return the exit code 1.
+def fail(*messages: str, hint: str = "", alone: bool = False) -> int:
+    """Print each of `messages` as a single line on stderr, then `hint`; return the exit code 1.
 
     Of several processes on a machine only the first prints, since all of them read the same input,
     unless one has met the fault `alone`.
     """
     if alone or os.environ.get("LOCAL_RANK", "0") == "0":
-        print("error: " + " ".join(message.split()), file=sys.stderr, flush=True)
+        lines = ["error: " + " ".join(message.split()) for message in messages]
+        print(*lines, *filter(None, [hint]), sep="\n", file=sys.stderr, flush=True)
     return 1
 
 

@@ -4,6 +4,7 @@ import re
 
 import pytest
 
+from llama_lora.train import foreign_flags
 from tests.conftest import ROOT
 from tests.documents import (
     CHINESE,
@@ -67,7 +68,7 @@ def test_a_script_accepts_every_command_that_names_it(script, capsys):
 
 def test_every_flag_in_the_text_is_one_of_a_script():
     scripts = {script for _, script, _ in RUN} | {"benchmarks/gpu_16gb.py"}
-    known = set(OTHERS)
+    known = OTHERS | {f"--{name}" for name in foreign_flags.ANSWERED}
     for script in scripts:
         known.update(*(action.option_strings for action in parser_of(script)._actions))
     named = {

@@ -5,41 +5,27 @@ deepspeed --num_gpus=1 fastchat/train/train_lora.py --deepspeed ./deepspeed-conf
     --num_train_epochs 1 --per_device_train_batch_size 14 --gradient_checkpointing True
 """
 
-import os
 from functools import partial
 
 from llama_lora.cli import InputError, one_line_errors
 
 
+@one_line_errors
 def parse_args():
-    from transformers import HfArgumentParser
+    from llama_lora.train import command_line
 
-    from llama_lora.train import arguments
-
-    parser = HfArgumentParser(
-        (
-            arguments.ModelArguments,
-            arguments.DataArguments,
-            arguments.LoraArguments,
-            arguments.TrainingArguments,
-        ),
-        description=__doc__.split("\n")[0],
-    )
-    try:
-        parsed = parser.parse_args_into_dataclasses()
-        arguments.check(*parsed)
-    except (ValueError, InputError) as error:
-        parser.error(" ".join(str(error).split()))
-    return parsed
+    return command_line.parse(__doc__.split("\n")[0])
 
 
 @one_line_errors
 def main(model_args, data_args, lora_args, args):
     from llama_lora.train import checkpoints, lora_model
+    from llama_lora.train.arguments import check_schedule
     from llama_lora.train.logs import quieten
     from llama_lora.train.trainer import LoraTrainer
 
     quieten(args)
+    tell(args, *args.not_needed)
     checkpoints.check_output(args.output_dir)
     resume = args.output_dir, args.resume_from_checkpoint, args.overwrite_output_dir
     checkpoint = None if args.dry_run else checkpoints.starting_point(*resume)
@@ -55,6 +41,7 @@ def main(model_args, data_args, lora_args, args):
     forecast = look_ahead(model_args, lora_args, args, quantization, training, windows)
     if args.dry_run:
         return
+    check_schedule(args, forecast.steps)
     model = lora_model.load(model_args.model_name_or_path, quantization, lora_args, args)
     tell_what_is_trained(args, model)
     args.eval_on_start = held_out is not None and checkpoint is None
@@ -161,7 +148,6 @@ def start_clean(args, checkpoint):
             tell(args, f"removed, since this run goes on before them: {', '.join(left)}")
     elif args.should_save:
         checkpoints.clear(args.output_dir)
-    tell(args, f"to stop early and lose nothing: kill -USR1 {os.getpid()}")
 
 
 def tell_how_to_resume(args, trainer):
@@ -189,7 +175,7 @@ def save(trainer, template, quantization, forecast, data_args):
 
 def tell(args, *lines):
     """Print once, whatever the number of processes."""
-    if args.process_index == 0:
+    if lines and args.process_index == 0:
         print(*lines, sep="\n", flush=True)
 
 

@@ -2,13 +2,19 @@
 
 import math
 import os
+import re
 from dataclasses import dataclass, field
-from importlib.util import find_spec
 
 import torch
 import transformers
-from transformers.trainer_utils import IntervalStrategy
+from transformers.integrations import (
+    INTEGRATION_TO_CALLBACK,
+    get_available_reporting_integrations,
+)
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy, SchedulerType
+from transformers.utils import is_torch_tf32_available
 
+from llama_lora.cli import InputError, UsageError
 from llama_lora.hardware.device import (
     DTYPE_SWITCH,
     QUANTIZATIONS,
@@ -91,20 +97,25 @@ class LoraArguments:
         metadata={"help": "Scale by alpha / sqrt(r) (rank-stabilized LoRA, Kalajdzievski 2023)."},
     )
 
+    def __post_init__(self):
+        # alpaca-lora has them as '[q_proj,v_proj]'.
+        self.lora_target_modules = re.findall(r"[\w.-]+", " ".join(self.lora_target_modules))
+
 
 @dataclass
 class TrainingArguments(transformers.TrainingArguments):
     """transformers' own, and flags that version 5 renamed, with the meaning they had."""
 
-    evaluation_strategy: str | None = field(
-        default=None, metadata={"help": "Older name of --eval_strategy."}
-    )
     learning_rate: float | None = field(
         default=None,
         metadata={"help": "Highest rate; without it one that fits the base's size, printed."},
     )
     lr_scheduler_type: str = field(
-        default="cosine", metadata={"help": "How the learning rate falls: cosine, linear, …"}
+        default="cosine",
+        metadata={
+            "choices": [kind.value for kind in SchedulerType],
+            "help": "How the learning rate falls: cosine, linear, …",
+        },
     )
     warmup_ratio: float = field(
         default=0.03, metadata={"help": "Share of all steps in which the learning rate rises."}
@@ -120,6 +131,10 @@ class TrainingArguments(transformers.TrainingArguments):
         default=4, metadata={"help": "The same, when the held-out loss is measured."}
     )
     logging_steps: float = field(default=1, metadata={"help": "Steps between two log lines."})
+    logging_dir: str | None = field(
+        default=None,
+        metadata={"help": "For what tensorboard reads (default: runs/… in --output_dir)."},
+    )
     overwrite_output_dir: bool = field(
         default=False, metadata={"help": "Start over although --output_dir holds checkpoints."}
     )
@@ -134,6 +149,8 @@ class TrainingArguments(transformers.TrainingArguments):
         default="auto",
         metadata={
             "choices": ["True", "False", "auto"],
+            "nargs": "?",
+            "const": "True",
             "help": "Recompute activations in the backward pass; auto: in as few layers as memory "
             "allows.",
         },
@@ -186,11 +203,16 @@ class TrainingArguments(transformers.TrainingArguments):
         if self.in_parts:  # one micro-batch a step, in parts that are added up
             self.per_device_train_batch_size *= self.gradient_accumulation_steps
             self.gradient_accumulation_steps = 1
-        if self.evaluation_strategy is not None:
-            self.eval_strategy = IntervalStrategy(self.evaluation_strategy)
         if self.warmup_ratio and not self.warmup_steps:
             self.warmup_steps = self.warmup_ratio  # below 1 it is a share of the steps
         self.recompute, self.gradient_checkpointing = self.gradient_checkpointing, None
+        if isinstance(self.deepspeed, str) and not os.path.isfile(self.deepspeed):
+            raise ValueError(
+                f"--deepspeed {self.deepspeed}: no such file; what this project brings is "
+                "./deepspeed-config.json"
+            )
+        if self.use_cpu and torch.cuda.is_available():
+            raise ValueError("--use_cpu True: hide the card: CUDA_VISIBLE_DEVICES= python3 …")
         # Without it accelerate sees one process on machines that have no card, however many run.
         self.use_cpu = not torch.cuda.is_available()
         # DeepSpeed refuses fp16 on a P100 otherwise, which computes it without tensor cores.
@@ -208,6 +230,11 @@ class TrainingArguments(transformers.TrainingArguments):
             os.environ["OMP_NUM_THREADS"] = str(threads)
             torch.set_num_threads(threads)
         self.notes = self._settle_precision()
+        if self.tf32 and not is_torch_tf32_available():
+            self.tf32 = None
+            self.notes.append(f"--tf32 True: not on {device_name()}; training goes on without")
+        if self.logging_dir:
+            os.environ["TENSORBOARD_LOGGING_DIR"] = self.logging_dir
         super().__post_init__()
         if self.n_gpu > 1:
             # The Trainer would split batches over threads, which a quantized base does not survive.
@@ -216,6 +243,8 @@ class TrainingArguments(transformers.TrainingArguments):
 
     def _settle_precision(self) -> list[str]:
         """Set fp16 and bf16 to what this machine computes in; say so where that was not asked."""
+        if self.fp16 and self.bf16:
+            raise ValueError("--fp16 True --bf16 True: expected one of them")
         fastest, switched = compute_dtype(), switched_dtype()
         asked = torch.float16 if self.fp16 else torch.bfloat16 if self.bf16 else fastest
         on_card = asked == torch.float16 and torch.cuda.is_available()
@@ -249,7 +278,7 @@ def fitting_learning_rate(hidden_size: int) -> float:
 
 
 def check(model, data, lora, training) -> None:
-    """Raise one `ValueError` that names every flag outside its range."""
+    """Raise `UsageError` with a line for every flag outside its range."""
     held_out = bool(data.eval_data_path or data.eval_ratio)
     faults = {
         f"--eval_ratio {data.eval_ratio}: expected 0 to 0.5": 0 <= data.eval_ratio <= 0.5,
@@ -257,9 +286,21 @@ def check(model, data, lora, training) -> None:
             data.model_max_length >= 16
         ),
         f"--lora_r {lora.lora_r}: expected at least 1": lora.lora_r >= 1,
+        "--lora_target_modules: expected names of layers": bool(lora.lora_target_modules),
         f"--lora_dropout {lora.lora_dropout}: expected 0 to below 1": 0 <= lora.lora_dropout < 1,
         f"--learning_rate {training.learning_rate}: expected a number above 0": (
             training.learning_rate is None or 0 < training.learning_rate < math.inf
+        ),
+        f"--num_train_epochs {training.num_train_epochs}: expected a number above 0": (
+            training.num_train_epochs > 0 or training.max_steps > 0
+        ),
+        f"--gradient_accumulation_steps {training.gradient_accumulation_steps}: expected at "
+        "least 1": training.gradient_accumulation_steps >= 1,
+        f"--per_device_eval_batch_size {training.per_device_eval_batch_size}: expected at "
+        "least 1": training.per_device_eval_batch_size >= 1,
+        f"--seed {training.seed}: expected 0 to 2^32 - 1": 0 <= training.seed < 2**32,
+        "--save_strategy best: expected no, steps or epoch; the best adapter is kept anyway": (
+            training.save_strategy != SaveStrategy.BEST
         ),
         "--eval_strategy: needs --eval_data_path or --eval_ratio": (
             held_out or training.eval_strategy == IntervalStrategy.NO
@@ -289,11 +330,28 @@ def check(model, data, lora, training) -> None:
             "lm_head" not in lora.lora_target_modules
         ),
     }
-    for tool in ("tensorboard", "wandb"):
-        here = tool not in training.report_to or find_spec(tool) is not None
-        faults[f"--report_to {tool}: not installed; pip install {tool}"] = here
+    known, installed = set(INTEGRATION_TO_CALLBACK), set(get_available_reporting_integrations())
+    for tool in training.report_to:
+        faults[f"--report_to {tool}: expected one of {', '.join(sorted(known))}"] = tool in known
+        get = f"; pip install {tool}" if tool in ("tensorboard", "wandb") else ""
+        faults[f"--report_to {tool}: not installed{get}"] = tool not in known - installed
     if broken := [fault for fault, holds in faults.items() if not holds]:
-        raise ValueError("; ".join(broken))
+        raise UsageError(*broken)
+
+
+def check_schedule(training, steps: int) -> None:
+    """Raise `InputError` where the learning rate is 0 in all of the `steps`: in the only one."""
+    if steps > 1:
+        return
+    warm_up = training.get_warmup_steps(steps)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    kind, options = training.lr_scheduler_type, training.lr_scheduler_kwargs
+    transformers.get_scheduler(kind, optimizer, warm_up, steps, options)
+    if optimizer.param_groups[0]["lr"] == 0:
+        raise InputError(
+            "the only step has a learning rate of 0, by the warm-up, and the adapter would learn "
+            "nothing: take more steps, or --warmup_ratio 0 and no --warmup_steps"
+        )
 
 
 def _deepspeed_runs_fp16() -> bool:

@@ -291,24 +291,6 @@ def test_a_finished_adapter_is_not_overwritten_unasked(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(
-    ("more", "expected"),
-    [
-        (["--evaluation_strategy", "bogus"], "bogus"),
-        (["--evaluation_strategy", "steps"], "--eval_data_path"),
-        (["--eval_ratio", "2", "--lora_r", "0"], "--lora_r 0: expected at least 1"),
-        (["--learning_rate", "0"], "--learning_rate 0.0: expected a number above 0"),
-        (["--learning_rate", "nan"], "--learning_rate nan: expected a number above 0"),
-        (["--base_name", "./base"], "--base_name ./base: expected an id on the Hub, owner/name"),
-    ],
-)
-def test_usage_errors(more, expected, tiny_base, corpus, tmp_path):
-    done = run_here(SCRIPT, *flags(tiny_base, corpus, tmp_path), *more)
-    assert done.returncode == 2
-    assert expected in done.stderr
-    assert "Traceback" not in done.stderr
-
-
 def assert_one_line(done, *expected):
     assert done.returncode == 1
     lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]

@@ -230,20 +230,6 @@ def test_a_card_that_is_none_is_one_line(train):
     assert done.stderr.count("\n") == 1
 
 
-@pytest.mark.parametrize(
-    ("more", "expected"),
-    [
-        (["--plan_for", "T4"], "--plan_for: needs --dry_run True"),
-        (["--per_device_train_batch_size", "0"], "expected auto or a number from 1"),
-        (["--per_device_train_batch_size", "many"], "expected auto or a number from 1"),
-    ],
-)
-def test_usage_errors(more, expected, train):
-    done = train(*more)
-    assert done.returncode == 2
-    assert expected in done.stderr
-
-
 def test_a_training_that_cannot_fit_stops_before_weights_are_loaded(train, monkeypatch):
     monkeypatch.setattr(forecast, "room", lambda *_: (CUDA_CONTEXT + 1e6, CUDA_CONTEXT))
     done = train()
