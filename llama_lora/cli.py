@@ -32,9 +32,9 @@ class Terminated(BaseException):
 def one_line_errors(main: Callable) -> Callable:
     """Make `main` end as a command should.
 
-    `InputError` and a full disk print one line and exit 1, and `UsageError` one for each fault;
-    Ctrl-C exits 130, SIGTERM 143, a closed pipe (`| head`) 141. Any other exception is a fault of
-    ours and keeps its traceback.
+    `InputError` and a full disk print one line and exit 1; `UsageError` prints one for each fault
+    and exits 2, as argparse does. Ctrl-C exits 130, SIGTERM 143, a closed pipe (`| head`) 141. Any
+    other exception is a fault of ours and keeps its traceback.
     """
 
     @functools.wraps(main)
@@ -44,9 +44,8 @@ def one_line_errors(main: Callable) -> Callable:
             sys.stdout.flush()
             return result
         except UsageError as error:
-            sys.exit(
-                fail(*error.args, hint=f"{os.path.basename(sys.argv[0])} --help lists the flags")
-            )
+            fail(*error.args, hint=f"{os.path.basename(sys.argv[0])} --help lists the flags")
+            sys.exit(2)
         except InputError as error:
             sys.exit(fail(str(error), alone=isinstance(error, LocalError)))
         except RuntimeError as error:

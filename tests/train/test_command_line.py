@@ -76,7 +76,7 @@ def value_of(parts, name: str):
 def refused(*words) -> list[str]:
     """Run the script: what its lines of error say, after which one names --help, and no more."""
     done = run_here(SCRIPT, *words)
-    assert (done.returncode, done.stdout) == (1, ""), done.stderr
+    assert (done.returncode, done.stdout) == (2, ""), done.stderr
     *faults, hint = done.stderr.splitlines()
     assert "--help" in hint
     assert not hint.startswith("error")
@@ -241,7 +241,7 @@ def test_a_card_is_hidden_and_not_passed_over(flag, parsed, monkeypatch, capsys)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     with pytest.raises(SystemExit) as end:
         parsed(flag, "True")
-    assert end.value.code == 1
+    assert end.value.code == 2
     assert "CUDA_VISIBLE_DEVICES= " in capsys.readouterr().err
 
 
@@ -322,7 +322,7 @@ def test_values_out_of_range_are_told_all_at_once():
 def test_several_processes_tell_a_fault_once(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "1")
     done = run_here(SCRIPT, *REQUIRED, "--lora_rank", "8")
-    assert (done.returncode, done.stdout, done.stderr) == (1, "", "")
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", "")
 
 
 def test_bare_gradient_checkpointing_is_true(parsed):
