@@ -134,7 +134,7 @@ $(D)/adapter/summary.json: $(D)/split.json
 	    --eval_ratio 0.05 --eval_strategy steps --eval_steps 15 \
 	    --save_strategy steps --save_steps 10 --save_total_limit 1 --resume_from_checkpoint auto
 
-$(D)/evaluation.html: $(D)/adapter/summary.json data/questions.jsonl
+$(D)/evaluation.html: $(D)/adapter/summary.json data/demo_questions.jsonl
 	python3 fastchat/eval/evaluate.py --base_model $(D)/base --lora_weights $(D)/adapter \
 	    --data_path $(D)/split.json --eval_ratio 0.05 --max_length 512 \
-	    --questions data/questions.jsonl --limit 10 --max_new_tokens 80 --output_dir $(D)
+	    --questions data/demo_questions.jsonl --max_new_tokens 60 --output_dir $(D)
