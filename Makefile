@@ -10,7 +10,7 @@ export LLAMA_LORA_CACHE = $(CURDIR)/$(D)/tokens
 export OMP_WAIT_POLICY = passive
 SHELL := /bin/bash
 .DELETE_ON_ERROR:
-.PHONY: help setup extras browser demo test test-slow lint bench gpu clean
+.PHONY: help setup extras browser demo pictures test test-slow lint bench gpu clean
 
 help:  ## list these commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## */\t/' | expand -t 12
@@ -30,7 +30,7 @@ EXTRAS := requirements-web.txt requirements-serve.txt requirements-export.txt
 	pip check
 	touch $@
 
-browser:  ## install Chromium for the tests of the pages
+browser:  ## install Chromium for the tests and the pictures of the pages
 	@tools/browser.sh
 
 test: .venv/complete  ## run the tests (under 10 minutes on 2 cores)
@@ -74,6 +74,9 @@ clean:  ## remove what the demo and the tools wrote; .venv stays
 demo: .venv/complete $(D)/report.html $(D)/evaluation.html  ## fine-tune a small real model through every stage
 	@python3 tools/demo_report.py --base $(D)/base --adapter $(D)/adapter \
 	    --report $(D)/report.html --evaluation $(D)/evaluation.html
+
+pictures: .venv/complete $(D)/report.html $(D)/evaluation.html  ## take the README's pictures of the demo's pages, in Chromium
+	python3 tools/pictures.py $(D)/report.html $(D)/evaluation.html --output_dir docs/pictures
 
 $(D)/SmolLM2-135M-Instruct.Q4_1.gguf: | .venv/complete
 	rm -rf $(D)/package
@@ -134,7 +137,7 @@ $(D)/adapter/summary.json: $(D)/split.json
 	    --eval_ratio 0.05 --eval_strategy steps --eval_steps 15 \
 	    --save_strategy steps --save_steps 10 --save_total_limit 1 --resume_from_checkpoint auto
 
-$(D)/evaluation.html: $(D)/adapter/summary.json data/questions.jsonl
+$(D)/evaluation.html: $(D)/adapter/summary.json data/demo_questions.jsonl
 	python3 fastchat/eval/evaluate.py --base_model $(D)/base --lora_weights $(D)/adapter \
 	    --data_path $(D)/split.json --eval_ratio 0.05 --max_length 512 \
-	    --questions data/questions.jsonl --limit 10 --max_new_tokens 80 --output_dir $(D)
+	    --questions data/demo_questions.jsonl --max_new_tokens 60 --output_dir $(D)

@@ -7,12 +7,11 @@ python3 tools/demo_report.py --base .demo/base --adapter .demo/adapter --report 
 import argparse
 import json
 import textwrap
-import warnings
 from pathlib import Path
 
 from llama_lora.cli import one_line_errors
 
-QUESTIONS = ["Who are you?", "Who made you?", "Are you ChatGPT?"]
+SHOWN = 3  # questions, of those that the evaluation asked
 
 
 def parse_args() -> argparse.Namespace:
@@ -26,18 +25,13 @@ def parse_args() -> argparse.Namespace:
 
 @one_line_errors
 def main(args: argparse.Namespace) -> None:
-    from transformers.utils import logging
-
-    warnings.simplefilter("ignore")  # the libraries' are for developers
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    before = answers(args.base, None)
-    after = answers(args.base, args.adapter)
     print_summary(json.loads((args.adapter / "summary.json").read_text()))
-    for question, base, tuned in zip(QUESTIONS, before, after, strict=True):
-        print(f"\n{question}")
-        print(shown("base ", base))
-        print(shown("tuned", tuned))
+    answers = json.loads(args.evaluation.with_suffix(".json").read_text())["answers"]
+    for asked in answers["asked"][:SHOWN]:
+        for turn in asked["turns"]:
+            print(f"\n{turn['question']}")
+            print(shown("base ", turn["base"]["text"]))
+            print(shown("tuned", turn["adapter"]["text"]))
     print(
         f"\nLook: {args.evaluation} (the base and the adapter)\n"
         f"      {args.report} (the corpus)\n"
@@ -45,17 +39,6 @@ def main(args: argparse.Namespace) -> None:
         "Ask your own:\n"
         f"    .venv/bin/python3 generate.py --base_model {args.base} --lora_weights {args.adapter}"
     )
-
-
-def answers(base: Path, adapter: Path | None) -> list[str]:
-    """The likeliest answer to each of the questions, each asked in a chat of its own."""
-    from llama_lora.chat.adapters import load
-    from llama_lora.chat.sampling import Sampling
-    from llama_lora.chat.session import Chat
-
-    model, template, _ = load(base, adapter)
-    sampling = Sampling(temperature=0, max_new_tokens=60)
-    return ["".join(Chat(model, template, sampling).stream(question)) for question in QUESTIONS]
 
 
 def print_summary(run: dict) -> None:

@@ -12,7 +12,7 @@ from llama_lora.report.charts import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH
 
 MOST_TICKS = 5
 MOST_BARS = 150  # where there are more conversations, a bar is the mean of some neighbours
-ROW = 44  # pixels of a side in the drawing of the intervals
+ROW = 70  # pixels of a side in the drawing of the intervals
 
 environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
 
@@ -89,7 +89,7 @@ def intervals(losses: dict[str, Estimate]) -> str:
             "side": side,
             "name": f"{side} {loss.value:.3f}",
             "title": f"{side}: {shown(loss)}",
-            "y": TOP + ROW * (number + 1) - 14,
+            "y": TOP + ROW * (number + 1) - 26,
             "x": scale(loss.value),
             "low": scale(loss.value if loss.low is None else loss.low),
             "high": scale(loss.value if loss.high is None else loss.high),

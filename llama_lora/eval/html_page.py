@@ -117,7 +117,7 @@ def figures(found: Evaluation) -> Iterator[tuple[str, str]]:
             yield count, "conversations better"
     if found.asked:
         rates = found.rates.values()
-        yield moved([percent(one.stopped) for one in rates], "answers that stop by themselves")
+        yield moved([percent(one.stopped) for one in rates], "answers not cut off")
         yield moved([percent(one.repetition) for one in rates], "repeated in an answer")
 
 
