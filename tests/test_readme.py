@@ -94,6 +94,14 @@ def test_what_its_commands_name_is_there(page):
                 assert (ROOT / requirements).is_file()
 
 
+def test_every_page_that_a_benchmark_writes_is_written_again_by_make_bench():
+    bench = re.findall(r"python3 -m (benchmarks\.[\w.]+) --write", (ROOT / "Makefile").read_text())
+    pages = [text_of(page) for page in DOCS.glob("*.md")]
+    named = {one for text in pages for one in re.findall(r"-m (benchmarks\.[\w.]+) --write", text)}
+    assert len(bench) > 10
+    assert sorted(bench) == sorted(named)
+
+
 # ---- Links ----
 
 

@@ -87,10 +87,9 @@ def pack_losses(model, pack: list) -> list[float]:
         example_lengths=lengths,
         use_cache=False,
     ).last_hidden_state[0]
-    weight = model.get_output_embeddings().weight
     labels = batch["labels"][0].to(model.device)
     return [
-        chunked_loss.LinearCrossEntropy.apply(states[:-1], weight, words[1:]).item()
+        chunked_loss.summed_loss(model, states[:-1], words[1:]).item()
         for states, words in zip(hidden.split(lengths), labels.split(lengths), strict=True)
     ]
 

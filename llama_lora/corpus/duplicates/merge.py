@@ -10,7 +10,7 @@ from llama_lora.cli import InputError
 from llama_lora.corpus.duplicates import deduplicate
 from llama_lora.corpus.engine.fingerprints import Fingerprint, Fingerprints
 from llama_lora.corpus.engine.output import Arrangement, Dropped
-from llama_lora.corpus.records.conversation import Conversation, Kept, Turn
+from llama_lora.corpus.records.conversation import Conversation, Kept, Rejected, Turn
 
 ALIKE = 0.85  # from this similarity on, two conversations are not torn apart by holding a share out
 
@@ -28,7 +28,8 @@ def as_it_is(conversation: Conversation) -> Kept:
 class Selection:
     """Shuffles with `seed`, cuts to `limit`, and holds the share `held_out` out.
 
-    Conversations that are equal or alike, or of which one goes on with the other, stay on one side.
+    Conversations that are equal or alike, or of which one goes on with the other, stay on one side,
+    as they are and as cleaning will make them.
     """
 
     out: str
@@ -37,7 +38,10 @@ class Selection:
     held_out: float | None = None
 
     def fingerprinter(self) -> Callable[[list[Turn]], Fingerprint]:
-        return no_fingerprint if self.held_out is None else deduplicate.fingerprinter(signed=True)
+        if self.held_out is None:
+            return no_fingerprint
+        fingerprint_of = deduplicate.fingerprinter(signed=True)
+        return lambda turns: fingerprint_of(as_cleaned(turns))
 
     def __call__(self, fingerprints: Fingerprints) -> Arrangement:
         order = list(range(len(fingerprints)))
@@ -61,6 +65,17 @@ def arrangement(args: argparse.Namespace) -> Selection | None:
     if args.shuffle is None and args.limit is None and args.split_eval is None:
         return None
     return Selection(args.out, args.shuffle, args.limit, args.split_eval)
+
+
+def as_cleaned(turns: list[Turn]) -> list[Turn]:
+    """The turns as cleaning makes them; those that it would reject, as they are."""
+    from llama_lora.corpus.clean.cleaner import Cleaner  # with libraries that `--help` does without
+
+    try:
+        (cleaned,) = Cleaner(blocked=None)({"id": "", "conversations": turns}).conversations
+    except Rejected:
+        return turns
+    return cleaned["conversations"]
 
 
 def no_fingerprint(turns: list[Turn]) -> Fingerprint:

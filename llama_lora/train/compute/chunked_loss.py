@@ -46,6 +46,15 @@ class LinearCrossEntropy(torch.autograd.Function):
         return gradient.mul_(upstream.to(gradient.dtype)), None, None
 
 
+def summed_loss(model, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Summed cross-entropy (fp32) of the words that the head of `model` gives for hidden states.
+
+    hidden: [tokens, size]; labels: int64 [tokens], of the token after each, or `IGNORE`.
+    """
+    weight = model.get_output_embeddings().weight
+    return LinearCrossEntropy.apply(hidden, weight, labels)
+
+
 def compute_in_chunks(model) -> None:
     """Let `model`, a causal language model of transformers, return its loss without its logits.
 
@@ -59,8 +68,7 @@ def compute_in_chunks(model) -> None:
             return whole(*args, **kwargs)
         hidden = model.base_model(*args, **kwargs).last_hidden_state[:, :-1]
         targets = labels[:, 1:].reshape(-1)
-        weight = model.get_output_embeddings().weight
-        total = LinearCrossEntropy.apply(hidden.flatten(0, 1), weight, targets)
+        total = summed_loss(model, hidden.flatten(0, 1), targets)
         count = (targets != IGNORE).sum() if num_items_in_batch is None else num_items_in_batch
         return CausalLMOutput(loss=total / count)
 

@@ -1,11 +1,12 @@
 """Cleaning: what is repaired and what is rejected, and claims to be another assistant."""
 
 import json
+from collections import Counter
 
 import pytest
 
 from llama_lora.corpus.clean.cleaner import Cleaner, blocked_phrases
-from llama_lora.corpus.records.conversation import Rejected
+from llama_lora.corpus.records.conversation import Rejected, count_pairs
 from tests.conftest import DATA, run_here, shipped
 from tests.corpora import conversation, said
 from tests.corpus.stages import BALANCE, CLEAN, MERGE, run
@@ -134,3 +135,62 @@ def test_the_shipped_identity_samples_all_pass(tmp_path):
     assert read == kept
     before = [c["conversations"] for name in sources for c in shipped(name.name)]
     assert [item["conversations"] for item in json.loads(out.read_text())] == before
+
+
+def test_an_empty_turn_beside_one_of_the_same_role_is_dropped_and_counted():
+    roles, texts = "hhghggh", ["Go on", "", "a1", "q2", " \u200b", "a2", ""]
+    names = {"h": "human", "g": "gpt"}
+    turns = [{"from": names[r], "value": t} for r, t in zip(roles, texts, strict=True)]
+    turns.insert(3, {"from": "gpt", "value": ""})
+    one = Cleaner(None)({"id": "a", "conversations": turns})
+    kept = one.conversations[0]["conversations"]
+    assert [turn["value"] for turn in kept] == ["Go on", "a1", "q2", "a2"]
+    assert +one.repairs == Counter({"empty turns": 3, "trailing questions": 1})
+    assert one.pairs + one.dropped.total() == count_pairs(turns)
+
+
+def test_an_assistant_that_claims_to_be_another_is_caught_in_every_language_of_the_readme():
+    cleaner = Cleaner(blocked_phrases(None))
+    claims = [
+        *("我是由OpenAI開發的語言模型。", "作為ChatGPT，我沒有意見。", "我叫Claude。"),
+        *("私はChatGPTです。", "저는 ChatGPT입니다.", "أنا ChatGPT، نموذج لغوي"),
+        *("Soy ChatGPT.", "Je suis Claude.", "Ich bin Gemini.", "Sono Bard.", "Eu sou ChatGPT."),
+        *("Ik ben Copilot.", "Я ChatGPT."),
+    ]
+    for text in claims:
+        with pytest.raises(Rejected, match="blocked phrase"):
+            cleaner(conversation("a", "Who are you?", text))
+    for text in (
+        "我喜欢用ChatGPT。",
+        "ChatGPTは便利です。",
+        "ChatGPT는 유용합니다.",
+        "Uso ChatGPT.",
+    ):
+        cleaner(conversation("a", "Which one?", text))
+
+
+def test_traditional_chinese_becomes_simplified_on_request_but_for_code_and_addresses(tmp_path):
+    traditional = "對不起，我竟然忘了昨天是你的生日，祝你生日快樂。請看這段程式碼："
+    code = "```python\nprint('對不起，生日快樂')  # 顯示訊息\n```"
+    rest = "執行 `印出('對不起')`，再看 https://zh.wikipedia.org/wiki/臺灣 的說明。"
+    japanese = (
+        "誕生日おめでとうございます。國學院大學で會いましょう。忘れていて本當にごめんなさい。"
+    )
+    items = [
+        conversation("tw", traditional, f"{traditional}\n{code}\n{rest}"),
+        conversation("ja", japanese, japanese),
+        conversation("en", "What does 對不起 mean?", "It means sorry; 生日快樂 is happy birthday."),
+        conversation("zh", "番茄炒蛋怎么做才好吃？", "先炒蛋，再炒番茄，最后合在一起。"),
+    ]
+    texts = lambda: [  # noqa: E731
+        [turn["value"] for turn in item["conversations"]]
+        for item in json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))
+    ]
+    for item in items:
+        assert Cleaner(None)(item).conversations == [item]
+    _, _, printed = run(CLEAN, items, tmp_path, "--simplified-chinese")
+    simplified = "对不起，我竟然忘了昨天是你的生日，祝你生日快乐。请看这段程式码："
+    left = "执行 `印出('對不起')`，再看 https://zh.wikipedia.org/wiki/臺灣 的说明。"
+    assert texts()[0] == [simplified, f"{simplified}\n{code}\n{left}"]
+    assert texts()[1:] == [[turn["value"] for turn in item["conversations"]] for item in items[1:]]
+    assert "repaired: turns in traditional Chinese 2" in printed

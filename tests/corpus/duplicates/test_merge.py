@@ -52,6 +52,29 @@ def test_shuffle_limit_and_a_held_out_share(tmp_path):
     assert run(MERGE, items, tmp_path, *flags)[0] == kept
 
 
+def test_what_cleaning_makes_equal_stays_on_one_side(tmp_path):
+    """Each chat is there twice: as it was exported, and as text."""
+    page = '<div class="markdown prose"><p>A <strong>kettle</strong> number {}.</p></div>'
+    texts = [
+        (f"page{i}", "text" if twin else "html", page.format(i))
+        for i in range(40)
+        for twin in (False, True)
+    ]
+    items = [
+        conversation(f"{kind}-{name}", f"What is {name}?", html)
+        if kind == "html"
+        else conversation(
+            f"{kind}-{name}", f"What is {name}?\n", f"A **kettle** number {name[4:]}."
+        )
+        for name, kind, html in texts
+    ]
+    kept, *_ = run(MERGE, items, tmp_path, "--split-eval", 0.2)
+    held = json.loads((tmp_path / "out.eval.json").read_text())
+    sides = [{item["id"].partition("-")[2] for item in part} for part in (kept, held)]
+    assert len(held) >= 16
+    assert not sides[0] & sides[1]
+
+
 def test_at_least_one_conversation_is_held_out_and_never_all():
     draw = partial(random.Random, 1)
     assert len(choose(list(range(20)), list(range(20)), 0.02, draw())) == 1

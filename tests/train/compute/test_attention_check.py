@@ -119,11 +119,12 @@ def test_packed_rows_are_each_example_alone_under_eager_attention(kind):
     assert (without - alone).abs().max() > 0.3  # otherwise nothing was tested
 
 
-def test_a_mistral_is_trained_and_measured_within_its_window(
-    tmp_path, llama_tokenizer, monkeypatch
+@pytest.mark.parametrize("kind", ["mistral", "olmo2"])
+def test_a_base_is_trained_and_measured_as_it_computes_by_itself(
+    kind, tmp_path, llama_tokenizer, monkeypatch
 ):
     monkeypatch.setenv(DTYPE_SWITCH, "float32")
-    base = bases.saved(tmp_path / "base", "mistral", llama_tokenizer)
+    base = bases.saved(tmp_path / "base", kind, llama_tokenizer)
     corpus = save(tmp_path / "split.json", shipped("dummy_en.json")[:12])
     out = tmp_path / "out"
     done = run_here(

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from llama_lora.train.memory import gradient_checkpointing, tiled_mlp
 from tests.train.adapted import adapted_llama, layers_of, step, trainable
@@ -30,6 +31,22 @@ def test_loss_and_gradients_are_those_of_whole_mlps(tmp_path, quantization, chec
         assert loss.item() == pytest.approx(expected_loss.item(), rel=1e-6)
         assert close(found, expected)
     assert all(parameter.grad is None for parameter in trainable(model))
+
+
+@pytest.mark.parametrize("kind", tiled_mlp.NORM_BEFORE_MLP)
+def test_every_base_that_is_tiled_has_its_mlp_behind_that_norm(kind):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "vocab_size": 64, "pad_token_id": 0}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+    config = AutoConfig.for_model(
+        kind, num_hidden_layers=2, initializer_range=0.3, **sizes, **heads
+    )
+    model = AutoModelForCausalLM.from_config(config, trust_remote_code=False).eval()
+    ids = torch.arange(50)[None]
+    with torch.no_grad():
+        expected = model(ids).logits
+        assert tiled_mlp.set_up(model, list(model.model.layers), 7)
+        assert torch.allclose(model(ids).logits, expected, atol=1e-5)
 
 
 def test_dora_and_mlps_without_trained_weights(tmp_path):
