@@ -6,7 +6,7 @@ from itertools import pairwise
 from pathlib import Path
 
 
-def peak_rate(base: Path, tokens: int) -> float:
+def peak_rate(base: Path, tokens: int, seconds: float = 0.5) -> float:
     """FLOP/s of the fastest of the model's own matrix products, in the dtype it trains in."""
     import torch
 
@@ -21,7 +21,8 @@ def peak_rate(base: Path, tokens: int) -> float:
         for inner, outer in shapes:
             left = torch.randn(rows, inner, device=device, dtype=compute_dtype())
             right = torch.randn(inner, outer, device=device, dtype=compute_dtype())
-            best = max(best, 2 * rows * inner * outer / fastest(lambda: torch.mm(left, right)))  # noqa: B023
+            took = fastest(lambda: torch.mm(left, right), seconds)  # noqa: B023
+            best = max(best, 2 * rows * inner * outer / took)
     return best
 
 

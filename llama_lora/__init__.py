@@ -1,5 +1,7 @@
 """What the stages of the toolkit are made of: corpus, model, train."""
 
+import atexit
+import gc
 import logging
 import os
 import sys
@@ -15,3 +17,7 @@ logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 # than a hundred, each of them in all layers. Read when torch is imported.
 for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
     os.environ.setdefault(name, "128")
+
+# A process that ends gives everything back: there is no garbage to look for among the million
+# objects of the libraries, which takes a second.
+atexit.register(gc.freeze)

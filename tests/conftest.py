@@ -1,9 +1,12 @@
 """A tiny Llama and its tokenizers, made on the spot, and the scripts run as users run them."""
 
+import gc
 import io
 import json
 import os
+import re
 import runpy
+import shlex
 import signal
 import socket
 import subprocess
@@ -29,6 +32,8 @@ pytest.register_assert_rewrite(
 
 ROOT = Path(__file__).parents[1]
 DATA = ROOT / "data"
+SHIPPED = [DATA / name for name in ("dummy_en.json", "dummy_cn.json", "sharegpt_sample.json")]
+TRAIN = ROOT / "fastchat/train/train_lora.py"
 # What a machine without a network has; a test that reached for a model hub would fail.
 OFFLINE = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
 TOKENS = tempfile.TemporaryDirectory(prefix="llama-lora-tokens-")  # until this process ends
@@ -36,6 +41,13 @@ OFFLINE["LLAMA_LORA_CACHE"] = TOKENS.name
 # The same arithmetic on every CPU; tests of other dtypes set it themselves.
 OFFLINE["LLAMA_LORA_DTYPE"] = "float32"
 os.environ.update(OFFLINE)  # before torch is imported, for this process and those it starts
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _what_is_imported_stays():
+    """No collection of garbage searches again, in each training, what came before this module."""
+    gc.collect()
+    gc.freeze()
 
 
 def run_script(*command, timeout: int = 300, **options) -> subprocess.CompletedProcess:
@@ -187,6 +199,61 @@ def tiny_base(tmp_path_factory, llama_tokenizer) -> Path:
     LlamaForCausalLM(config).save_pretrained(folder)
     llama_tokenizer.save_pretrained(folder)
     return folder
+
+
+# Every flag of the README's command, with sizes for a tiny model.
+README_FLAGS = shlex.split("""
+--lora_r 8 --lora_alpha 16 --lora_dropout 0.05 --fp16 True --num_train_epochs 1
+--per_device_train_batch_size 4 --per_device_eval_batch_size 4 --gradient_accumulation_steps 1
+--evaluation_strategy no --save_strategy steps --save_steps 2 --save_total_limit 5
+--learning_rate 2e-3 --weight_decay 0. --warmup_ratio 0.03 --lr_scheduler_type cosine
+--logging_steps 1 --model_max_length 256 --gradient_checkpointing True
+""")
+README_CORPUS = 48  # conversations, a multiple of the two launchers' batches
+
+
+@pytest.fixture(scope="session")
+def shipped_split(tmp_path_factory, tiny_base) -> Path:
+    """The shipped data, through every stage of the corpus in its order; each accounts for all."""
+    folder = tmp_path_factory.mktemp("stages")
+    expected = sum(len(shipped(path.name)) for path in SHIPPED)
+    sources = SHIPPED
+    for script, *flags in (
+        ("merge",),
+        ("clean_sharegpt",),
+        ("optional_clean", "--keep-lang", "en"),
+        ("split_long_conversation", "--model-name", tiny_base, "--max-length", 256),
+    ):
+        out = folder / f"{script}.json"
+        done = run_here(f"fastchat/data/{script}.py", "--in", *sources, "--out", out, *flags)
+        assert done.returncode == 0, done.stderr
+        numbers = r"^read ([\d,]+) · kept ([\d,]+).* · rejected ([\d,]+)"
+        closing = re.findall(numbers, done.stdout, re.M)[-1]
+        read, kept, rejected = (int(number.replace(",", "")) for number in closing)
+        assert read == kept + rejected == expected
+        sources, expected = [out], kept
+    return out
+
+
+@pytest.fixture(scope="session")
+def readme_corpus(shipped_split, tmp_path_factory) -> Path:
+    """The first conversations of it."""
+    path = tmp_path_factory.mktemp("readme") / "split.json"
+    path.write_text(json.dumps(json.loads(shipped_split.read_text())[:README_CORPUS]))
+    return path
+
+
+@pytest.fixture(scope="session")
+def launched(tiny_base, readme_corpus, tmp_path_factory):
+    """A training by `deepspeed` in two processes, as the README says: the run, and its folder.
+
+    In the dtype that users of this machine get.
+    """
+    folder = tmp_path_factory.mktemp("launched")
+    own = "--model_name_or_path", tiny_base, "--data_path", readme_corpus, "--output_dir", folder
+    command = [*deepspeed(2), TRAIN, "--deepspeed", "./deepspeed-config.json", *own, *README_FLAGS]
+    env = {name: value for name, value in os.environ.items() if name != "LLAMA_LORA_DTYPE"}
+    return run_script(*command, "--eval_ratio", 0.125, env=env), folder
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,5 @@
 """The README's stages in order, each through its script, from the shipped data to an answer."""
 
-import json
 import os
 import re
 import shlex
@@ -11,58 +10,30 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import DATA, ROOT, deepspeed, run_here, run_script
+from tests.conftest import ROOT, deepspeed, run_here
 from tests.documents import blocks, commands
-
-SHIPPED = [DATA / name for name in ("dummy_en.json", "dummy_cn.json", "sharegpt_sample.json")]
-
-
-def run(script, *flags):
-    """Run a script in this process, or what is no script in one of its own; what it printed."""
-    done = (run_here if script.endswith(".py") else run_script)(script, *flags)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
-
-
-def accounted(output: str) -> int:
-    """Conversations kept, of a closing line that adds up."""
-    numbers = re.findall(r"^read ([\d,]+) · kept ([\d,]+).* · rejected ([\d,]+)", output, re.M)
-    read, kept, rejected = (int(number.replace(",", "")) for number in numbers[-1])
-    assert read == kept + rejected
-    return kept
-
-
-@pytest.fixture(scope="module")
-def split(tmp_path_factory, tiny_base) -> Path:
-    """The corpus path on the shipped data."""
-    folder = tmp_path_factory.mktemp("corpus")
-    merged, clean, kept, split = (folder / f"{name}.json" for name in "mckS")
-    total = sum(len(json.loads(path.read_text(encoding="utf-8"))) for path in SHIPPED)
-    assert accounted(run("fastchat/data/merge.py", "--in", *SHIPPED, "--out", merged)) <= total
-    accounted(run("fastchat/data/clean_sharegpt.py", "--in", merged, "--out", clean))
-    accounted(
-        run("fastchat/data/optional_clean.py", "--in", clean, "--out", kept, "--keep-lang", "en")
-    )
-    script = "fastchat/data/split_long_conversation.py"
-    accounted(
-        run(script, "--in", kept, "--out", split, "--model-name", tiny_base, "--max-length", "256")
-    )
-    return split
 
 
 @pytest.mark.parametrize("launcher", ["python", "deepspeed"])
-def test_from_shipped_data_to_an_answer(launcher, split, tiny_base, tmp_path):
-    script = ["fastchat/train/train_lora.py"]
+def test_from_shipped_data_to_an_answer(launcher, shipped_split, tiny_base, tmp_path, request):
     if launcher == "deepspeed":
-        script = [*deepspeed(2), *script, "--deepspeed", "./deepspeed-config.json"]
-    own = ["--model_name_or_path", tiny_base, "--data_path", split, "--output_dir", tmp_path]
-    flags = """--per_device_train_batch_size 8 --model_max_length 256 --max_steps 3
-        --learning_rate 1e-2 --logging_steps 1 --save_strategy no"""
-    output = run(*script, *own, *shlex.split(flags))
-    assert " 0 truncated " in output  # the splitter counted as the trainer renders
-    prompt = ["--prompt", "Who are you?", "--temperature", "0", "--max_new_tokens", "8"]
-    base = ["generate.py", "--base_model", tiny_base]
-    assert run(*base, "--lora_weights", tmp_path, *prompt) != run(*base, *prompt)
+        done, adapter = request.getfixturevalue("launched")
+    else:
+        adapter = tmp_path
+        own = "--model_name_or_path", tiny_base, "--data_path", shipped_split
+        flags = """--per_device_train_batch_size 8 --model_max_length 256 --max_steps 3
+            --learning_rate 1e-2 --logging_steps 1 --save_strategy no"""
+        script = "fastchat/train/train_lora.py"
+        done = run_here(script, *own, "--output_dir", adapter, *shlex.split(flags))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert " 0 truncated " in done.stdout  # the splitter counted as the trainer renders
+    asked = "--prompt", "Who are you?", "--temperature", 0, "--max_new_tokens", 8
+    answers = [
+        run_here("generate.py", "--base_model", tiny_base, *lora, *asked)
+        for lora in ([], ["--lora_weights", adapter])
+    ]
+    assert [one.returncode for one in answers] == [0, 0]
+    assert answers[0].stdout != answers[1].stdout
 
 
 # Nothing to train or to run in: set-up, a server, and Meta's weights.

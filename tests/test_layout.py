@@ -49,9 +49,20 @@ def test_no_text_says_python_m_fastchat():
     assert not [path for path in texts if "-m fastchat" in path.read_text(encoding="utf-8")]
 
 
+@pytest.fixture(scope="module")
+def training_help(tmp_path_factory):
+    """What train_lora.py --help tells, which takes seconds, and the file of a fetched kernel."""
+    return where_kernels_is(
+        tmp_path_factory.mktemp("help"), "fastchat/train/train_lora.py", "--help"
+    )
+
+
 @pytest.mark.parametrize("script", SCRIPTS, ids=str)
-def test_help(script):
-    done = run_script(ROOT / script, "--help")
+def test_help(script, request):
+    if str(script) == "fastchat/train/train_lora.py":
+        done, _ = request.getfixturevalue("training_help")
+    else:
+        done = run_script(ROOT / script, "--help")
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("usage:")
     assert not done.stderr
@@ -92,23 +103,25 @@ sys.meta_path.insert(0, Hook())
 """
 
 
-@pytest.mark.parametrize(
-    "command",
-    [
-        ["fastchat/train/train_lora.py", "--help"],
-        ["generate.py", "--prompt", "Hi!", "--max_new_tokens", "1", "--load_4bit", "--base_model"],
-    ],
-    ids=lambda command: command[0],
-)
-def test_no_code_comes_from_a_hub(command, tiny_base, tmp_path):
-    """bitsandbytes and transformers fetch and run some where the package `kernels` is installed."""
-    marker = tmp_path / "imported"
-    (tmp_path / "kernels.py").write_text(
+def where_kernels_is(folder, *command):
+    """A script's run where a package `kernels` would be found, and the file that it would write."""
+    marker = folder / "imported"
+    (folder / "kernels.py").write_text(
         f"open({str(marker)!r}, 'a').write('kernels')\ndef get_kernel(*_, **__): return None\n"
     )
-    (tmp_path / "sitecustomize.py").write_text(AVX512_BF16)
-    base = [tiny_base] if command[-1] == "--base_model" else []
-    done = run_script(*command, *base, env={**os.environ, "PYTHONPATH": str(tmp_path)})
+    (folder / "sitecustomize.py").write_text(AVX512_BF16)
+    path = os.pathsep.join([str(folder), str(ROOT)])
+    return run_script(*command, env={**os.environ, "PYTHONPATH": path}), marker
+
+
+@pytest.mark.parametrize("script", ["train_lora.py", "generate.py"])
+def test_no_code_comes_from_a_hub(script, tiny_base, tmp_path, request):
+    """bitsandbytes and transformers fetch and run some where the package `kernels` is installed."""
+    if script == "train_lora.py":
+        done, marker = request.getfixturevalue("training_help")
+    else:
+        asked = "--prompt", "Hi!", "--max_new_tokens", 1, "--load_4bit", "--base_model", tiny_base
+        done, marker = where_kernels_is(tmp_path, script, *asked)
     assert done.returncode == 0, done.stderr
     assert not marker.exists()
     assert "kernels" not in done.stderr

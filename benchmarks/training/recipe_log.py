@@ -9,7 +9,8 @@ from transformers import TrainerCallback
 
 from benchmarks.pages import PRECISIONS
 from llama_lora.model.labels import IGNORE
-from llama_lora.train.logs import LOG, peak_memory
+from llama_lora.train.logs import LOG
+from llama_lora.train.memory.peak import peak_memory
 
 
 def parser(doc: str) -> argparse.ArgumentParser:

@@ -19,8 +19,10 @@ from llama_lora.hardware.device import dtype_name, resolve_quantization
 from llama_lora.train import lora_model
 from llama_lora.train.arguments import DataArguments, LoraArguments, TrainingArguments
 from llama_lora.train.data import micro_batches
-from llama_lora.train.data.packing import Example, MicroBatches
-from llama_lora.train.logs import LogFile, LogLine, peak_memory, quieten
+from llama_lora.train.data.example import Example
+from llama_lora.train.data.packing import MicroBatches
+from llama_lora.train.logs import LogFile, LogLine, quieten
+from llama_lora.train.memory.peak import peak_memory
 from llama_lora.train.stopping import EarlyStop
 from llama_lora.train.trainer import LoraTrainer
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from llama_lora.model.labels import IGNORE
+from llama_lora.train.data.example import Example
 from llama_lora.train.data.examples import Examples, hold_out, load_examples
-from llama_lora.train.data.packing import Example
 
 
 def training_examples(adapter: Path, template) -> Examples | None:

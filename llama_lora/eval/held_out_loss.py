@@ -10,8 +10,8 @@ import numpy as np
 from llama_lora.chat.adapters import BASE, Adapters
 from llama_lora.eval.bootstrap import Estimate, ratios
 from llama_lora.eval.token_losses import labelled_counts, summed_losses, token_changes
+from llama_lora.train.data.example import Example
 from llama_lora.train.data.examples import Audit, Examples, hold_out, load_examples
-from llama_lora.train.data.packing import Example
 
 ADAPTER = "adapter"  # the name of the side that is compared with `BASE`
 EXTREMES = 3  # conversations to look at, of those that changed most for better and for worse

@@ -13,8 +13,9 @@ from llama_lora.cli import InputError
 from llama_lora.model.labels import IGNORE
 from llama_lora.train.compute import chunked_loss
 from llama_lora.train.compute.packed_attention import BY_EXAMPLE
+from llama_lora.train.data.example import Example
 from llama_lora.train.data.examples import Examples
-from llama_lora.train.data.packing import Example, MicroBatches, check_isolation, collate
+from llama_lora.train.data.packing import MicroBatches, check_isolation, collate
 
 
 def summed_losses(

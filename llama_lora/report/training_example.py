@@ -6,7 +6,7 @@ from llama_lora.model.labels import IGNORE
 from llama_lora.model.template import Template
 from llama_lora.report.conversation_view import PLAIN, TRAINED
 from llama_lora.report.terminal import MEANINGS, mark, strong, visible
-from llama_lora.train.data.packing import Example
+from llama_lora.train.data.example import Example
 
 WIDTH, HEAD, TAIL = 100, 9, 5  # columns of a line; the lines shown of a long example
 

@@ -2,18 +2,17 @@
 
 import json
 import math
-import re
 import sys
 import time
 import warnings
 from pathlib import Path
 
-import torch
 import transformers
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from llama_lora.hardware.cards import GIB
+from llama_lora.train.memory.peak import peak_memory
 
 LOG = "trainer_log.jsonl"
 PICTURE = "loss.png"
@@ -97,7 +96,7 @@ class LogFile(TrainerCallback):
     """Keeps `trainer_log.jsonl` and `loss.png` in the output folder."""
 
     def __init__(self, totals: Totals):
-        self.totals, self.drawn = totals, time.monotonic()
+        self.totals, self.drawn, self.ended = totals, time.monotonic(), False
 
     def on_train_begin(self, args, state, control, **kwargs):
         """Forget what a run after the checkpoint resumed from had logged."""
@@ -121,11 +120,12 @@ class LogFile(TrainerCallback):
         }
         with self.path.open("a") as file:
             file.write(json.dumps(entry) + "\n")
-        if time.monotonic() - self.drawn > REDRAW_SECONDS or state.global_step == state.max_steps:
+        if time.monotonic() - self.drawn > REDRAW_SECONDS or self.ended:
             self.draw()
 
     def on_train_end(self, args, state, control, **kwargs):
         if state.is_world_process_zero:
+            self.ended = True
             self.draw()
 
     def draw(self) -> None:
@@ -171,15 +171,6 @@ def smoothed(values) -> list[float]:
         total, weight = keep * total + value, keep * weight + 1
         averages.append(total / weight)
     return averages
-
-
-def peak_memory() -> int:
-    """Most bytes this process held so far: of the card's memory, or without one of the host's."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_reserved()
-    # Not `ru_maxrss`, which begins with what the process held that started this one.
-    status = Path("/proc/self/status").read_text()
-    return int(re.search(r"^VmHWM:\s+(\d+) kB$", status, re.MULTILINE)[1]) << 10
 
 
 def quieten(args) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 from llama_lora.hardware.device import device_name, dtype_name
 from llama_lora.model import adapter, model_card
 from llama_lora.train import checkpoints
-from llama_lora.train.logs import peak_memory
+from llama_lora.train.memory.peak import peak_memory
 
 
 def save(trainer, template, summary: dict) -> None:

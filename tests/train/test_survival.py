@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -55,9 +56,26 @@ def uninterrupted(tiny_base, corpus, tmp_path_factory) -> Path:
     """The adapter of a run that nothing disturbed."""
     folder = tmp_path_factory.mktemp("uninterrupted")
     own = ["--model_name_or_path", tiny_base, "--data_path", corpus, "--output_dir", folder]
-    done = run_here(SCRIPT, *own, *FLAGS, "--save_strategy", "no")
+    done = run_here(SCRIPT, *own, *FLAGS)
     assert done.returncode == 0, done.stderr
     return folder
+
+
+@pytest.fixture(scope="module")
+def one_step(tiny_base, corpus, tmp_path_factory) -> Path:
+    """What a run left that --max_hours stopped after its first step."""
+    folder = tmp_path_factory.mktemp("stopped")
+    own = ["--model_name_or_path", tiny_base, "--data_path", corpus, "--output_dir", folder]
+    done = run_here(SCRIPT, *own, *FLAGS, "--max_hours", "1e-6")
+    assert done.returncode == 0, done.stderr
+    assert "stopped by --max_hours 1e-06 after step 1 of" in done.stdout
+    return folder
+
+
+@pytest.fixture
+def stopped(one_step, tmp_path) -> Path:
+    """A copy of that, to go on from."""
+    return shutil.copytree(one_step, tmp_path / "stopped")
 
 
 def log_of(output: Path) -> list[dict]:
@@ -99,13 +117,10 @@ def test_a_signal_saves_and_the_resumed_run_ends_in_the_same_bits(
     assert [entry["step"] for entry in logged] == list(range(1, STEPS + 1))
 
 
-def test_max_hours_ends_in_time_and_resumes_to_the_same_bits(train, uninterrupted, tmp_path):
-    code, out, _ = train(tmp_path, "--max_hours", "1e-6")
-    assert code == 0
-    assert "stopped by --max_hours 1e-06 after step 1 of" in out
-    code, _, err = train(tmp_path, "--resume_from_checkpoint", "auto")
+def test_max_hours_ends_in_time_and_resumes_to_the_same_bits(train, uninterrupted, stopped):
+    code, _, err = train(stopped, "--resume_from_checkpoint", "auto")
     assert code == 0, err
-    assert same_adapter(tmp_path, uninterrupted)
+    assert same_adapter(stopped, uninterrupted)
 
 
 @pytest.mark.slow
@@ -178,10 +193,9 @@ def test_a_full_disk_is_one_line_and_the_last_good_checkpoint_stands(
     assert not (tmp_path / "checkpoint-2").exists()
 
 
-def test_resuming_with_other_settings_names_them(train, tmp_path):
-    assert train(tmp_path, "--max_hours", "1e-6")[0] == 0
+def test_resuming_with_other_settings_names_them(train, stopped):
     other = ["--per_device_train_batch_size", "1", "--lora_r", "4", "--seed", "7"]
-    code, _, err = train(tmp_path, *other, "--resume_from_checkpoint", "True")
+    code, _, err = train(stopped, *other, "--resume_from_checkpoint", "True")
     assert code == 1
     assert "--per_device_train_batch_size 1 (was 2)" in err
     assert "--seed 7 (was 42)" in err
@@ -189,7 +203,7 @@ def test_resuming_with_other_settings_names_them(train, tmp_path):
 
 
 def test_resuming_further_back_takes_the_abandoned_branch_away(train, uninterrupted, tmp_path):
-    assert train(tmp_path)[0] == 0
+    shutil.copytree(uninterrupted, tmp_path, dirs_exist_ok=True)
     again = ["--resume_from_checkpoint", tmp_path / "checkpoint-4", "--save_total_limit", "2"]
     code, out, err = train(tmp_path, *again)
     assert code == 0, err
@@ -199,12 +213,11 @@ def test_resuming_further_back_takes_the_abandoned_branch_away(train, uninterrup
     assert same_adapter(tmp_path, uninterrupted)
 
 
-def test_another_learning_rate_on_resuming_is_obeyed(train, tmp_path):
-    assert train(tmp_path, "--max_hours", "1e-6")[0] == 0
-    code, out, _ = train(tmp_path, "--resume_from_checkpoint", "True", "--learning_rate", "1e-3")
+def test_another_learning_rate_on_resuming_is_obeyed(train, stopped):
+    code, out, _ = train(stopped, "--resume_from_checkpoint", "True", "--learning_rate", "1e-3")
     assert code == 0
     assert "learning rate 0.001 in the place of 0.002" in out
-    rates = [entry["learning_rate"] for entry in log_of(tmp_path)]
+    rates = [entry["learning_rate"] for entry in log_of(stopped)]
     assert max(rates[1:]) == pytest.approx(1e-3)
 
 

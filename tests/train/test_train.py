@@ -4,7 +4,6 @@ import json
 import math
 import os
 import re
-import shlex
 import shutil
 import signal
 import subprocess
@@ -20,17 +19,17 @@ from llama_lora.hardware.device import DTYPE_SWITCH
 from llama_lora.model import adapter
 from llama_lora.model.folder import base_fingerprint
 from llama_lora.train.checkpoints import check_engine, clear, finish, is_complete, starting_point
-from tests.conftest import ROOT, deepspeed, run_here, run_script, shipped
+from tests.conftest import (
+    README_CORPUS,
+    README_FLAGS,
+    ROOT,
+    TRAIN,
+    deepspeed,
+    run_here,
+    run_script,
+    shipped,
+)
 
-SCRIPT = ROOT / "fastchat/train/train_lora.py"
-# Every flag of the README's command, with sizes for a tiny model.
-FLAGS = shlex.split("""
---lora_r 8 --lora_alpha 16 --lora_dropout 0.05 --fp16 True --num_train_epochs 1
---per_device_train_batch_size 4 --per_device_eval_batch_size 4 --gradient_accumulation_steps 1
---evaluation_strategy no --save_strategy steps --save_steps 2 --save_total_limit 5
---learning_rate 2e-3 --weight_decay 0. --warmup_ratio 0.03 --lr_scheduler_type cosine
---logging_steps 1 --model_max_length 256 --gradient_checkpointing True
-""")
 ADAPTER_FILES = {
     "README.md",
     "adapter_config.json",
@@ -43,26 +42,33 @@ ADAPTER_FILES = {
     "trainer_log.jsonl",
     "trainer_state.json",
 }
-CORPUS = 48  # conversations, a multiple of the two launchers' batches
 
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("corpus") / "split.json"
-    path.write_text(json.dumps(shipped("dummy_en.json")[:CORPUS]))
+    path.write_text(json.dumps(shipped("dummy_en.json")[:README_CORPUS]))
     return path
 
 
 def command(launcher, base, corpus, output, *more):
     start = {
-        "python": [sys.executable, SCRIPT],
-        "deepspeed": [*deepspeed(2), SCRIPT, "--deepspeed", "./deepspeed-config.json"],
+        "python": [sys.executable, TRAIN],
+        "deepspeed": [*deepspeed(2), TRAIN, "--deepspeed", "./deepspeed-config.json"],
     }[launcher]
     return [str(part) for part in (*start, *flags(base, corpus, output), *more)]
 
 
 def flags(base, corpus, output) -> list:
-    return ["--model_name_or_path", base, "--data_path", corpus, "--output_dir", output, *FLAGS]
+    return [
+        "--model_name_or_path",
+        base,
+        "--data_path",
+        corpus,
+        "--output_dir",
+        output,
+        *README_FLAGS,
+    ]
 
 
 def train(launcher, *args):
@@ -89,19 +95,24 @@ def base_named(folder: Path) -> str:
 
 
 @pytest.mark.parametrize(("launcher", "processes"), [("python", 1), ("deepspeed", 2)])
-def test_the_readmes_command(launcher, processes, tiny_base, corpus, tmp_path):
+def test_the_readmes_command(
+    launcher, processes, tiny_base, readme_corpus, tmp_path, monkeypatch, request
+):
     """In the dtype that users of this machine get."""
-    words = command(launcher, tiny_base, corpus, tmp_path, "--eval_ratio", "0.125")
-    own = {name: value for name, value in os.environ.items() if name != DTYPE_SWITCH}
-    done = run_script(*words, env=own)
+    if launcher == "deepspeed":
+        done, output = request.getfixturevalue("launched")
+    else:
+        monkeypatch.delenv(DTYPE_SWITCH)
+        output = tmp_path
+        done = train(launcher, tiny_base, readme_corpus, output, "--eval_ratio", "0.125")
     assert done.returncode == 0, done.stderr[-3000:]
-    if port := re.search(r"master_port=(\d+)", " ".join(words)):
+    if port := re.search(r"master_port=(\d+)", " ".join(done.args)):
         assert not list(Path("/dev/shm").glob(f"deepspeed_*_{port[1]}_*"))
 
     examples, batches = re.search(
         r"^(\d+) examples in (\d+) micro-batches of 4 × 256 tokens", done.stdout, re.M
     ).groups()
-    assert int(examples) == CORPUS - CORPUS // 8
+    assert int(examples) == README_CORPUS - README_CORPUS // 8
     steps = math.ceil(int(batches) / processes)
     logged = re.findall(rf"^step +(\d+)/{steps} \| epoch \S+ \| loss \d", done.stdout, re.M)
     assert logged == [str(step + 1) for step in range(steps)]
@@ -109,23 +120,23 @@ def test_the_readmes_command(launcher, processes, tiny_base, corpus, tmp_path):
     if not torch.cuda.is_available():
         assert done.stdout.count("--fp16 True: not on CPU") == 1
 
-    written = {path.name for path in tmp_path.iterdir()}
+    written = {path.name for path in output.iterdir()}
     checkpoints = {name for name in written if name.startswith("checkpoint-")}
     assert checkpoints == {f"checkpoint-{step}" for step in {*range(2, steps + 1, 2), steps}}
     assert written - checkpoints == ADAPTER_FILES | {"best_adapter"}
     for folder in (".", *checkpoints):
-        files = [tmp_path / folder / name for name in (adapter.CONFIG, adapter.WEIGHTS)]
+        files = [output / folder / name for name in (adapter.CONFIG, adapter.WEIGHTS)]
         assert len({path.stat().st_mode for path in files}) == 1, folder  # both as the umask says
-        assert base_fingerprint.same(tmp_path / folder / adapter.WEIGHTS, tiny_base), folder
-        assert base_named(tmp_path / folder) == str(tiny_base)
-    summary = json.loads((tmp_path / "summary.json").read_text())
+        assert base_fingerprint.same(output / folder / adapter.WEIGHTS, tiny_base), folder
+        assert base_named(output / folder) == str(tiny_base)
+    summary = json.loads((output / "summary.json").read_text())
     # A of rank 8 × in and B of out × 8, in each of 2 layers, for q, k, v, o, gate, up and down.
     shapes = [(32, 32), (32, 16), (32, 16), (32, 32), (32, 64), (32, 64), (64, 32)]
     assert summary["trainable_parameters"] == 2 * sum(8 * (a + b) for a, b in shapes)
     assert summary["quantization"] == "8bit"
     assert summary["processes"] == processes
     assert summary["held_out_loss_after"] < summary["held_out_loss_before"]
-    assert loads_with_peft_alone(tiny_base, tmp_path)
+    assert loads_with_peft_alone(tiny_base, output)
 
 
 @pytest.mark.slow
@@ -265,7 +276,7 @@ def test_a_bad_corpus_is_one_line(kind, tiny_base, tmp_path):
     content, expected = BAD[kind]
     path = tmp_path / "bad.json"
     path.write_text(content)
-    done = run_here(SCRIPT, *flags(tiny_base, path, tmp_path / "out"))
+    done = run_here(TRAIN, *flags(tiny_base, path, tmp_path / "out"))
     assert_one_line(done, expected, str(path))
 
 
@@ -278,7 +289,7 @@ def test_a_bad_corpus_is_one_line(kind, tiny_base, tmp_path):
     ],
 )
 def test_bad_flags_are_one_line(more, expected, tiny_base, corpus, tmp_path):
-    done = run_here(SCRIPT, *flags(tiny_base, corpus, tmp_path / "out"), *more)
+    done = run_here(TRAIN, *flags(tiny_base, corpus, tmp_path / "out"), *more)
     assert_one_line(done, expected)
 
 

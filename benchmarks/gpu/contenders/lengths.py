@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from llama_lora.model.labels import IGNORE
-from llama_lora.train.data.packing import Example
+from llama_lora.train.data.example import Example
 
 FILE = Path(__file__).with_name("lengths.json")
 WHOLE = "conversations"  # the entry of those that were not split

@@ -116,9 +116,10 @@ def rates(cache: Path, shape: str) -> dict:
     from llama_lora.model.folder.shape import shape_of
     from llama_lora.train.plan import time_estimate
 
+    scale = KINDS[shape]["7B"].scale
     folder, on = base.made(cache, shape, "7B"), "cuda" if torch.cuda.is_available() else "cpu"
     return {
-        "peak_flops": peak_rate(folder, 8192 // KINDS[shape]["7B"].scale),
+        "peak_flops": peak_rate(folder, 8192 // scale, 0.5 / scale),
         "planner_rate": time_estimate.measured_rate(shape_of(folder), compute_dtype(), on),
     }
 

@@ -15,7 +15,7 @@ from llama_lora.corpus.records.json_values import parse
 from llama_lora.model.labels import IGNORE
 from llama_lora.model.template import VICUNA_V1_1, Template
 from llama_lora.train.data import token_cache
-from llama_lora.train.data.packing import Example
+from llama_lora.train.data.example import Example
 
 BATCH_BYTES = 1 << 20  # of conversations tokenized in one call: enough to keep all cores busy
 READ_AT_ONCE = 4096  # examples

@@ -1,7 +1,6 @@
 """Micro-batches of whole examples with no padding: what is computed is what is learned from."""
 
 import random
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -12,21 +11,9 @@ from llama_lora.model.adapter import is_int8
 from llama_lora.model.labels import IGNORE
 from llama_lora.train.compute import attention_check
 from llama_lora.train.data.bin_packing import best_fit_decreasing
+from llama_lora.train.data.example import Example
 
 EPOCH_STRIDE = 1_000_003  # so that neighbouring seeds do not share epochs
-
-
-@dataclass(frozen=True)
-class Example:
-    """One conversation as the model reads it: int32 ids and labels of the same length.
-
-    `source` is the conversation that it is a piece of, or its own id.
-    """
-
-    id: str
-    source: str
-    ids: np.ndarray
-    labels: np.ndarray
 
 
 class MicroBatches(torch.utils.data.Dataset):

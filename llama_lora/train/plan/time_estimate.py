@@ -1,5 +1,6 @@
 """How long will it take? The arithmetic of an epoch over the rate of the device."""
 
+import functools
 import time
 from collections import Counter
 from dataclasses import dataclass
@@ -62,9 +63,14 @@ def operations(shape: Shape, work: EpochWork, lora_parameters: int, recomputed: 
 
 def measured_rate(shape: Shape, dtype, device: str) -> float:
     """Operations a second in products of a token block with the base's largest linear layer."""
+    largest = max(shape.linears.values(), key=lambda size: size[0] * size[1])
+    return _rate_of_products(*largest, dtype, device)
+
+
+@functools.cache
+def _rate_of_products(outputs: int, inputs: int, dtype, device: str) -> float:
     import torch
 
-    outputs, inputs = max(shape.linears.values(), key=lambda size: size[0] * size[1])
     left = torch.randn(PROBE_TOKENS, inputs, device=device).to(dtype)
     right = torch.randn(inputs, outputs, device=device).to(dtype)
     best, ends = 0.0, time.monotonic() + PROBE_SECONDS

@@ -20,8 +20,9 @@ from llama_lora.model.labels import IGNORE
 from llama_lora.model.template import Template, load_tokenizer
 from llama_lora.train.compute import attention_check, packed_attention
 from llama_lora.train.compute.packed_attention import BY_EXAMPLE, attend_within_examples
+from llama_lora.train.data.example import Example
 from llama_lora.train.data.examples import hold_out, load_examples
-from llama_lora.train.data.packing import Example, check_isolation, collate
+from llama_lora.train.data.packing import check_isolation, collate
 from llama_lora.train.plan import time_estimate
 from tests.conftest import error_line, run_here, shipped
 from tests.corpora import conversation, save

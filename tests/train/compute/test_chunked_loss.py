@@ -10,7 +10,8 @@ from transformers import AutoModelForCausalLM
 from llama_lora.cli import InputError
 from llama_lora.model.labels import IGNORE
 from llama_lora.train.compute import chunked_loss
-from llama_lora.train.data.packing import Example, collate
+from llama_lora.train.data.example import Example
+from llama_lora.train.data.packing import collate
 from llama_lora.train.memory.out_of_memory import Gradients, split
 
 

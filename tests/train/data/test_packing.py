@@ -11,8 +11,8 @@ from llama_lora.cli import InputError
 from llama_lora.model.labels import IGNORE
 from llama_lora.model.template import Template
 from llama_lora.train.compute.packed_attention import BY_EXAMPLE
+from llama_lora.train.data.example import Example
 from llama_lora.train.data.packing import (
-    Example,
     MicroBatches,
     best_fit_decreasing,
     check_isolation,

@@ -149,7 +149,7 @@ def test_few_compiled_products_are_kept_unless_asked(asked):
 def test_the_peak_is_that_of_the_process_alone():
     """A process begins with what the one that started it held, to `getrusage`."""
     ballast = bytearray(1 << 30)
-    code = "from llama_lora.train.logs import peak_memory; print(peak_memory())"
+    code = "from llama_lora.train.memory.peak import peak_memory; print(peak_memory())"
     assert 10 << 20 < int(printed(code)) < len(ballast)
 
 
