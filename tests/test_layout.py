@@ -141,7 +141,7 @@ def floors() -> dict[str, list[str]]:
 
 
 def folder_of(path: Path) -> str:
-    """A folder of the library by its name in FLOORS; "" is its top."""
+    """A folder of the library by its name in the table; "" is its top."""
     return path.relative_to(LIBRARY).as_posix().removeprefix(".")
 
 
@@ -180,6 +180,18 @@ def test_each_floor_stands_on_lower_ones():
     order = list(found)
     for folder, allowed in found.items():
         assert all(order.index(one) < order.index(folder) for one in allowed), folder
+        inside = {order.index(one) < order.index(folder) for one in order if folder in parents(one)}
+        assert len(inside) <= 1, folder
+
+
+def parents(folder: str) -> set[str]:
+    return {str(one) for one in Path(folder).parents}
+
+
+def test_the_prompt_rests_on_nothing_else():
+    """So that splitting, which imports it, knows neither models nor devices."""
+    for name in "template", "labels":
+        assert imported_by(LIBRARY / f"model/{name}.py") <= {"", "model"}, name
 
 
 def test_no_folder_is_crowded():

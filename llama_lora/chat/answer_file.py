@@ -20,7 +20,7 @@ from llama_lora.corpus.records.atomic_files import Outputs
 from llama_lora.corpus.records.conversation import GPT, HUMAN, Turn
 from llama_lora.corpus.records.json_values import dump
 from llama_lora.corpus.records.partial_results import PartialResults
-from llama_lora.corpus.records.prompts import PromptRecord, read_questions
+from llama_lora.corpus.records.prompts import PromptRecord, read_prompts
 from llama_lora.hardware.device import compute_dtype, dtype_name
 from llama_lora.model.modified import last_modified
 
@@ -117,7 +117,7 @@ def answer_questions(args, load: Callable) -> str:
     """
     stop_on_sigterm()
     spare([args.prompts_file], "--output_file", args.output_file)
-    asked = read_questions(args.prompts_file, args.system)
+    asked = read_prompts(args.prompts_file, args.system)
     with AnswerFile(args.output_file, asked, settings_of(args)) as file:
         adapters = load(args)
         ends = answer_all(file, adapters.model, adapters.first, Sampling.of(args), args.batch_size)

@@ -298,14 +298,14 @@ def learning(seconds: float | None, learning_rate: float | None = None) -> Findi
     from llama_lora.check_machine import short_training
 
     try:
-        course = short_training.train(seconds, learning_rate)
+        run = short_training.train(seconds, learning_rate)
     except (RuntimeError, ImportError, InputError) as fault:
         why = brief(fault).partition("; ")[0]  # what follows is advice for a longer one
         return Finding("learning", f"WRONG: {why}", False, stops=True)
-    if course.learned:
-        return Finding("learning", str(course))
+    if run.learned:
+        return Finding("learning", str(run))
     fall = f"expected the loss to fall by {short_training.LEAST_FALL:.0%}"
-    return Finding("learning", f"WRONG: {fall}; {course}", False, stops=True)
+    return Finding("learning", f"WRONG: {fall}; {run}", False, stops=True)
 
 
 def imports(what: str, modules: tuple[str, ...], remedy: str, stops: bool = False) -> Finding:

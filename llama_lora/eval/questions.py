@@ -7,7 +7,7 @@ from pathlib import Path
 from llama_lora.corpus.language import UNKNOWN
 from llama_lora.corpus.language.filter import language_of
 from llama_lora.corpus.records.conversation import Turn
-from llama_lora.corpus.records.prompts import read_questions
+from llama_lora.corpus.records.prompts import read_prompts
 from llama_lora.text import sound_text
 
 
@@ -34,7 +34,7 @@ def read(path: Path, limit: int | None, seed: int) -> list[Question]:
     Raises:
         InputError: a record is no question.
     """
-    asked = read_questions(str(path))
+    asked = read_prompts(str(path))
     if limit and limit < len(asked):
         asked = [asked[i] for i in sorted(random.Random(seed).sample(range(len(asked)), limit))]
     found = []

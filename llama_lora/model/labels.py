@@ -31,13 +31,19 @@ def answer_spans(conversation: dict, text: str, spans: list[Span]) -> list[Span]
 
 
 def labels_of(
-    ids: list[int], offsets: list[Span], spans: list[Span], special_ids: set[int], whose: str
+    ids: list[int],
+    offsets: list[Span],
+    spans: list[Span],
+    special_ids: set[int],
+    unfinished: bool,
+    whose: str,
 ) -> list[int]:
     """The id of each token that begins within one of the answers' `spans`, else `IGNORE`.
 
     Args:
         offsets: the characters that each of `ids` stands for.
         special_ids: of which the last in a span ends its answer.
+        unfinished: whether the last answer goes on elsewhere, so that its end is not learned.
         whose: template it is, for messages.
 
     Raises:
@@ -56,10 +62,6 @@ def labels_of(
                 "would never stop; use --template vicuna_v1.1"
             )
         labels[first:last] = ids[first:last]
+    if unfinished and spans:
+        labels[last - 1] = IGNORE
     return labels
-
-
-def without_last_end(labels: list[int]) -> list[int]:
-    """`labels` of an answer that goes on elsewhere: the token that ends it is not learned."""
-    last = max((place for place, label in enumerate(labels) if label != IGNORE), default=None)
-    return labels if last is None else [*labels[:last], IGNORE, *labels[last + 1 :]]

@@ -6,7 +6,7 @@ from copy import copy
 from pathlib import Path
 
 from llama_lora.cli import InputError
-from llama_lora.model.labels import Encoded, answer_spans, labels_of, without_last_end
+from llama_lora.model.labels import Encoded, answer_spans, labels_of
 from llama_lora.text import cause
 
 # `vicuna_v1.1` as a Jinja chat template. After an optional bos it is, character for character,
@@ -77,9 +77,8 @@ class Template:
             conversations, rendered, tokens["input_ids"], tokens["offset_mapping"], strict=True
         ):
             spans = answer_spans(item, text, spans)
-            labels = labels_of(ids, offsets, spans, self._special_ids, self.tokenizer.name_or_path)
-            if item.get("unfinished", False):
-                labels = without_last_end(labels)
+            unfinished, whose = item.get("unfinished", False), self.tokenizer.name_or_path
+            labels = labels_of(ids, offsets, spans, self._special_ids, unfinished, whose)
             encoded.append(Encoded(ids, labels))
         return encoded
 

@@ -108,7 +108,7 @@ class Statistics:
     def count_duplicates(self) -> None:
         """Book the conversations that cleaning would drop as duplicates, and ids given twice.
 
-        What tells them is let go: it is most of what a statistics holds.
+        What tells them is let go: it is most of what is held.
         """
         self.duplicates.update(gone.reason for gone in exact_duplicates(self.fingerprints).values())
         self.duplicates["equal ids"] = len(self.ids) - len(set(self.ids))
@@ -122,7 +122,7 @@ class Statistics:
 class StatisticsCounter:
     """Counts chunks of records, as a worker process does.
 
-    `model` is the folder of a tokenizer, None for a statistics without tokens.
+    `model` is the folder of a tokenizer, None: no tokens are counted.
     """
 
     def __init__(self, model: str | None, template: str, max_length: int):

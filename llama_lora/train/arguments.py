@@ -128,7 +128,8 @@ class TrainingArguments(transformers.TrainingArguments):
         },
     )
     per_device_eval_batch_size: int = field(
-        default=4, metadata={"help": "The same, when the held-out loss is measured."}
+        default=4,
+        metadata={"help": "What is measured at once, in units of --model_max_length."},
     )
     logging_steps: float = field(default=1, metadata={"help": "Steps between two log lines."})
     logging_dir: str | None = field(
@@ -206,7 +207,8 @@ class TrainingArguments(transformers.TrainingArguments):
         if self.warmup_ratio and not self.warmup_steps:
             self.warmup_steps = self.warmup_ratio  # below 1 it is a share of the steps
         self.recompute, self.gradient_checkpointing = self.gradient_checkpointing, None
-        if isinstance(self.deepspeed, str) and not os.path.isfile(self.deepspeed):
+        in_json = isinstance(self.deepspeed, str) and self.deepspeed.startswith("{")
+        if self.deepspeed and not in_json and not os.path.isfile(self.deepspeed):
             raise ValueError(
                 f"--deepspeed {self.deepspeed}: no such file; what this project brings is "
                 "./deepspeed-config.json"

@@ -15,6 +15,7 @@ from llama_lora.train import checkpoints
 WEIGHTS = "trainable.safetensors"
 
 
+# Its name is a key in the trainer's state of every checkpoint.
 class Best(TrainerCallback, ExportableState):
     """Writes the trainable matrices aside at each new lowest held-out loss.
 

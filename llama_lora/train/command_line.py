@@ -123,7 +123,9 @@ def parse(description: str):
     except json.JSONDecodeError as error:
         raise UsageError(f"{error.doc}: expected JSON: {error.msg}") from error
     except OSError as error:
-        raise UsageError(f"{error.filename}: {error.strerror}") from error
+        raise UsageError(
+            f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        ) from error
     except ValueError as error:
         raise UsageError(str(error)) from error
     arguments.check(*parsed)

@@ -1,6 +1,9 @@
 """Flags that people bring along in commands for FastChat, alpaca-lora and older transformers."""
 
+import argparse
 import re
+
+from transformers.hf_argparser import string_to_bool
 
 FLAG = re.compile(r"--?[A-Za-z][\w-]*(=.*)?", re.DOTALL)
 OFF = {"false", "f", "no", "n", "0", "none", ""}  # values that ask for nothing
@@ -14,7 +17,6 @@ SAME = {
     "wandb_run_name": "run_name",
     "evaluation_strategy": "eval_strategy",
     "activation_checkpointing": "gradient_checkpointing",
-    "no_cuda": "use_cpu",
     "per_gpu_train_batch_size": "per_device_train_batch_size",
     "per_gpu_eval_batch_size": "per_device_eval_batch_size",
 }
@@ -27,6 +29,8 @@ PRECISION = {
     "load_8bit": "8bit",
     "load_in_8bit": "8bit",
 }
+
+NOT_QUANTIZED = "without --quantization the card decides; 16 bits are --quantization none"
 
 # What asks for nothing else than what happens anyway, or for it to happen some other way.
 NOT_NEEDED = {
@@ -47,8 +51,12 @@ NOT_NEEDED = {
     "activation_checkpointing_kwargs": "how layers recompute is settled",
     "bf16_full_eval": "measuring computes as training does",
     "fp16_full_eval": "measuring computes as training does",
-    "torch_compile": "nothing is compiled, since hardly two micro-batches are of one length",
+    **dict.fromkeys(
+        ("torch_compile", "torch_compile_backend", "torch_compile_mode"),
+        "nothing is compiled, since hardly two micro-batches are of one length",
+    ),
 }
+ALWAYS = {"add_eos_token", "load_best_model_at_end"}  # what happens, whatever is asked for
 
 SEVERAL_CARDS = "for several cards: deepspeed --num_gpus=N … --deepspeed ./deepspeed-config.json"
 
@@ -73,7 +81,7 @@ REFUSED = {
     "save_only_model": "no run could go on from such a checkpoint; --save_strategy no saves none",
     "push_to_hub": "upload the finished adapter: hf upload OWNER/NAME FOLDER",
 }
-ANSWERED = {*SAME, *PRECISION, *NOT_NEEDED, *REFUSED}
+ANSWERED = {*SAME, *PRECISION, *NOT_NEEDED, *REFUSED, "no_cuda"}
 
 
 def translated(words: list[str]) -> tuple[list[str], list[str], list[str]]:
@@ -84,23 +92,41 @@ def translated(words: list[str]) -> tuple[list[str], list[str], list[str]]:
         needed; a line for each that has to be another.
     """
     own, notes, faults = [], [], []
+    precisions: dict[str, str] = {}
     for group in by_flag(words):
         flag, values = parts(group)
         name = flag.lstrip("-").replace("-", "_")
-        if name not in ANSWERED:
-            own += group
-            continue
-        value = " ".join(values)
-        off = bool(values) and value.lower() in OFF
-        asked = f"not {name}" if off else name
         if name in SAME:
             own += [f"--{SAME[name]}", *values]
+            continue
+        if name not in ANSWERED:
+            own += group
+            if name == "quantization":
+                precisions[flag] = " ".join(values)
+            continue
+        value = values[0] if values else ""
+        faults += [f"{word}: belongs to no flag" for word in values[1:]]
+        asked = f"not {name}" if values and value.lower() in OFF and name not in ALWAYS else name
+        if name == "no_cuda":
+            own += ["--use_cpu", *values[:1]]
+            notes.append(f"{flag}: here --use_cpu, which holds wherever no card is seen")
         elif name in PRECISION:
-            own += [] if off else ["--quantization", PRECISION[name]]
+            try:
+                if values and not string_to_bool(value):
+                    notes.append(f"{flag} {value}: {NOT_QUANTIZED}")
+                    continue
+            except argparse.ArgumentTypeError:
+                faults.append(f"{flag} {value}: expected True or False")
+                continue
+            precisions[flag] = PRECISION[name]
+            own += ["--quantization", PRECISION[name]]
+            notes.append(f"{flag}: here --quantization {PRECISION[name]}")
         elif asked in NOT_NEEDED:
             notes.append(f"{flag}: not needed; {NOT_NEEDED[asked]}")
         elif asked in REFUSED:
             faults.append(f"{flag} {value}".rstrip() + f": {REFUSED[asked]}")
+    if len(set(precisions.values())) > 1:
+        faults.append(f"{', '.join(precisions)}: expected one precision of the base")
     return own, notes, faults
 
 

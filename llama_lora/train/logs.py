@@ -19,6 +19,7 @@ PICTURE = "loss.png"
 REDRAW_SECONDS = 20
 
 
+# Its name is a key in the trainer's state of every checkpoint.
 class Totals(TrainerCallback, ExportableState):
     """Labelled tokens of all processes and seconds of training; both survive a resume."""
 

@@ -15,7 +15,7 @@ from llama_lora.chat.answer_file import AnswerFile, answer_all
 from llama_lora.chat.sampling import Sampling
 from llama_lora.cli import InputError
 from llama_lora.corpus.records.conversation import check
-from llama_lora.corpus.records.prompts import PromptRecord, read_questions
+from llama_lora.corpus.records.prompts import PromptRecord, read_prompts
 from tests.chat.taught import ADAPTER_ANSWERS, SCRIPT, WINDOW, fed, generate, said
 
 FIRST, SECOND, THIRD = ADAPTER_ANSWERS
@@ -243,7 +243,7 @@ def test_killed_run_goes_on(endless, tmp_path):
     run.wait()
     before = partial.read_bytes()
     assert before.count(b"\n") < 61
-    asked = read_questions(str(prompts))
+    asked = read_prompts(str(prompts))
     model, template, _ = load(endless)
     settings = json.loads(before.split(b"\n")[0])
     del settings["prompts"]

@@ -53,11 +53,11 @@ def test_the_script_on_cpu(monkeypatch):
     assert "libbitsandbytes_cpu.so" in told["versions"]
     assert "torch dequantizes, no kernel of bitsandbytes" in told["8-bit base"]
     assert "bitsandbytes' dequantize_4bit" in told["4-bit base"]
-    course = (
+    expected = (
         r"8bit base, float32: loss ([\d.]+) → ([\d.]+) in 10 steps of 512 tokens, "
         r"[\d,]+ tokens/s, peak memory [\d.]+ GiB, attention FlashAttention"
     )
-    first, last = map(float, re.fullmatch(course, told["learning"]).groups())
+    first, last = map(float, re.fullmatch(expected, told["learning"]).groups())
     assert last < 0.8 * first
 
 

@@ -12,7 +12,7 @@ from markdown_it import MarkdownIt
 
 from llama_lora.model import adapter, model_card
 from llama_lora.weights.merge_lora import merge
-from tests.weights.test_merge import make_adapter, make_base
+from tests.weights.merging import make_adapter, make_base
 
 HOSTILE = "a|b <script>alert(1)</script> *x* `c` [d](e) \\ &amp; # f\n\n---\n~~~"
 SUMMARY = {

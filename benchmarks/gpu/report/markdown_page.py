@@ -72,7 +72,7 @@ def of_card(results: dict) -> list[str]:
         part("Answers", [answers_row(row, results) for row in own_rows(results, "answers")]),
         part("The longest context", context_rows(results), CONTEXT),
         part("Does it compute right?", checks_rows(results)),
-        part("The plan's time", pace_rows(results), PACE),
+        part("The plan's time", speed_rows(results), SPEED),
         part("Where the time of a micro-batch goes", profile_rows(results)),
         part("Trainers beside", [other_row(row) for row in others(results)]),
     ]
@@ -264,7 +264,7 @@ def checks_rows(results: dict) -> list[dict]:
     return found or [{"what": "all that tests check on a CPU", "found": NOT_YET}]
 
 
-def pace_rows(results: dict) -> list[dict]:
+def speed_rows(results: dict) -> list[dict]:
     rows = [row for row in measured(results) if "operations_per_second" in row]
     rate = results["device"].get("planner_rate")
     return [
@@ -279,7 +279,7 @@ def pace_rows(results: dict) -> list[dict]:
     ]
 
 
-PACE = """\
+SPEED = """\
 The share of the rate is what the plan's time depends on: a training's operations a second over the
 rate that the plan measures on the device, and what it assumes for that."""
 

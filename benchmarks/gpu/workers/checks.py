@@ -67,7 +67,7 @@ def all_checks(folder: Path, trained: scripts.Scripts) -> Iterator[tuple[str, Ca
 
 
 def told(findings: Iterable[checks.Finding]) -> str:
-    """What check_checks.py finds; where the card has no kernel for something, no fault is."""
+    """What check_machine.py finds; where the card has no kernel for something, no fault is."""
     found = list(findings)
     wrong = any(one.remedy or one.stops or "wrong" in one.found for one in found)
     parts = ["; ".join(filter(None, [one.found, one.kernels])) for one in found]

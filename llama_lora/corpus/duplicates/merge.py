@@ -28,8 +28,8 @@ def as_it_is(conversation: Conversation) -> Kept:
 class Selection:
     """Shuffles with `seed`, cuts to `limit`, and holds the share `held_out` out.
 
-    Conversations that are equal or alike, or of which one goes on with the other, stay on one side,
-    as they are and as cleaning will make them.
+    Conversations that are equal or alike, or of which one goes on with the other, stay on one side;
+    compared is what cleaning will make of them.
     """
 
     out: str

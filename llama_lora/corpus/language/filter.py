@@ -19,7 +19,7 @@ ALIASES = {
 }
 SIMPLIFIED = "zh-cn", "zh-sg", "zh-hans"  # which have no code of their own
 REJECTED = "language "
-GLIMPSE = 170  # characters of a turn's prose in each of the three places that are looked at
+EXCERPT = 170  # characters of a turn's prose in each of the three places that are looked at
 REPEATED_DIGIT = re.compile(r"(\d)\1{8}")
 
 
@@ -96,10 +96,10 @@ def size(text: str) -> int:
 
 def excerpts(text: str) -> str:
     """The beginning, middle and end of `text`: a task and its subject may differ in language."""
-    if len(text) <= 3 * GLIMPSE:
+    if len(text) <= 3 * EXCERPT:
         return text
     middle = len(text) // 2
-    return f"{text[:GLIMPSE]}\n{text[middle : middle + GLIMPSE]}\n{text[-GLIMPSE:]}"
+    return f"{text[:EXCERPT]}\n{text[middle : middle + EXCERPT]}\n{text[-EXCERPT:]}"
 
 
 def is_decided(votes: Counter, left: int) -> bool:
@@ -114,12 +114,8 @@ def known_codes() -> list[str]:
     from icu import Locale
     from pycld2 import LANGUAGES
 
-    codes = {
-        Locale(language_code).getName()
-        for name, language_code in LANGUAGES
-        if not name.startswith("X_")
-    }
-    return sorted(language_code.replace("_", "-") for language_code in codes - {"un", "xxx", ""})
+    codes = {Locale(code).getName() for name, code in LANGUAGES if not name.startswith("X_")}
+    return sorted(code.replace("_", "-") for code in codes - {"un", "xxx", ""})
 
 
 def language_code(text: str) -> str:

@@ -35,7 +35,7 @@ class PromptRecord:
     about: dict[str, Any] = field(default_factory=dict)
 
 
-def read_questions(path: str, system: str | None = None) -> list[PromptRecord]:
+def read_prompts(path: str, system: str | None = None) -> list[PromptRecord]:
     """The conversations to hold that the file at `path` asks for, with distinct ids.
 
     Those without a system message get `system`, where it is given.

@@ -137,7 +137,8 @@ def _band(window: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor
 def window(*, local_size: int | None = None, **_) -> int | None:
     """How many keys a query sees, itself and those right before it; None: all before it.
 
-    transformers calls it where others make a mask; `trial` sees to it that a window is all of it.
+    transformers calls it where others make a mask; `attention_check` sees to it that a window is
+    all of it.
     """
     return local_size
 

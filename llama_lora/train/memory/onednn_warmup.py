@@ -11,7 +11,7 @@ from llama_lora.model.adapter import trainable
 
 
 def before(loss_of, model):
-    """`loss_of`, a function of a micro-batch, with a rehearsal before it where that saves memory.
+    """`loss_of`, a function of a micro-batch, with a warm-up before it where that saves memory.
 
     Not where layers recompute: large blocks are not in the heap then, see `allocator`.
 
@@ -25,7 +25,7 @@ def before(loss_of, model):
         return loss_of
     matrices = [parameter for _, parameter in trainable(layers[0])]
 
-    def rehearsed(batch):
+    def warmed_up(batch):
         decoder.layers = layers[:1]
         try:
             with torch.random.fork_rng([]):
@@ -34,4 +34,4 @@ def before(loss_of, model):
             decoder.layers = layers
         return loss_of(batch)
 
-    return rehearsed
+    return warmed_up
