@@ -103,7 +103,7 @@ def test_what_is_wrong_with_a_raw_file(tmp_path):
     assert found["duplicates"] == "beginning of a longer one 2, equal ids 1"
     assert found["unreadable"] == "no list of turns 1, not an object 1"
     assert found["not trainable"] == (
-        "label_from is no place in the answer 1, no question with an answer 1"
+        "label_from is outside the answer 1, no question with an answer 1"
     )
     assert found["repaired as read"] == "integer ids 1, missing ids 1, role names 1"
 
