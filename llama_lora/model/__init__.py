@@ -1,1 +1,1 @@
-"""Base model, adapter, prompt template, and the hardware that they run on."""
+"""Base model, adapter, prompt template, and labels."""

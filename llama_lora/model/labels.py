@@ -7,7 +7,7 @@ from llama_lora.cli import InputError
 
 IGNORE = -100  # the label that torch's cross-entropy skips
 
-Span = tuple[int, int]  # first character and the one after the last
+Span = tuple[int, int]  # first character, and the one after the last
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class Encoded:
 
 
 def answer_spans(conversation: dict, text: str, spans: list[Span]) -> list[Span]:
-    """The `spans` of a conversation rendered as `text`, the last from its `label_from` on."""
+    """The answers' `spans` in the rendered `text`; the last begins at its `label_from`."""
     label_from = conversation.get("label_from", 0)
     if not label_from or not spans:
         return spans
@@ -33,12 +33,12 @@ def answer_spans(conversation: dict, text: str, spans: list[Span]) -> list[Span]
 def labels_of(
     ids: list[int], offsets: list[Span], spans: list[Span], special_ids: set[int], whose: str
 ) -> list[int]:
-    """The id of each token that begins within one of the answers' `spans`, else `IGNORE`.
+    """For each token its id if it begins within one of the answers' `spans`, else `IGNORE`.
 
     Args:
-        offsets: the characters that each of `ids` stands for.
-        special_ids: of which the last in a span ends its answer.
-        whose: template it is, for messages.
+        offsets: the span of characters that each of `ids` stands for.
+        special_ids: ids of special tokens; the last one in a span ends its answer.
+        whose: whose template it is, for messages.
 
     Raises:
         InputError: an answer ends with no special token.
@@ -60,6 +60,6 @@ def labels_of(
 
 
 def without_last_end(labels: list[int]) -> list[int]:
-    """`labels` of an answer that goes on elsewhere: the token that ends it is not learned."""
+    """`labels` of an answer that continues elsewhere: the token that ends it is not learned."""
     last = max((place for place, label in enumerate(labels) if label != IGNORE), default=None)
     return labels if last is None else [*labels[:last], IGNORE, *labels[last + 1 :]]

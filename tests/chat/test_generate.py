@@ -143,7 +143,7 @@ def test_batch_size_flag(parsed):
 def test_wrong_folders_are_one_line(base, lora, tmp_path):
     missing = tmp_path / "missing"
     assert "the folder does not exist" in fails("--base_model", missing, "--prompt", "a")
-    assert "an adapter, expected" in fails("--base_model", lora, "--prompt", "a")
+    assert "found an adapter" in fails("--base_model", lora, "--prompt", "a")
     assert "expected adapter_config.json" in fails(
         "--base_model", base, "--lora_weights", base, "--prompt", "a"
     )

@@ -145,7 +145,7 @@ def test_damage_at_the_end_of_a_large_file_is_told(tmp_path):
         (["--in", "nowhere.json"], "nowhere.json: No such file or directory"),
         (["--show", "nobody"], "no conversation has the number or id 'nobody'"),
         (["--show", "2"], "no conversation has the number or id '2'"),
-        (["--model-name", "nowhere"], "nowhere: no such folder, expected a model's"),
+        (["--model-name", "nowhere"], "nowhere: no such folder, expected a model folder"),
         (["--html", "nowhere/page.html"], "nowhere/page.html: No such file or directory"),
     ],
 )
