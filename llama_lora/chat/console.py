@@ -42,8 +42,8 @@ class Console:
         }
 
     def run(self) -> None:
-        """Answer line after line; in a terminal, the chat outlives an answer that fails or is
-        stopped."""
+        """Answer line after line; in a terminal, a failed or stopped answer does not end the
+        chat."""
         sys.stdin.reconfigure(errors="replace")
         for line in _read_lines(self._terminal):
             try:

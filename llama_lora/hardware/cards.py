@@ -88,8 +88,7 @@ class Card:
 
     @property
     def torch_build(self) -> str | None:
-        """The only CUDA build of torch with its kernels, such as "cu126"; None if any one will
-        do."""
+        """The only CUDA build of torch with its kernels, such as "cu126"; None if any will do."""
         if self.capability is None:
             return "cpu"
         return "cu126" if self.capability < NEWEST_BUILDS_CAPABILITY else None

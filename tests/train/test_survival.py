@@ -203,7 +203,7 @@ def test_another_learning_rate_on_resuming_is_obeyed(train, tmp_path):
     assert train(tmp_path, "--max_hours", "1e-6")[0] == 0
     code, out, _ = train(tmp_path, "--resume_from_checkpoint", "True", "--learning_rate", "1e-3")
     assert code == 0
-    assert "learning rate 0.001 in the place of 0.002" in out
+    assert "learning rate 0.001 instead of 0.002" in out
     rates = [entry["learning_rate"] for entry in log_of(tmp_path)]
     assert max(rates[1:]) == pytest.approx(1e-3)
 
