@@ -100,7 +100,7 @@ def test_piped_questions_with_an_8bit_base(base, lora):
         (["--seed", "-3"], "at least 0"),
         (["--load_8bit", "maybe"], "expected True or False, found 'maybe'"),
         (["--load_8bit", "--load_4bit"], "not allowed with argument --load_8bit"),
-        (["--prompt", " "], "expected a question, found nothing"),
+        (["--prompt", " "], "expected a question, found none"),
         (["--prompt", "a", "--web"], "--web: not allowed with argument --prompt"),
         (["--prompts_file", "a"], "--prompts_file and --output_file: expected both or neither"),
         (["--output_file", "a"], "--prompts_file and --output_file: expected both or neither"),

@@ -259,8 +259,8 @@ def test_a_wrong_result_is_told(spoiled):
 def test_attention_kernels_on_cpu():
     finding = checks.attention()
     assert finding.ok
-    assert "FlashAttention" in finding.found.split("not here: ")[0]
-    assert "memory-efficient" in finding.found.split("not here: ")[1]
+    assert "FlashAttention" in finding.found.split("unavailable: ")[0]
+    assert "memory-efficient" in finding.found.split("unavailable: ")[1]
 
 
 def test_packages_that_differ_have_one_command():
@@ -355,7 +355,7 @@ def test_the_script_where_nothing_is_installed(driver_with_a_p100):
     assert f"\n{verdict}\n" in done.stdout
     assert not done.stderr
     told = pasted(done.stdout)
-    card = "Tesla P100-PCIE-16GB (compute capability 6.0), 16384 MiB; torch does not reach it"
+    card = "Tesla P100-PCIE-16GB (compute capability 6.0), 16384 MiB; torch cannot use it"
     assert (told["card"], told["driver"]) == (card, "NVIDIA 535.183.01")
     assert "torch missing" in told["versions"]
     assert (told["torch"], told["verdict"]) == ("FAIL not installed", verdict)

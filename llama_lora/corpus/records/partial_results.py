@@ -114,6 +114,6 @@ class PartialResults(UserDict):
     def _check(self, found: dict, settings: dict) -> None:
         if differing := [key for key in settings if found.get(key) != settings[key]]:
             raise InputError(
-                f"{self.path}: holds {self.results} with other settings "
-                f"({', '.join(differing)}); remove it to start over"
+                f"{self.path}: holds {self.results} of a run that differs in "
+                f"{', '.join(differing)}; remove it to start over"
             )
