@@ -78,7 +78,7 @@ class StoredTensors:
         return next((name for name in names if name in self.headers), None)
 
     def load(self, name: str):
-        """The tensor `name`. Its memory is a mapping of the file, which goes with it.
+        """The tensor `name`. Its memory is the file's, and goes when it does.
 
         Raises:
             InputError: its file cannot be read.
