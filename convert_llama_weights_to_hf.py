@@ -10,41 +10,38 @@ import time
 from pathlib import Path
 
 from llama_lora.cli import one_line_errors
-from llama_lora.options import file_size
+from llama_lora.options import Help, file_size
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument(
         "--input_dir",
         type=Path,
-        help="folder of Meta's checkpoint: tokenizer.model, and params.json and "
-        "consolidated.NN.pth in it or in a folder named by --model_size",
+        help="folder of Meta's checkpoint, with tokenizer.model; params.json and "
+        "consolidated.NN.pth are in it or in the subfolder that --model_size names",
     )
     source.add_argument("--gguf", type=Path, metavar="FILE", help="GGUF file of a Llama model")
-    parser.add_argument("--model_size", help="folder in --input_dir, such as 7B")
+    parser.add_argument("--model_size", help="subfolder of --input_dir, such as 7B")
     parser.add_argument(
-        "--output_dir", type=Path, required=True, help="folder to write; appears when complete"
+        "--output_dir", type=Path, required=True, help="folder to write; it appears once complete"
     )
     parser.add_argument(
         "--dtype",
         choices=["auto", "float16", "bfloat16", "float32"],
         default="auto",
-        help="of the weights written; auto keeps 16-bit weights as stored, and writes float32 "
-        "and quantised ones as float16",
+        help="dtype of the written weights; auto keeps 16-bit weights as they are and writes "
+        "float32 and quantized ones as float16",
     )
     parser.add_argument(
         "--max_shard_size",
         type=file_size,
         default="2GB",
-        help="largest size of one output file, and about the memory needed",
+        help="largest size of one weights file; about as much memory is needed",
     )
     parser.add_argument(
-        "--overwrite", action="store_true", help="replace a model that --output_dir holds"
+        "--overwrite", action="store_true", help="replace the model in --output_dir"
     )
     args = parser.parse_args()
     if args.model_size and args.gguf:

@@ -19,54 +19,53 @@ from llama_lora.hardware.device import QUANTIZATIONS
 from llama_lora.options import Help, batch_size, between, flag
 
 PROMPTS_HELP = (
-    "answer these: conversations that end with a question, FastChat's question files, or objects "
-    'with "prompt", "question" or "text"'
+    "answer a file of prompts: conversations that end with a question, FastChat's question files, "
+    'or objects with "prompt", "question" or "text"'
 )
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, epilog=COMMANDS, formatter_class=Help)
     add = parser.add_argument
-    add("--base_model", type=Path, required=True, help="Hugging Face model folder")
-    help = "adapter folders, FOLDER or NAME=FOLDER; the first is in use; default: the base alone"
+    add("--base_model", type=Path, required=True, help="folder of the base model (Hugging Face)")
+    help = "adapter folders, FOLDER or NAME=FOLDER; the first is used; default: the base alone"
     add("--lora_weights", nargs="+", default=[], metavar="FOLDER", help=help)
     what = parser.add_mutually_exclusive_group()
-    what.add_argument("--prompt", help="print the answer to this question, nothing else, and end")
+    what.add_argument("--prompt", help="answer this question, print nothing else, and exit")
     what.add_argument("--prompts_file", metavar="FILE", help=PROMPTS_HELP)
     what.add_argument("--web", action="store_true", help="chat in the browser")
-    add("--output_file", metavar="FILE", help="corpus file for the answers to --prompts_file")
-    help = "prompts answered at a time; default: what memory holds"
+    add("--output_file", metavar="FILE", help="corpus file to write the answers to")
+    help = "prompts answered at a time; default: as many as fit in memory"
     add("--batch_size", type=batch_size, metavar="auto|N", help=help)
-    add(
-        "--host",
-        default="127.0.0.1",
-        help="for --web to listen on; who reaches it can use the model",
-    )
-    add("--port", type=between(1, 65535, int), default=7860, help="port for --web to listen on")
+    help = "address that --web listens on; whoever can reach it can use the model"
+    add("--host", default="127.0.0.1", help=help)
+    add("--port", type=between(1, 65535, int), default=7860, help="port that --web listens on")
     add("--system", help="system message; default: the template's own")
-    help = "auto: the adapter's, else the base's own, else vicuna_v1.1"
+    help = "prompt template; auto: the adapter's, else the base's own, else vicuna_v1.1"
     add("--template", choices=["auto", "vicuna_v1.1", "model"], default="auto", help=help)
     precision = parser.add_mutually_exclusive_group()
-    help = "of the base's weights"
+    help = "precision of the base's weights"
     precision.add_argument("--quantization", choices=QUANTIZATIONS, default="none", help=help)
     for bits in ("8bit", "4bit"):
         more = {"type": flag, "nargs": "?", "const": True, "default": False}
         precision.add_argument(f"--load_{bits}", **more, help=f"--quantization {bits}")
     number = between(0, 100)
-    add("--temperature", type=number, default=0.7, help="0: always the likeliest token")
+    add("--temperature", type=number, default=0.7, help="0: always take the likeliest token")
     number = between(0, 1, above=True)
-    add("--top_p", type=number, default=0.9, help="cut off all but this probability; 1: off")
+    help = "sample from the likeliest tokens that together have this probability; 1: off"
+    add("--top_p", type=number, default=0.9, help=help)
     number = between(0, kind=int)
-    add("--top_k", type=number, default=0, help="cut off all but this many tokens; 0: off")
+    help = "sample from this many of the likeliest tokens; 0: off"
+    add("--top_k", type=number, default=0, help=help)
     number = between(0, 100, above=True)
-    add("--repetition_penalty", type=number, default=1.0, help="above 1: repeats itself less")
+    add("--repetition_penalty", type=number, default=1.0, help="above 1: less repetition")
     number = between(1, kind=int)
     add("--max_new_tokens", type=number, default=512, help="longest answer, in tokens")
     number = between(0, 2**64 - 1, kind=int)
-    add("--seed", type=number, help="makes the sampling repeatable")
+    add("--seed", type=number, help="make sampling repeatable")
     args = parser.parse_args()
     if args.prompt is not None and not args.prompt.strip():
-        parser.error("argument --prompt: expected a question, found nothing")
+        parser.error("argument --prompt: expected a question, found none")
     if bool(args.prompts_file) != bool(args.output_file):
         parser.error("--prompts_file and --output_file: expected both or neither")
     if args.prompts_file and len(args.lora_weights) > 1:
@@ -105,7 +104,7 @@ def chat(args: argparse.Namespace) -> None:
 
 
 def loaded(args: argparse.Namespace):
-    """The base and its adapters; what they are goes to stderr."""
+    """The base and its adapters; a line that describes them goes to stderr."""
     from transformers.utils import logging
 
     from llama_lora.chat.adapters import load_adapters, named_folders

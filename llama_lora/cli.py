@@ -13,7 +13,8 @@ logger = logging.getLogger(__name__)
 class InputError(Exception):
     """Something the user gave cannot be used; the message is the one line they read.
 
-    It names the file, where in it (index, byte, conversation id), what was expected and found.
+    It names the file, the place in it (index, byte, conversation id), what was expected, and what
+    was found.
     """
 
 
@@ -22,7 +23,7 @@ class UsageError(InputError):
 
 
 class LocalError(InputError):
-    """An `InputError` that one of several processes has met alone, and so has to tell itself."""
+    """An `InputError` that one of several processes has met alone, and so has to report itself."""
 
 
 class Terminated(BaseException):
@@ -71,15 +72,15 @@ def one_line_errors(main: Callable) -> Callable:
 
 
 def drop_output() -> None:
-    """Point stdout elsewhere; Python flushes it at exit, and that would fail again."""
+    """Point stdout elsewhere: Python flushes it at exit, which would fail again."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def fail(*messages: str, hint: str = "", alone: bool = False) -> int:
     """Print each of `messages` as a single line on stderr, then `hint`; return the exit code 1.
 
-    Of several processes on a machine only the first prints, since all of them read the same input,
-    unless one has met the fault `alone`.
+    Of several processes on a machine only the first prints, since all of them read the same input.
+    A process that has met the fault `alone` prints too.
     """
     if alone or os.environ.get("LOCAL_RANK", "0") == "0":
         lines = ["error: " + " ".join(message.split()) for message in messages]
@@ -89,6 +90,6 @@ def fail(*messages: str, hint: str = "", alone: bool = False) -> int:
 
 @functools.cache
 def warn_once(message: str) -> None:
-    """Warn of something that the user may want to change; of several processes the first does."""
+    """Warn of something the user may want to change; of several processes, only the first warns."""
     if os.environ.get("LOCAL_RANK", "0") == "0":
         logger.warning(message)

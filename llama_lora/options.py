@@ -8,7 +8,7 @@ UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Shows defaults where there are any, and commands as they can be pasted."""
+    """Shows defaults where there are any, and example commands as they can be pasted."""
 
     def _get_help_string(self, action):
         silent = action.default is None or action.default is False or action.default == []
@@ -31,7 +31,7 @@ def between(low, high=math.inf, kind=float, above=False):
 
 
 def fraction(text: str) -> float:
-    """An argparse type: numbers between 0 and 1, neither of these."""
+    """An argparse type: numbers between 0 and 1, both excluded."""
     value = float(text)
     if not 0 < value < 1:
         raise argparse.ArgumentTypeError(f"expected a number between 0 and 1, found {text}")
@@ -46,7 +46,7 @@ def flag(text: str) -> bool:
 
 
 def batch_size(text: str) -> int | None:
-    """An argparse type: a number from 1 on, or None for "auto"."""
+    """An argparse type: a whole number of at least 1, or None for "auto"."""
     return None if text == "auto" else between(1, kind=int)(text)
 
 

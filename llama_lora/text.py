@@ -6,23 +6,23 @@ SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def sound_text(text: str) -> str:
-    """`text` with halves of surrogate pairs joined where two make a pair, else as U+FFFD."""
+    """`text` with its surrogates joined where two make a pair, else replaced by U+FFFD."""
     if text.isascii() or not SURROGATE.search(text):
         return text
     return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
 
 def brief(error: BaseException) -> str:
-    """What a library's error says, without the lines that go on about it: its first two, in one."""
+    """A library's error message on one line: its first two lines, without the details below."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return " ".join(lines[:2])[:300]
 
 
 def cause(error: BaseException) -> str:
-    """What a library's error at a folder says, and in words of ours that it wants to run code."""
+    """A library's error message about a folder; in our own words if it wants to run code."""
     if "trust_remote_code" not in str(error):
         return str(error)
-    return "it asks for Python code of its own (auto_map), and no code of a folder is ever run"
+    return "it asks for Python code of its own (auto_map), and code in a folder is never run"
 
 
 def named(tensors) -> str:

@@ -17,22 +17,21 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--blocked-words",
         metavar="FILE",
-        help="phrases that no answer may say outside of code, one a line; an empty file blocks "
-        "nothing (default: claims to be ChatGPT and the like)",
+        help="file of phrases, one per line, that no answer may contain outside code; an empty "
+        "file blocks nothing (default: claims to be ChatGPT and the like)",
     )
     parser.add_argument(
         "--near-duplicates",
         type=fraction,
         metavar="SIMILARITY",
-        help="also drop what is at least this similar to a conversation that stays, such as 0.85: "
-        "the Jaccard similarity, which is the share of all runs of five words in the two (in "
-        "Chinese, Japanese or Thai, of five characters) that both have, as MinHash estimates it; "
-        "the longer one stays",
+        help="also drop conversations at least this similar to one that is kept, such as 0.85; of "
+        "two, the longer is kept. Similarity is the Jaccard similarity of their runs of five words "
+        "(five characters in Chinese, Japanese or Thai), estimated with MinHash",
     )
     parser.add_argument(
         "--simplified-chinese",
         action="store_true",
-        help="convert turns in traditional Chinese to simplified, code aside",
+        help="convert traditional Chinese to simplified, except in code",
     )
     return parser.parse_args()
 

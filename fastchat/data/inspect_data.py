@@ -1,4 +1,4 @@
-"""Look at a corpus file: what is in it, what training makes of it, and how it came about.
+"""Look at a corpus file: what is in it, what training makes of it, and how it was made.
 
 python3 fastchat/data/inspect_data.py --in split.json --model-name ./base --html report.html
 python3 fastchat/data/inspect_data.py --in split.json --model-name ./base --show 0
@@ -21,28 +21,32 @@ def parse_args() -> argparse.Namespace:
         "--model-name-or-path",
         dest="model",
         metavar="DIR",
-        help="folder of the base model, for its tokenizer; without it nothing is told of tokens",
+        help="folder of the base model, for its tokenizer; without it tokens are not counted",
     )
     add(
         "--max-length",
         type=between(1, kind=int),
         default=512,
-        help="tokens that training will read",
+        help="longest example in training, in tokens",
     )
-    add("--template", default="vicuna_v1.1", help="prompt template: vicuna_v1.1, or model")
+    add(
+        "--template",
+        default="vicuna_v1.1",
+        help="prompt template: vicuna_v1.1, or model (the base's own)",
+    )
     add(
         "--show",
         metavar="N|ID",
-        help="print one conversation, the N-th from 0 or the one with that id, with what is "
-        "learned in colour",
+        help="print one conversation, by its number from 0 or its id, with what is learned in "
+        "colour",
     )
-    add("--html", metavar="FILE", help="also write the report as one page for a browser")
+    add("--html", metavar="FILE", help="also write the report as one HTML page")
     add(
         "--sample",
         type=between(0, kind=int),
         default=1000,
         metavar="N",
-        help="conversations on that page, at most; chosen at random",
+        help="show at most N conversations on that page, chosen at random",
     )
     return parser.parse_args()
 

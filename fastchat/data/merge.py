@@ -1,4 +1,4 @@
-"""Merge conversation files into one, whatever formats they come in.
+"""Merge conversation files of any supported format into one.
 
 python3 fastchat/data/merge.py --in data/dummy_en.json data/dummy_cn.json --out merged.json
 """
@@ -14,16 +14,16 @@ from llama_lora.options import between, fraction
 
 def parse_args() -> argparse.Namespace:
     parser = stage.parser(__doc__, several=True)
-    parser.add_argument("--shuffle", type=int, metavar="SEED", help="put them in a random order")
+    parser.add_argument("--shuffle", type=int, metavar="SEED", help="shuffle the conversations")
     parser.add_argument(
-        "--limit", type=between(1, kind=int), metavar="N", help="keep the first N only"
+        "--limit", type=between(1, kind=int), metavar="N", help="keep only the first N"
     )
     parser.add_argument(
         "--split-eval",
         type=fraction,
         metavar="FRACTION",
-        help="hold this share out, in a file beside the output (OUT.eval.json); conversations that "
-        "are equal or alike stay on one side",
+        help="hold out this share in OUT.eval.json, beside the output; equal or similar "
+        "conversations stay on the same side",
     )
     return parser.parse_args()
 

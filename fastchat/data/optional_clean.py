@@ -16,9 +16,11 @@ def parse_args() -> argparse.Namespace:
     parser = stage.parser(__doc__)
     add = parser.add_argument
     codes = {"nargs": "+", "type": language_code, "default": [], "metavar": "CODE"}
-    add("--keep-lang", **codes, help="keep these languages only, such as en es fr de it ja ko zh")
-    add("--skip-lang", **codes, help="leave these languages out; zh is all Chinese, zh-Hant a part")
-    add("--reduce-rep", action="store_true", help="leave out what repeats a digit nine times")
+    add("--keep-lang", **codes, help="keep only these languages, such as en es fr de it ja ko zh")
+    help = "drop these languages; zh is all Chinese, zh-Hant only traditional Chinese"
+    add("--skip-lang", **codes, help=help)
+    help = "drop conversations with one digit nine times in a row"
+    add("--reduce-rep", action="store_true", help=help)
     return parser.parse_args()
 
 

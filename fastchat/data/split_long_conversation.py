@@ -1,4 +1,4 @@
-"""Split conversations so that each piece fits the length the model is trained at.
+"""Split conversations into pieces that fit the length the model is trained at.
 
 python3 fastchat/data/split_long_conversation.py --in kept.json --out split.json \\
     --model-name ./base --max-length 512
@@ -25,8 +25,12 @@ def parse_args() -> argparse.Namespace:
         metavar="DIR",
         help="folder of the base model, for its tokenizer",
     )
-    add("--max-length", type=between(1, kind=int), default=512, help="tokens in a piece, at most")
-    add("--template", default="vicuna_v1.1", help="prompt template: vicuna_v1.1, or model")
+    add("--max-length", type=between(1, kind=int), default=512, help="longest piece, in tokens")
+    add(
+        "--template",
+        default="vicuna_v1.1",
+        help="prompt template: vicuna_v1.1, or model (the base's own)",
+    )
     add(
         "--overlong",
         choices=("continue", "truncate", "drop"),

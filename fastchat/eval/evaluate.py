@@ -1,4 +1,4 @@
-"""Measure an adapter against its base: held-out loss, and answers side by side, as one HTML page.
+"""Compare an adapter with its base: held-out loss, and answers side by side, on one HTML page.
 
 python3 fastchat/eval/evaluate.py --base_model ./base --lora_weights ./output \\
     --data_path heldout.json --questions data/questions.jsonl
@@ -17,27 +17,33 @@ from llama_lora.options import Help, batch_size, between
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
     add = parser.add_argument
-    add("--base_model", type=Path, required=True, help="Hugging Face model folder")
+    add("--base_model", type=Path, required=True, help="folder of the base model (Hugging Face)")
     add("--lora_weights", type=Path, help="adapter folder; without it the base is measured alone")
     add("--data_path", type=Path, help="corpus file of conversations that training has not seen")
     add(
         "--eval_ratio",
         type=between(0, 0.5, above=True),
         metavar="SHARE",
-        help="of --data_path measure on what train_lora.py --eval_ratio held out of it, at the "
-        "same --seed, and --max_length as its --model_max_length",
+        help="measure only on the share of --data_path that train_lora.py --eval_ratio held out; "
+        "--seed and --max_length must equal its --seed and --model_max_length",
     )
-    add("--questions", type=Path, help="question file in FastChat's format, to answer")
-    add("--output_dir", type=Path, help="for evaluation.html and .json; default: the adapter's")
-    add("--quantization", choices=QUANTIZATIONS, default="none", help="of the base's weights")
+    add("--questions", type=Path, help="file of questions to answer, in FastChat's format")
+    add(
+        "--output_dir",
+        type=Path,
+        help="folder for evaluation.html and .json; default: the adapter's",
+    )
+    help = "precision of the base's weights"
+    add("--quantization", choices=QUANTIZATIONS, default="none", help=help)
     count = between(1, kind=int)
-    add("--max_length", type=count, default=2048, help="tokens read of a conversation")
+    add("--max_length", type=count, default=2048, help="tokens read of each conversation")
     add("--max_new_tokens", type=count, default=256, help="longest answer, in tokens")
-    help = "questions answered at a time; default: what memory holds"
+    help = "questions answered at a time; default: as many as fit in memory"
     add("--batch_size", type=batch_size, metavar="auto|N", help=help)
-    add("--limit", type=count, help="at most so many conversations and questions, at random")
+    help = "measure at most this many conversations and questions, chosen at random"
+    add("--limit", type=count, help=help)
     seed = between(0, 2**32 - 1, kind=int)
-    add("--seed", type=seed, default=42, help="of --eval_ratio, --limit and the intervals")
+    add("--seed", type=seed, default=42, help="seed of --eval_ratio, --limit and the intervals")
     args = parser.parse_args()
     if not (args.data_path or args.questions):
         parser.error("nothing to measure: give --data_path, --questions, or both")

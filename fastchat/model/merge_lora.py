@@ -1,4 +1,4 @@
-"""Merge an adapter into its base: one model folder, and GGUF files for llama.cpp if asked for.
+"""Merge an adapter into its base: one model folder and, on request, GGUF files for llama.cpp.
 
 python3 fastchat/model/merge_lora.py --base_model ./base --lora_weights ./output \\
     --output_dir ./merged --gguf Q8_0
@@ -23,21 +23,22 @@ def parse_args() -> argparse.Namespace:
         "--base_model",
         type=Path,
         required=True,
-        help="folder of the base in 16 bits, also for an adapter trained on it in 8 or 4 bits",
+        help="folder of the 16-bit base, even if the adapter was trained on it in 8 or 4 bits",
     )
     add("--lora_weights", type=Path, required=True, help="adapter folder")
-    add("--output_dir", type=Path, required=True, help="folder to write; appears when complete")
+    add("--output_dir", type=Path, required=True, help="folder to write; it appears once complete")
     add(
         "--dtype",
         choices=["auto", "float16", "bfloat16", "float32"],
         default="auto",
-        help="of the weights written; auto keeps the base's 16 bits, and takes float16 for float32",
+        help="dtype of the written weights; auto keeps the base's 16-bit dtype, and writes float32 "
+        "as float16",
     )
     add(
         "--max_shard_size",
         type=file_size,
         default="5GB",
-        help="largest size of one weights file, and about the memory needed",
+        help="largest size of one weights file; about as much memory is needed",
     )
     add(
         "--gguf",
@@ -47,7 +48,7 @@ def parse_args() -> argparse.Namespace:
         metavar="KIND",
         help=f"also write a GGUF file of each kind: {', '.join(GGUF_KINDS)}",
     )
-    add("--overwrite", action="store_true", help="replace a model that --output_dir holds")
+    add("--overwrite", action="store_true", help="replace the model in --output_dir")
     return parser.parse_args()
 
 

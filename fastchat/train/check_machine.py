@@ -1,4 +1,4 @@
-"""Try out what training needs on this machine, and tell how to get what is missing.
+"""Try everything that training needs on this machine, and say how to get what is missing.
 
 python3 fastchat/train/check_machine.py
 python3 fastchat/train/check_machine.py --cards     # the table of docs/cards.md
@@ -18,19 +18,19 @@ def parse_args() -> argparse.Namespace:
 
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n")[0],
-        epilog="Exits 0 where training can run, 1 where it cannot.",
+        epilog="Exits with 0 if training can run, and with 1 if it cannot.",
         formatter_class=Help,
     )
     parser.add_argument(
-        "--folder", type=Path, default=Path("."), help="where runs are to be kept: its disk counts"
+        "--folder", type=Path, default=Path("."), help="folder for runs; its free disk is reported"
     )
     parser.add_argument(
         "--seconds",
         type=between(0, 3600),
-        help="of training a tiny base, ten steps at least (default: 20 on a card, 5 on a CPU)",
+        help="time to train a tiny base, ten steps at least (default: 20 on a card, 5 on a CPU)",
     )
     parser.add_argument(
-        "--cards", action="store_true", help="print the table of known cards as Markdown, and end"
+        "--cards", action="store_true", help="print the table of known cards as Markdown, and exit"
     )
     args = parser.parse_args()
     if not args.folder.is_dir():
@@ -45,14 +45,14 @@ def main(args: argparse.Namespace) -> int:
 
 
 def report(args: argparse.Namespace) -> int:
-    """Print what is found, and how to mend it; the exit code."""
+    """Print what is found and how to fix it; returns the exit code."""
     from llama_lora.check_machine.screen import lines
     from llama_lora.hardware.cards import markdown_table
 
     if args.cards:
         print(markdown_table())
         return 0
-    logging.disable(logging.WARNING)  # the findings tell what the libraries would warn of
+    logging.disable(logging.WARNING)  # the findings say what the libraries would warn of
     findings = []
     for finding in try_all(args):
         findings.append(finding)
@@ -64,7 +64,7 @@ def report(args: argparse.Namespace) -> int:
 
 
 def try_all(args: argparse.Namespace):
-    """The findings; those of a training only where nothing stands against it."""
+    """The findings; a training is tried only if nothing rules it out."""
     from llama_lora.check_machine.checks import examine, learning
 
     ready = True
@@ -76,7 +76,7 @@ def try_all(args: argparse.Namespace):
 
 
 def tell_remedies(findings) -> None:
-    """One line for each thing that a command can mend."""
+    """One line for each thing that a command can fix."""
     remedies = [finding for finding in findings if finding.remedy]
     if remedies:
         print("\nTo get what is missing:")

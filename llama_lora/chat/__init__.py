@@ -1,1 +1,1 @@
-"""Answers: one chat, several adapters, a file of prompts, in the terminal and in the browser."""
+"""Answers: chats in the terminal and in the browser, several adapters, files of prompts."""

@@ -1,4 +1,4 @@
-"""A base model and the adapters on it, of which one, or none, is in use."""
+"""A base model and the adapters on it, of which one or none is in use."""
 
 from functools import partial
 from pathlib import Path
@@ -15,9 +15,9 @@ BASE = "base"  # the name of the base alone
 
 
 class Adapters:
-    """The model, and by name the template of each adapter and of the base alone.
+    """The model, and the templates of each adapter and of the base alone, by name.
 
-    The names are those that people choose by; the first is in use at the beginning.
+    People choose by these names; the first is in use at the beginning.
     """
 
     def __init__(self, model, templates: dict[str, Template]):
@@ -35,7 +35,7 @@ class Adapters:
         return next(iter(self.templates.values()))
 
     def use(self, name: str) -> None:
-        """Let the model answer with this adapter, or as the base alone."""
+        """Make the model answer with this adapter, or as the base alone."""
         if name == self._used:
             return
         if name == BASE:
@@ -47,7 +47,7 @@ class Adapters:
         self._used = name
 
     def decoder(self, name: str) -> Decoder:
-        """What answers as that adapter, whichever is used in between.
+        """A decoder that answers with that adapter, whichever is used in between.
 
         Raises:
             InputError: there is no adapter of that name.
@@ -60,18 +60,18 @@ class Adapters:
 def load_adapters(
     base_model, folders: dict[str, Path], quantization="none", template="auto"
 ) -> tuple[Adapters, str]:
-    """Load a base and the adapters in `folders`, by name; `Adapters`, and a line that says what.
+    """Load a base and the adapters in `folders`, by name: `Adapters`, and a line about them.
 
     Args:
         base_model: a Hugging Face model folder.
-        folders: adapter folders. Their tokenizers and templates are used where they have them.
+        folders: adapter folders. Their tokenizers and templates are used if they have them.
         quantization: of the base's weights, as `--quantization`.
         template: as `Template`, or "auto": the tokenizer's own template, else vicuna_v1.1.
 
     Raises:
-        InputError: a folder does not hold what it should, or an adapter is another base's.
+        InputError: a folder does not hold what it should, or an adapter is for another base.
     """
-    # What is wrong with these shows before the minutes that a large base takes.
+    # These are checked first, before the minutes that loading a large base takes.
     weights = [read_weights(folder) for folder in folders.values()]
     check_folder(Path(base_model))
     quantization, reason = resolve_precision(base_model, quantization)
@@ -93,18 +93,17 @@ def load_adapters(
 
 
 def load(base_model, lora_weights=None, quantization="none", template="auto"):
-    """A base with one adapter or none: the model, its `Template`, and a line that says what."""
+    """A base with one adapter or none: the model, its `Template`, and a line about them."""
     folders = {"adapter": lora_weights} if lora_weights else {}
     adapters, summary = load_adapters(base_model, folders, quantization, template)
     return adapters.model, adapters.first, summary
 
 
 def named_folders(given: list[str]) -> dict[str, Path]:
-    """Adapter folders by name: each is given as FOLDER, whose name is the last of its path's, or
-    as NAME=FOLDER.
+    """Adapter folders by name, from NAME=FOLDER, or FOLDER alone: its name is the last of its path.
 
     Raises:
-        InputError: two have the same name, or one that of the base.
+        InputError: two have the same name, or one has the name of the base.
     """
     folders = {}
     for text in given:
@@ -112,9 +111,9 @@ def named_folders(given: list[str]) -> dict[str, Path]:
         if not equals or Path(text).is_dir():
             name, folder = Path(text).resolve().name, text
         if name == BASE or name in folders or not name:
-            taken = "the base alone is called that" if name == BASE else "so is another"
+            taken = "the base alone is called that" if name == BASE else "another has that name"
             raise InputError(
-                f"--lora_weights {text}: an adapter called {name!r}, and {taken}; "
+                f"--lora_weights {text}: its name would be {name!r}, but {taken}; "
                 "choose a name: NAME=FOLDER"
             )
         folders[name] = Path(folder)
@@ -122,7 +121,7 @@ def named_folders(given: list[str]) -> dict[str, Path]:
 
 
 def attached(model, folders: list[Path], weights: list[dict]):
-    """`model` with the adapters of `folders` on it, all of which are made for it."""
+    """`model` with the adapters in `folders` on it, after checking that they fit."""
     for folder, tensors in zip(folders, weights, strict=True):
         check_fits(folder, tensors, model)
     for number, (folder, tensors) in enumerate(zip(folders, weights, strict=True)):
@@ -131,12 +130,12 @@ def attached(model, folders: list[Path], weights: list[dict]):
 
 
 def in_peft(number: int) -> str:
-    """peft's name for the `number`-th adapter, in which people's names could not all stand."""
+    """peft's name for the `number`-th adapter; it could not take all names that people use."""
     return "default" if number == 0 else f"adapter{number}"
 
 
 def template_of_base(folder, name: str, *of_adapters: Template) -> Template:
-    """What the base alone is prompted with; the first adapter's where it has no tokenizer."""
+    """The template for the base alone; the first adapter's if the base has no tokenizer."""
     if not of_adapters:
         return load_template(folder, name)
     if not has_tokenizer(folder):

@@ -1,4 +1,4 @@
-"""Answers to a file of prompts, as a corpus file: written one by one, and gone on with."""
+"""Answers to a file of prompts, as a corpus file: kept one by one, so that a run can continue."""
 
 import os
 from collections import Counter
@@ -24,23 +24,23 @@ from llama_lora.corpus.records.prompts import PromptRecord, read_prompts
 from llama_lora.hardware.device import compute_dtype, dtype_name
 from llama_lora.model.modified import last_modified
 
-STOPS = "stop", "length"  # why an answer ended; every other reason is one for there being none
+STOPS = "stop", "length"  # why an answer ended; any other reason means that there is no answer
 
 
 class AnswerFile:
-    """The answers that will stand at `path` when there are all of them, in the order of `asked`.
+    """The answers that will be at `path` when all are there, in the order of `asked`.
 
-    Until then they lie in `PATH.partial`, each from the moment it is there, so that a run that
-    ends early loses none: its first line says what was asked and how, and the next run with the
-    same goes on behind the last.
+    Until then they lie in `PATH.partial`, each as soon as it is there, so that a run that ends
+    early loses none. The first line says what was asked and how; the next run with the same prompts
+    and settings continues after the last answer.
     """
 
     def __init__(self, path: str, asked: list[PromptRecord], settings: dict[str, Any]):
-        """`settings` are what the answers depend on beside the prompts.
+        """`settings` are what the answers depend on besides the prompts.
 
         Raises:
-            InputError: `path` cannot be written; the answers that lie there are to other prompts,
-                or with other settings; or another run is writing them.
+            InputError: `path` cannot be written; the answers there are to other prompts or from
+                other settings; or another run is writing them.
         """
         self.path, self.asked = path, asked
         self._answers: list[list[tuple[str, str]]] = [[] for _ in asked]
@@ -63,10 +63,10 @@ class AnswerFile:
         return sum(map(len, self._answers))
 
     def rounds(self) -> Iterator[dict[int, list[Turn]]]:
-        """The first question of each, then the second, …: what has no answer yet, by number.
+        """The first question of each, then the second, …: those without an answer yet, by number.
 
-        A number is the same in every run. Each is given as the turns up to the question; all have
-        to be answered before the next round begins.
+        A number is the same in every run. Each question comes with the turns before it; all have to
+        be answered before the next round begins.
         """
         for number in range(max(len(one.questions) for one in self.asked)):
             yield {
@@ -76,12 +76,12 @@ class AnswerFile:
             }
 
     def put(self, number: int, text: str, finish_reason: str) -> None:
-        """Keep an answer, for good."""
+        """Keep an answer for good."""
         self._kept[number] = text, finish_reason
         self._answers[number % len(self.asked)].append((text, finish_reason))
 
     def finish(self) -> Counter:
-        """Put the file in its place; how often answers ended for which reason."""
+        """Put the file in its place; returns how often answers ended for each reason."""
         with Outputs() as outputs:
             out = outputs.corpus(self.path)
             for index, one in enumerate(self.asked):
@@ -92,7 +92,7 @@ class AnswerFile:
         return Counter(reason for answers in self._answers for _, reason in answers)
 
     def _goes_on(self, index: int) -> bool:
-        """Whether every question so far had an answer."""
+        """Whether every question so far has an answer."""
         return all(reason in STOPS for _, reason in self._answers[index])
 
     def _turns(self, index: int) -> list[Turn]:
@@ -108,12 +108,12 @@ class AnswerFile:
 
 
 def answer_questions(args, load: Callable) -> str:
-    """Answer the file of prompts that the command line names; a line that accounts for all.
+    """Answer the file of prompts that the command line names; returns a line that accounts for all.
 
     Args:
-        args: `prompts_file`, `output_file`, `batch_size`, `system`, what loading takes, and the
+        args: `prompts_file`, `output_file`, `batch_size`, `system`, what loading needs, and the
             fields of `Sampling`.
-        load: makes the model and its adapters of `args`, when nothing else can fail.
+        load: loads the model and its adapters from `args`, once nothing else can fail.
     """
     stop_on_sigterm()
     spare([args.prompts_file], "--output_file", args.output_file)
@@ -125,7 +125,7 @@ def answer_questions(args, load: Callable) -> str:
 
 
 def account_line(asked: int, ends: Counter) -> str:
-    """An account of so many questions, whose answers ended so."""
+    """The account of that many questions, whose answers ended for these reasons."""
     without = Counter({reason: count for reason, count in ends.items() if reason not in STOPS})
     without["after a question without one"] = asked - ends.total()
     cut_off = f" ({ends['length']:,} cut off)" if ends["length"] else ""
@@ -137,7 +137,7 @@ def account_line(asked: int, ends: Counter) -> str:
 
 
 def answer_all(file: AnswerFile, model, template, sampling, batch_size: int | None) -> Counter:
-    """Let a model answer what is not answered yet, and finish the file; reasons as `finish` has.
+    """Have a model answer what is not answered yet, and finish the file; returns as `finish` does.
 
     Args:
         model, template, sampling, batch_size: as `llama_lora.chat.batch.answers` takes them.
@@ -157,7 +157,7 @@ def answer_all(file: AnswerFile, model, template, sampling, batch_size: int | No
 
 
 def settings_of(args) -> dict[str, Any]:
-    """What the answers depend on beside the prompts, in JSON's types."""
+    """What the answers depend on besides the prompts, in JSON's types."""
     names = ("template", "quantization", *(field.name for field in fields(Sampling)))
     weights = last_modified(args.base_model, *named_folders(args.lora_weights).values())
     settings = {name: getattr(args, name) for name in names}
@@ -171,14 +171,14 @@ def save_conversation(conversation: dict, path: str, mine: set[str]) -> None:
         InputError: there is another file at `path`, or it cannot be written.
     """
     if os.path.exists(path) and os.path.realpath(path) not in mine:
-        raise InputError(f"{path}: there is a file already; choose another name")
+        raise InputError(f"{path}: already exists; choose another name")
     with Outputs() as outputs:
         outputs.corpus(path).write(dump(conversation))
     mine.add(os.path.realpath(path))
 
 
 def fingerprint(asked: list[PromptRecord]) -> str:
-    """A name for what is asked."""
+    """A hash of what is asked."""
     digest = blake2b(digest_size=16)
     for one in asked:
         digest.update(dump(astuple(one)) + b"\n")

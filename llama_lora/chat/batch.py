@@ -21,7 +21,7 @@ from llama_lora.model.folder.shape import head_size
 
 logger = logging.getLogger(__name__)
 
-CPU_ROWS = 8  # more hardly helps a few cores, and keeps each answer waiting for the longest
+CPU_ROWS = 8  # more hardly helps a few cores, and makes each answer wait for the longest
 CARD_ROWS = 64
 CARD_SHARE = 0.7  # of the free memory that the caches of a batch may take
 
@@ -29,8 +29,8 @@ CARD_SHARE = 0.7  # of the free memory that the caches of a batch may take
 class Answer(NamedTuple):
     """The answer to the `index`-th conversation.
 
-    `finish_reason` is "stop" where it ended by itself and "length" at a limit; "empty" where there
-    was no question to answer and "too_long" where it alone fills the window: both have no text.
+    `finish_reason` is "stop" if it ended by itself and "length" at a limit. It is "empty" if there
+    was no question, and "too_long" if the question alone fills the window; then there is no text.
     `tokens` are the answer's ids without the one that ends it.
     """
 
@@ -53,15 +53,15 @@ def answers(
     Args:
         model: a causal language model, adapted or not, in any precision.
         template: the `Template` to prompt with.
-        conversations: turns as the corpus has them, `[{"from": …, "value": …}, …]`: a system
-            message if there is one, then questions and answers in turn, last a question.
+        conversations: turns as in a corpus, `[{"from": …, "value": …}, …]`: a system message if
+            there is one, then alternating questions and answers, last a question.
         settings: a seed makes each answer repeatable, whatever it shares a batch with.
-        batch_size: conversations at a time; None: what the device's memory holds. It is halved
-            where that turns out too much.
-        numbers: with the seed, what random numbers each conversation gets; default: its index.
+        batch_size: conversations at a time; None: as many as fit in memory. It is halved if that
+            turns out to be too many.
+        numbers: with the seed, they decide each conversation's random numbers; default: its index.
 
     Raises:
-        torch.OutOfMemoryError: one conversation alone does not fit.
+        torch.OutOfMemoryError: a single conversation does not fit.
         InputError: a prompt holds a token that the model has no embedding for.
     """
     if settings.seed is None:
@@ -106,7 +106,9 @@ def answers(
             batch_size = len(batch) // 2
             torch.cuda.empty_cache()
             logger.warning(
-                "(out of memory with %d at a time: %d from now on)", len(batch), batch_size
+                "(out of memory with %d at a time; from now on %d at a time)",
+                len(batch),
+                batch_size,
             )
             continue
         yield from written
@@ -114,7 +116,7 @@ def answers(
 
 
 def rows_that_fit(model, prompt_length: int, settings: Sampling) -> int:
-    """How many answers to prompts of this length are written at a time, by their caches' size."""
+    """How many answers to prompts of this length to write at a time, by their caches' size."""
     if model.device.type != "cuda":
         return CPU_ROWS
     config = model.config
@@ -126,7 +128,7 @@ def rows_that_fit(model, prompt_length: int, settings: Sampling) -> int:
 
 
 class BatchWriter:
-    """Writes the answers of a batch with `generate`, and nothing of the base's own settings."""
+    """Writes the answers of a batch with `generate`, without any of the base's own settings."""
 
     def __init__(self, model, template, settings: Sampling):
         # Adapters sit inside the base's layers, so its own `generate` uses them.
@@ -134,7 +136,7 @@ class BatchWriter:
         self._tokenizer = template.tokenizer
         self._settings = settings
         rows, pad = self._model.get_input_embeddings().weight.shape[0], self._tokenizer.pad_token_id
-        self._pad = pad if pad < rows else 0  # any will do: it is masked, or after the end
+        self._pad = pad if pad < rows else 0  # any id will do: it is masked, or after the end
         self._stop_ids = stop_ids(model, template)
 
     def write(self, prompts: dict[int, list[int]], numbers: Sequence[int]) -> list[Answer]:
@@ -203,7 +205,7 @@ class RowLimits(StoppingCriteria):
 
 @contextmanager
 def plain_settings(model):
-    """Keep `generate` from filling in what generation_config.json says, such as a temperature."""
+    """Keep `generate` from using generation_config.json, which may set a temperature."""
     own, model.generation_config = model.generation_config, GenerationConfig()
     try:
         yield

@@ -9,16 +9,16 @@ from llama_lora.cli import InputError
 
 COMMANDS = """commands in a chat:
   /reset          forget the conversation
-  /system TEXT    change the system message; without TEXT, to the template's own
+  /system TEXT    change the system message; without TEXT, use the template's own
   /regen          answer the last question again
-  /adapter NAME   go on with that adapter, or with the base alone; without NAME, list them
+  /adapter NAME   switch to that adapter, or to the base alone; without NAME, list them
   /save FILE      save the conversation as a corpus file
   /help           show this
 
-Of a pipe, every line is a question or a command. In a terminal, an empty line ends the chat;
-Ctrl-C ends an answer or, at the prompt, the chat."""
+Through a pipe, every line is a question or a command. In a terminal, an empty line ends the chat.
+Ctrl-C stops an answer or, at the prompt, ends the chat."""
 
-# Control characters, which would command the terminal, as what stands for them.
+# Control characters, which could steer the terminal, are shown as visible stand-ins.
 CONTROLS = {code: 0x2400 + code for code in range(32) if chr(code) not in "\t\n"}
 CONTROLS |= {0x7F: 0x2421, **dict.fromkeys(range(0x80, 0xA0), 0xFFFD)}
 
@@ -27,7 +27,7 @@ class Console:
     """A chat that is read from stdin."""
 
     def __init__(self, chat, adapters, save: Callable[[dict, str], None]):
-        """`adapters` are what `chat` can go on with; `save` writes a conversation to a path."""
+        """`adapters` are those `chat` can switch to; `save` writes a conversation to a path."""
         self._chat, self._adapters, self._save = chat, adapters, save
         self._adapter = adapters.names[0]
         self._terminal = sys.stdin.isatty()
@@ -42,7 +42,8 @@ class Console:
         }
 
     def run(self) -> None:
-        """Answer line after line; in a terminal, an answer that fails or is stopped ends alone."""
+        """Answer line after line; in a terminal, a failed or stopped answer does not end the
+        chat."""
         sys.stdin.reconfigure(errors="replace")
         for line in _read_lines(self._terminal):
             try:
@@ -91,7 +92,7 @@ class Console:
 
 
 def show(chat, pieces: Iterator[str], label: str = "") -> None:
-    """Print an answer of `chat` as it comes, and a newline."""
+    """Print an answer of `chat` as it comes, then a newline."""
     try:
         with contextlib.closing(pieces):
             for piece in pieces:
@@ -107,12 +108,12 @@ def show(chat, pieces: Iterator[str], label: str = "") -> None:
 
 
 def tell(message: str) -> None:
-    """Say something that is no answer."""
+    """Print something that is not an answer."""
     print(f"({message})", file=sys.stderr)
 
 
 def _read_lines(terminal: bool) -> Iterator[str]:
-    """Lines that are not blank; in a terminal a blank one or Ctrl-C ends them as well."""
+    """The lines that are not blank; in a terminal a blank line or Ctrl-C ends them too."""
     if terminal:
         with contextlib.suppress(ImportError):  # Windows has none
             import readline  # noqa: F401  (gives input() its editing and history)

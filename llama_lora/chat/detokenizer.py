@@ -1,14 +1,14 @@
 """Token ids in, whole characters out."""
 
-REPLACEMENT = "\ufffd"  # what decoding yields for bytes that are not, or not yet, a character
+REPLACEMENT = "\ufffd"  # what decoding gives for bytes that are not, or not yet, a character
 
 
 class Detokenizer:
     """The text of an answer as its tokens come.
 
     A token may hold part of a character, and decoding one alone may lose a space, so each is
-    decoded behind the piece before it. White space in front is left out: templates put a space or
-    a line break before the answer.
+    decoded together with the piece before it. Leading white space is left out: templates put a
+    space or a line break before the answer.
     """
 
     def __init__(self, tokenizer):
@@ -16,7 +16,7 @@ class Detokenizer:
         self._tokenizer = tokenizer
         self._ids = []
         self._context = 0  # leading ids whose text is out
-        self._shown = 0  # characters of the text of all ids that are out
+        self._shown = 0  # characters of all text that is out
 
     def put(self, token: int) -> str:
         """The text that `token` completes; "" for a special token or part of a character."""

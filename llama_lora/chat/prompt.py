@@ -1,4 +1,4 @@
-"""Prompts: what a person types is text, whatever it spells, and all of it fits into the window."""
+"""Prompts: what a person types is always text, and the prompt fits into the window."""
 
 import re
 from bisect import bisect_left
@@ -17,18 +17,18 @@ class TooLong(InputError):
 
 
 class Prompt(NamedTuple):
-    """Token ids after which the model writes the answer, and how many pairs are left out."""
+    """The token ids after which the model writes the answer, and how many pairs are left out."""
 
     ids: list[int]
     left_out: int
 
 
 class Prompter:
-    """Makes prompts of conversations that end with a question, for a window of so many tokens."""
+    """Makes prompts from conversations that end with a question, for a window of tokens."""
 
     @classmethod
     def of(cls, model, template) -> "Prompter":
-        """For `model`.
+        """The prompter for `model`.
 
         Raises:
             InputError: the template uses tokens that the model has no embeddings for.
@@ -38,16 +38,16 @@ class Prompter:
         return cls(template, positions(model.config), rows)
 
     def __init__(self, template, window: int, rows: int):
-        """`rows` are the model's embeddings; what a prompt holds beyond them is refused."""
+        """`rows` counts the model's embeddings; a prompt with a token beyond them is refused."""
         self.window = window
         self._rows = rows
         self._template = template
 
     def fit(self, turns: list[dict], max_new_tokens: int, left_out: int = 0) -> Prompt:
-        """The prompt without as many of the oldest pairs as leave room for an answer.
+        """The prompt, without the oldest pairs if there is no room for an answer otherwise.
 
-        That is room for `max_new_tokens`, or for a quarter of the window if this is less. A system
-        message stays. `left_out` pairs are left out in any case.
+        That is room for `max_new_tokens` or a quarter of the window, whichever is less. A system
+        message stays. At least `left_out` pairs are left out.
 
         Raises:
             TooLong: the last question alone fills the window.
@@ -75,8 +75,8 @@ class Prompter:
     def ids(self, turns: list[dict]) -> list[int]:
         """The prompt as token ids, with the special tokens that the template writes and no others.
 
-        A special token that a turn spells out is tokenized as the text that it is: typing "</s>"
-        ends no turn.
+        If a turn spells out a special token, it is tokenized as plain text: typing "</s>" does not
+        end a turn.
 
         Raises:
             InputError: a token that the model has no embedding for.
@@ -99,14 +99,14 @@ class Prompter:
         return self._known(ids)
 
     def _known(self, ids: list[int]) -> list[int]:
-        """`ids`, all of which have a row of the embeddings."""
+        """`ids`, after checking that each has a row of the embeddings."""
         self._template.check_ids(ids, self._rows, "the prompt")
         return ids
 
     def _rendered(self, turns: list[dict]) -> tuple[str, set[int]]:
-        """The prompt as text, and where in it the special tokens stand that turns spell out.
+        """The prompt as text, and where it has special tokens that turns spell out.
 
-        They are found by a character that stands for each while the template is at work.
+        They are found because a private character stands in for each while the template renders.
         """
         taken = {character for turn in turns for character in turn["value"]}
         free = (mark for mark in map(chr, count(PRIVATE)) if mark not in taken)

@@ -16,7 +16,7 @@ from transformers.generation import (
 from llama_lora.cli import InputError
 from llama_lora.hardware.device import dtype_name
 
-COLDEST = 1e-3  # below this the scores overflow when divided, and the likeliest token wins anyway
+COLDEST = 1e-3  # below this, dividing the scores overflows, and the likeliest token wins anyway
 TINIEST = torch.finfo(torch.float32).tiny
 
 
@@ -25,13 +25,13 @@ class Sampling:
     """How the next token is chosen, and how many tokens an answer may have.
 
     Args:
-        temperature: 0 chooses the likeliest token, always.
+        temperature: 0 always chooses the likeliest token.
         top_p: sample from the likeliest tokens that together have this probability (Holtzman et
             al. 2020); 1 is off.
         top_k: sample from this many likeliest tokens; 0 is off.
-        repetition_penalty: lowers the scores of the answer's own tokens (Keskar et al. 2019); 1 is
-            off. The prompt's are left alone: it holds the end-of-answer tokens of earlier answers.
-        seed: makes a chat, and each answer of a batch, repeatable; None differs every time.
+        repetition_penalty: lowers the scores of tokens already in the answer (Keskar et al. 2019);
+            1 is off. The prompt's tokens do not count: it holds the ends of earlier answers.
+        seed: makes a chat, and each answer of a batch, repeatable; None: different every time.
     """
 
     temperature: float = 0.7
@@ -43,7 +43,7 @@ class Sampling:
 
     @classmethod
     def of(cls, args) -> "Sampling":
-        """As a command line's flags of the same names say."""
+        """From a command line's flags of the same names."""
         return cls(**{field.name: getattr(args, field.name) for field in fields(cls)})
 
 
@@ -53,11 +53,11 @@ def processors(
     generators: Sequence[torch.Generator],
     prompt_length: int = 0,
 ) -> LogitsProcessorList:
-    """What turns scores [rows, vocabulary] into such that each row's largest is its next token.
+    """Processors of scores [rows, vocabulary]; afterwards each row's largest is its next token.
 
     Args:
-        generators: of random numbers, one a row, on the model's device.
-        prompt_length: leading tokens of the ids that are not the answer's.
+        generators: of random numbers, one per row, on the model's device.
+        prompt_length: how many leading ids are the prompt's.
     """
     chain = LogitsProcessorList([Finite(dtype_name(model.dtype))])
     if sampling.repetition_penalty != 1:
@@ -91,9 +91,9 @@ class Finite(LogitsProcessor):
 
 
 class Gumbel(LogitsProcessor):
-    """Noise with which the largest score is a sample of their softmax (Gumbel 1954).
+    """Noise that makes the largest score a sample from their softmax (Gumbel 1954).
 
-    Every row has a generator of its own, so what is sampled does not depend on the other rows.
+    Every row has its own generator, so its samples do not depend on the other rows.
     """
 
     def __init__(self, generators: Sequence[torch.Generator]):
@@ -107,7 +107,7 @@ class Gumbel(LogitsProcessor):
 
 
 def generator(model, seed: int | None, number: int = 0) -> torch.Generator:
-    """Random numbers on the model's device: the `number`-th row of them that `seed` gives."""
+    """The `number`-th generator of random numbers for `seed`, on the model's device."""
     made = torch.Generator(model.device)
     if seed is None:
         made.seed()
@@ -117,6 +117,6 @@ def generator(model, seed: int | None, number: int = 0) -> torch.Generator:
 
 
 def stop_ids(model, template) -> set[int]:
-    """The ids that end an answer: the template's, and those that the base's settings name."""
+    """The ids that end an answer: the template's, and those in the base's settings."""
     named = model.generation_config.eos_token_id
     return {*template.stop_ids, *(named if isinstance(named, list) else [named])} - {None}

@@ -18,8 +18,8 @@ class Chat:
     Attributes:
         decoder: what answers; may be changed at any time.
         system: the system message, or None for the template's own; may be changed at any time.
-        turns: the conversation so far, as the corpus has it: `[{"from": …, "value": …}, …]`.
-        left_out: the oldest pairs of it that are no longer shown to the model.
+        turns: the conversation so far, as in a corpus: `[{"from": …, "value": …}, …]`.
+        left_out: how many of its oldest pairs the model no longer sees.
     """
 
     def __init__(self, model, template, sampling: Sampling | None = None, system=None):
@@ -48,8 +48,8 @@ class Chat:
     def stream(self, question: str) -> Iterator[str]:
         """Ask, and yield the answer piece by piece in whole characters.
 
-        Question and answer join the history when the answer ends or the iterator is closed: what
-        an interruption leaves of an answer is kept, an answer without any text is not.
+        Question and answer join the history when the answer ends or the iterator is closed. An
+        interrupted answer is kept as far as it goes; an answer without any text is not kept.
 
         Raises:
             InputError: the question alone fills the model's window, or the model's scores are not
@@ -59,7 +59,7 @@ class Chat:
         return self._answer()
 
     def regenerate(self) -> Iterator[str]:
-        """`stream` the last question once more; its new answer takes the place of the old.
+        """`stream` the last question once more; the new answer replaces the old one.
 
         Raises:
             InputError: nothing has been asked.
@@ -85,7 +85,7 @@ class Chat:
                 self.turns = [*before, asked, {"from": "gpt", "value": answer}]
 
     def _prompt(self, turns: list[dict]) -> list[int]:
-        """The prompt without as many of the oldest pairs as leave room for an answer."""
+        """The prompt, without the oldest pairs if there is no room for an answer otherwise."""
         prompter = self.decoder.prompter
         ids, left_out = prompter.fit(
             [*self._head(), *turns], self._sampling.max_new_tokens, self.left_out

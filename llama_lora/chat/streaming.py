@@ -1,4 +1,4 @@
-"""Writes an answer token by token, for somebody who reads along."""
+"""Writes an answer token by token, for a person who reads along."""
 
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -14,12 +14,13 @@ from llama_lora.chat.sampling import Sampling, processors, stop_ids
 class Decoder:
     """A model that answers prompts made with one template.
 
-    What it has computed for one prompt and answer serves the next that begins alike.
+    What it has computed for one prompt and answer is reused for the next one with the same
+    beginning.
 
     Attributes:
         prompter: makes the prompts.
-        finish_reason: of the last answer: "stop" where it ended by itself, "length" at a limit, ""
-            while it is written and where it was left unfinished.
+        finish_reason: of the last answer: "stop" if it ended by itself, "length" at a limit, ""
+            while it is being written or if it was left unfinished.
     """
 
     def __init__(self, model, template, activate: Callable[[], None] = lambda: None):
@@ -39,7 +40,7 @@ class Decoder:
     def stream(
         self, prompt: list[int], sampling: Sampling, random: torch.Generator
     ) -> Iterator[str]:
-        """The answer to `prompt` piece by piece in whole characters, without space before it."""
+        """The answer to `prompt`, piece by piece in whole characters, without leading space."""
         text = Detokenizer(self._tokenizer)
         with closing(self.tokens(prompt, sampling, random)) as tokens:
             for token in tokens:
@@ -74,8 +75,8 @@ class Decoder:
     def _shared_with(self, prompt: list[int]) -> tuple[DynamicCache, list[int]]:
         """Take the cache, cut back to what it shares with the prompt, and the ids in it.
 
-        Whoever takes it has it alone: a stream that was dropped, and not yet closed, cannot
-        disturb the next one.
+        Whoever takes it has it alone: a stream that was dropped but not yet closed cannot disturb
+        the next one.
         """
         (cache, cached), self._kept = self._kept, (DynamicCache(), [])
         shared = 0
@@ -90,7 +91,7 @@ class Decoder:
 
     @torch.inference_mode()
     def _next(self, fresh: list[int], cache: DynamicCache, chain, answer: list[int]) -> int:
-        """The token after what the cache holds and the `fresh` ids, which join it."""
+        """The next token after the cache and the `fresh` ids, which join the cache."""
         self._activate()
         device = self.model.device
         scores = self.model(

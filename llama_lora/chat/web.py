@@ -20,18 +20,18 @@ NOTHING = "nothing"  # is shown beside the answers
 CSS = ".message-content * { white-space: pre-wrap } footer { display: none }"
 
 
-# The settings that have a slider, in the order of these.
+# The settings that have a slider, in the order of the sliders.
 SLIDERS = "temperature", "top_p", "top_k", "repetition_penalty", "max_new_tokens"
 
 
 def check_gradio() -> None:
-    """Raise `InputError` where gradio is missing."""
+    """Raise `InputError` if gradio is missing."""
     if importlib.util.find_spec("gradio") is None:
         raise InputError("--web needs gradio: pip install -r requirements-web.txt")
 
 
 def check_port(host: str, port: int) -> None:
-    """Raise `InputError` where nothing can listen there."""
+    """Raise `InputError` if the page cannot listen there."""
     try:
         family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         with socket.socket(family, kind) as probe:
@@ -51,9 +51,9 @@ def serve(args, load: Callable[..., Adapters]) -> None:
     """Serve the page until Ctrl-C.
 
     Args:
-        args: `host` and `port` to listen on (whoever reaches them can use the model), and what the
-            page's settings are at first: `system` and the fields of `Sampling`.
-        load: makes the model and its adapters of `args`, when nothing else can fail.
+        args: `host` and `port` to listen on (whoever can reach them can use the model), and the
+            page's first settings: `system` and the fields of `Sampling`.
+        load: loads the model and its adapters from `args`, once nothing else can fail.
 
     Raises:
         InputError: gradio is missing, or the port is in use.
@@ -77,7 +77,7 @@ def launched(page, host: str, port: int):
 
     try:
         page.launch(
-            server_name=f"[{host}]" if ":" in host else host,  # as an address writes IPv6
+            server_name=f"[{host}]" if ":" in host else host,  # as addresses write IPv6
             server_port=port,
             share=False,
             quiet=True,
@@ -89,14 +89,14 @@ def launched(page, host: str, port: int):
             theme=gradio.themes.Default(font="system-ui", font_mono="monospace"),
             css=CSS,
         )
-    except OSError:  # gradio's names neither host nor cause
+    except OSError:  # gradio's error names neither host nor cause
         raise refused(host, port, "taken, or not there within 5 seconds") from None
     return page
 
 
 def build(adapters: Adapters, sampling: Sampling, system: str | None):
     """The page as gradio's Blocks."""
-    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # its makers are told of each start otherwise
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # else its makers are told of each start
     os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
     import gradio as gr
 
@@ -139,7 +139,7 @@ def build(adapters: Adapters, sampling: Sampling, system: str | None):
             **one_at_a_time,
         )
         retried = retry.click(answering.retry, state, outputs, **one_at_a_time)
-        # An answer that goes on has to end first, or its last piece would come back.
+        # A running answer has to end first, or its last piece would come back.
         stopping = {"cancels": [asked, retried], "api_visibility": "private"}
         stop.click(None, **stopping)
         new.click(None, **stopping).then(lambda: ([], [], [], [], ""), None, outputs, **at_once)
@@ -194,7 +194,7 @@ def settings_of(gr, sampling: Sampling, system: str | None, window: int) -> list
 
 @dataclass
 class Side:
-    """One of the two conversations: with whom, its turns, and what there is to say about it."""
+    """One of the two conversations: whom it is with, its turns, and a note about it."""
 
     name: str
     turns: list[dict]
@@ -202,12 +202,12 @@ class Side:
 
 
 class Answering:
-    """Answers to what the page asks; the conversations themselves are the browser session's."""
+    """Answers what the page asks; the conversations themselves stay in the browser session."""
 
     def __init__(self, adapters: Adapters, sampling: Sampling):
         self._adapters, self._sampling = adapters, sampling
-        self._lock = threading.Lock()  # an answer that was stopped may be amid its last token
-        self._decoders = {}  # of each side: what they have computed serves the next question
+        self._lock = threading.Lock()  # a stopped answer may still be in its last token
+        self._decoders = {}  # of each side: what they have computed is reused for the next question
         self.window = self._decoder(0, adapters.names[0]).prompter.window
 
     def ask(self, question: str, left_name, right_name, left, right, *settings):
@@ -217,7 +217,7 @@ class Answering:
         yield from self._answer(sides, *settings)
 
     def ask_and_clear(self, unchanged: Callable, question: str, *state):
-        """`ask`, and empty the box that the question came from; a blank one is left alone."""
+        """`ask`, and clear the box that the question came from; a blank question is ignored."""
         if not question.strip():
             yield tuple(unchanged() for _ in range(6))
             return
@@ -225,7 +225,7 @@ class Answering:
         with closing(self.ask(question, *state)) as updates:
             for update in updates:
                 yield box, *update
-                box = unchanged()  # for there may be the next question in it
+                box = unchanged()  # since it may already hold the next question
 
     def retry(self, left_name, right_name, left, right, *settings):
         """`ask` the last question once more."""
@@ -275,14 +275,14 @@ class Answering:
 
 
 def in_turn(streams: list[Iterator]) -> Iterator[None]:
-    """Take from each of the streams in turn until all are at their end; yields after each round."""
+    """Take from each stream in turn until all have ended; yields after each round."""
     while streams:
         streams = [stream for stream in streams if next(stream, StopIteration) is not StopIteration]
         yield
 
 
 def alone(lock: threading.Lock, rounds: Iterator[None]) -> Iterator[None]:
-    """`rounds`, in each of which nobody else has the lock."""
+    """`rounds`, each of them under the lock."""
     while True:
         with lock:
             if next(rounds, StopIteration) is StopIteration:
@@ -306,7 +306,7 @@ def shown(sides: list[Side]) -> tuple:
 
 
 def messages(turns: list[dict]) -> list[dict]:
-    """`turns` as gradio shows them, escaped: it takes even plain text for HTML."""
+    """`turns` as gradio shows them, escaped, since it takes even plain text for HTML."""
     roles = {"human": "user", "gpt": "assistant"}
     return [
         {

@@ -1,4 +1,4 @@
-"""What a machine has for training, each thing tried, and how to get what it lacks."""
+"""What training needs on a machine: each thing is tried, and what is missing gets a remedy."""
 
 import importlib
 import importlib.metadata
@@ -55,9 +55,9 @@ class Finding:
     """One thing that was looked at or tried.
 
     Attributes:
-        remedy: the command or flag that mends it; "" where nothing can or need be.
+        remedy: the command or flag that fixes it; "" if nothing can or need be fixed.
         stops: whether training cannot run like this.
-        kernels: that ran meanwhile, for those who look after a fault.
+        kernels: the kernels that ran, to help find a fault.
     """
 
     what: str
@@ -69,16 +69,16 @@ class Finding:
 
     @property
     def mark(self) -> str:
-        """What its line begins with."""
+        """The mark at the beginning of its line."""
         return "ok" if self.ok else "FAIL" if self.stops else "--"
 
 
 def examine(requirements: Path, folder: Path) -> Iterator[Finding]:
-    """Look at all of it, as long as going on makes sense; computations take a few seconds.
+    """Look at everything, as long as it makes sense to continue; this takes a few seconds.
 
     Args:
         requirements: the project's requirements.txt, each line of it `name==version` or a comment.
-        folder: where runs are to be kept.
+        folder: where runs will be kept.
     """
     pins = _pins(requirements)
     yield python()
@@ -86,11 +86,11 @@ def examine(requirements: Path, folder: Path) -> Iterator[Finding]:
     if find_spec("torch") is None:
         yield Finding("torch", "not installed", False, setup_command(), stops=True)
         return
-    allocator.expect_all_sizes()  # as training has it, before the first block is allocated
+    allocator.expect_all_sizes()  # as in training, before the first block is allocated
     found = [*devices(pins["torch"]), imports("training", TRAINING, INSTALL_ALL, stops=True)]
     yield from found
     if any(finding.stops for finding in found):
-        return  # what follows would end in the libraries' own errors
+        return  # the rest would end in the libraries' own errors
     yield room(folder)
     yield from bases(pins["bitsandbytes"])
     yield optimizer(pins["bitsandbytes"])
@@ -111,7 +111,7 @@ def python() -> Finding:
 
 
 def packages(pins: dict[str, str]) -> Finding:
-    """The installed versions against the pinned ones; torch's is told with the device."""
+    """The installed versions against the pinned ones; torch's is reported with the device."""
     named = [name for name in pins if name != "torch"]
     wrong = [name for name in named if installed(name).partition("+")[0] != pins[name]]
     told = [f"{len(named) - len(wrong)} of {len(named)} as pinned"]
@@ -120,7 +120,7 @@ def packages(pins: dict[str, str]) -> Finding:
     told += [f"{name} {installed(name) or 'missing'}, pinned {pins[name]}" for name in wrong]
     wanted = [f"{name}=={pins[name]}" for name in wrong]
     if not installed("llama-lora"):
-        told.append("this project missing")
+        told.append("this project is not installed")
         wanted.append("-e .")
     remedy = f"pip install {' '.join(wanted)}" if wanted else ""
     if BUILT_ON_THE_SPOT.intersection(wrong):
@@ -140,11 +140,11 @@ def room(folder: Path) -> Finding:
 
 
 def devices(pin: str) -> list[Finding]:
-    """Every card, or the CPU, and whether the torch that is installed computes on it."""
+    """Every card, or the CPU, and whether the installed torch computes on it."""
     import torch
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch's own, of what the findings tell
+        warnings.simplefilter("ignore")  # torch's own, about what the findings say
         if torch.cuda.is_available():
             count, built_for = torch.cuda.device_count(), torch.cuda.get_arch_list()
             cards = [_card(index, torch.__version__, built_for, pin) for index in range(count)]
@@ -198,14 +198,14 @@ def _computes(
 def card_out_of_reach(
     known: tuple[str, tuple[int, int]], torch_version: str, cuda: str | None, pin: str
 ) -> Finding:
-    """A card that the driver knows, by name and capability, and torch does not reach."""
+    """A card that the driver knows by name and capability, but torch cannot use."""
     name, capability = known
     if cuda is None:
         why, remedy = "is a build without CUDA", torch_command(pin, capability)
     else:
-        why = f"is built for CUDA {cuda}, which the driver is too old for or does not let it use"
+        why = f"is built for CUDA {cuda}, and the driver is too old for that or blocks it"
         remedy = torch_command(pin, capability, oldest_cuda=True)
-        if capability >= BLACKWELL:  # for which there is no older build
+        if capability >= BLACKWELL:  # no older build supports it
             remedy = "update the NVIDIA driver, to 580 or newer"
     found = f"{name}, but torch {torch_version} {why}"
     return Finding("device", found, False, remedy, stops=True)
@@ -221,7 +221,7 @@ def torch_command(pin: str, capability: tuple[int, int] | None, oldest_cuda: boo
 
 
 def setup_command() -> str:
-    """The command that installs everything, with the build of torch that the card here needs."""
+    """The command that installs everything, with the build of torch for this machine's card."""
     known = nvidia_driver.first_card()
     build = known and Card(*known, None, None).torch_build
     index = f"PIP_EXTRA_INDEX_URL={TORCH_INDEX}{build} " if build else ""
@@ -229,7 +229,7 @@ def setup_command() -> str:
 
 
 def bases(pin: str) -> Iterator[Finding]:
-    """A step of training on a layer in each precision that `--quantization` knows."""
+    """A training step of a layer in each precision that `--quantization` offers."""
     from llama_lora.check_machine import kernels_used, probe
 
     card, dtype = present(), compute_dtype()
@@ -238,7 +238,7 @@ def bases(pin: str) -> Iterator[Finding]:
     for quantization, what in BASES.items():
         if quantization == "8bit" and not card.runs_int8:
             wanted = ".".join(map(str, INT8_CAPABILITY))
-            found = f"needs compute capability {wanted}; --quantization auto takes 4bit here"
+            found = f"needs compute capability {wanted}; --quantization auto uses 4bit here"
             yield Finding(what, found, False)
             continue
         operators = kernels_used.Operators()
@@ -256,7 +256,7 @@ def bases(pin: str) -> Iterator[Finding]:
 
 
 def optimizer(pin: str) -> Finding:
-    """A few steps of bitsandbytes' AdamW with states of 8 bits."""
+    """A few steps of bitsandbytes' AdamW with 8-bit states."""
     from llama_lora.check_machine import probe
 
     device = "cpu" if present().capability is None else "cuda"
@@ -264,12 +264,12 @@ def optimizer(pin: str) -> Finding:
         error = probe.optimizer_error(device)
     except (RuntimeError, ImportError, probe.WrongResult) as fault:
         remedy = f"pip install --force-reinstall --no-deps bitsandbytes=={pin}"
-        return Finding("8-bit AdamW", f"does not step: {brief(fault)}", False, remedy)
-    return Finding("8-bit AdamW", f"steps, {error:.2%} from fp32 (at most {probe.STEP_ERROR:.0%})")
+        return Finding("8-bit AdamW", f"does not work: {brief(fault)}", False, remedy)
+    return Finding("8-bit AdamW", f"works, {error:.2%} from fp32 (at most {probe.STEP_ERROR:.0%})")
 
 
 def attention() -> Finding:
-    """Each kernel of `scaled_dot_product_attention`, tried; all but the plain one save memory."""
+    """Try each kernel of `scaled_dot_product_attention`; all but the plain one save memory."""
     from llama_lora.check_machine import probe
 
     dtype, device = compute_dtype(), "cpu" if present().capability is None else "cuda"
@@ -284,13 +284,13 @@ def attention() -> Finding:
             absent.append(kernel)
     parts = [", ".join(right or ["none runs"])]
     parts += [f"wrong: {', '.join(wrong)}"] * bool(wrong)
-    parts += [f"not here: {', '.join(absent)}"] * bool(absent)
+    parts += [f"unavailable: {', '.join(absent)}"] * bool(absent)
     ok = not wrong and len(right) > 1
     return Finding("attention", "; ".join(parts), ok, stops=not right)
 
 
 def learning(seconds: float | None, learning_rate: float | None = None) -> Finding:
-    """A training of some seconds, and whether its loss fell.
+    """Train for some seconds, and see whether the loss falls.
 
     Args:
         seconds, learning_rate: see `short_training.train`.
@@ -300,7 +300,7 @@ def learning(seconds: float | None, learning_rate: float | None = None) -> Findi
     try:
         run = short_training.train(seconds, learning_rate)
     except (RuntimeError, ImportError, InputError) as fault:
-        why = brief(fault).partition("; ")[0]  # what follows is advice for a longer one
+        why = brief(fault).partition("; ")[0]  # what follows is advice for a longer training
         return Finding("learning", f"WRONG: {why}", False, stops=True)
     if run.learned:
         return Finding("learning", str(run))
@@ -309,7 +309,7 @@ def learning(seconds: float | None, learning_rate: float | None = None) -> Findi
 
 
 def imports(what: str, modules: tuple[str, ...], remedy: str, stops: bool = False) -> Finding:
-    """Whether the modules can be imported, with the libraries that they are built on."""
+    """Whether the modules can be imported, with the libraries that they need."""
     for module in modules:
         try:
             importlib.import_module(module)
@@ -320,7 +320,7 @@ def imports(what: str, modules: tuple[str, ...], remedy: str, stops: bool = Fals
 
 
 def deepspeed(pin: str) -> Finding:
-    """DeepSpeed and its launcher, without which only one card trains."""
+    """DeepSpeed and its launcher; without them only one card trains."""
     found = imports("deepspeed", ("deepspeed",), f"pip install deepspeed=={pin}")
     if not found.ok:
         return found
@@ -335,7 +335,7 @@ def deepspeed(pin: str) -> Finding:
 
 
 def compiler() -> Finding:
-    """What DeepSpeed compiles its operator for CPUs with, and PyICU is built with."""
+    """What DeepSpeed needs to compile its CPU operator, and pip to build PyICU."""
     command = ["g++", "-x", "c++", "-fsyntax-only", f"-I{sysconfig.get_path('include')}", "-"]
     missing = []
     if shutil.which("g++") is None:
@@ -347,7 +347,7 @@ def compiler() -> Finding:
     if not missing:
         return Finding("compiler", "g++ with Python.h, ninja")
     remedy = _as_root(f"apt-get install -y {' '.join(missing)}")
-    found = f"without {', '.join(missing)}; a CPU needs it for deepspeed"
+    found = f"missing {', '.join(missing)}; deepspeed on a CPU needs it"
     return Finding("compiler", found, False, remedy)
 
 
@@ -357,7 +357,7 @@ def _pins(requirements: Path) -> dict[str, str]:
 
 
 def installed(name: str) -> str:
-    """The version of a package, "" where it is not installed."""
+    """The version of a package; "" if it is not installed."""
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:

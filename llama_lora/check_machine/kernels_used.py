@@ -1,8 +1,8 @@
-"""Which kernels a computation takes, by the operators that run."""
+"""Which kernels a computation uses, by the operators that run."""
 
 from torch.utils._python_dispatch import TorchDispatchMode
 
-# What `scaled_dot_product_attention` turns into; the plain one has no operator of its own.
+# What `scaled_dot_product_attention` turns into; the plain kernel has no operator of its own.
 ATTENTION = {
     "aten::_scaled_dot_product_flash_attention": "FlashAttention",
     "aten::_scaled_dot_product_flash_attention_for_cpu": "FlashAttention",
@@ -27,13 +27,13 @@ class Operators(TorchDispatchMode):
 
 
 def attention(names: set[str]) -> str:
-    """The kernels of `scaled_dot_product_attention` among operators."""
+    """The kernels of `scaled_dot_product_attention` among these operators."""
     return ", ".join(sorted({ATTENTION[name] for name in names & ATTENTION.keys()})) or "none"
 
 
 def bitsandbytes(names: set[str]) -> str:
-    """What bitsandbytes does among operators, for the products with a quantized base."""
+    """bitsandbytes' operators among these, for the products with a quantized base."""
     own = sorted(name for name in names if name.startswith(BITSANDBYTES))
-    if not own:  # of 8 bits on a CPU
+    if not own:  # 8 bits on a CPU
         return "torch dequantizes, no kernel of bitsandbytes"
     return "bitsandbytes' " + ", ".join(name.removeprefix(BITSANDBYTES) for name in own)

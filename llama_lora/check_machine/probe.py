@@ -1,4 +1,4 @@
-"""Small computations that show whether training's kernels run on a device, and run right."""
+"""Small computations that show whether training's kernels run on a device, and run correctly."""
 
 import warnings
 from collections import OrderedDict
@@ -26,23 +26,23 @@ WIDTH, TOKENS, RANK = 256, 128, 8
 
 
 class WrongResult(Exception):
-    """A computation ran, and its result is not what fp32 gives."""
+    """A computation ran, but its result differs from that of fp32."""
 
 
 def base_error(quantization: str, dtype: torch.dtype, device: str, watch=None) -> float:
-    """Train one linear layer with LoRA for one step; how far it is from fp32 on the CPU.
+    """Train one linear layer with LoRA for one step; returns its distance from fp32 on the CPU.
 
     Args:
-        quantization: of the frozen weights: "8bit", "4bit" or "none" (`dtype`), as `load_base` has.
-        dtype: that the layer computes in.
+        quantization: of the frozen weights: "8bit", "4bit" or "none" (`dtype`), as in `load_base`.
+        dtype: what the layer computes in.
         watch: a context around the step itself.
 
     Returns:
         The largest relative error of the output and of the gradients of input, A and B.
 
     Raises:
-        Wrong: that is beyond `TOLERANCES`, or a gradient is zero or not finite.
-        RuntimeError: no kernel for this on the device.
+        WrongResult: that is beyond `TOLERANCES`, or a gradient is zero or not finite.
+        RuntimeError: the device has no kernel for this.
     """
     exact = torch.float32, "cpu"
     expected = _step(_adapted("none", *exact), *exact, nullcontext())
@@ -51,23 +51,23 @@ def base_error(quantization: str, dtype: torch.dtype, device: str, watch=None) -
 
 
 def attention_error(kernel: str, dtype: torch.dtype, device: str) -> float:
-    """Causal attention forward and backward by one of `ATTENTION_KERNELS`, as `base_error`."""
+    """As `base_error`, for causal attention by one of `ATTENTION_KERNELS`, forward and backward."""
     expected = _attend(SDPBackend.MATH, torch.float32, "cpu")
     found = _attend(ATTENTION_KERNELS[kernel], dtype, device)
     return _largest_error(found, expected, ATTENTION_ERROR)
 
 
 def optimizer_error(device: str) -> float:
-    """Take a few steps of AdamW with states of 8 bits; how far they lead from fp32's on the CPU."""
+    """A few steps of AdamW with 8-bit states; returns their distance from fp32's on the CPU."""
     from bitsandbytes.optim import AdamW8bit, PagedAdamW8bit
 
-    kind = AdamW8bit if device == "cpu" else PagedAdamW8bit  # pages are CUDA's
+    kind = AdamW8bit if device == "cpu" else PagedAdamW8bit  # paging needs CUDA
     expected = _moved(torch.optim.AdamW, "cpu")
     return _largest_error([_moved(kind, device)], [expected], STEP_ERROR)
 
 
 def _adapted(quantization: str, dtype: torch.dtype, device: str) -> torch.nn.Module:
-    """A linear layer with LoRA matrices, the same ones each time but for the base's precision."""
+    """A linear layer with LoRA matrices, always the same except for the base's precision."""
     from peft import LoraConfig, inject_adapter_in_model
 
     generator = torch.Generator().manual_seed(0)
@@ -78,7 +78,7 @@ def _adapted(quantization: str, dtype: torch.dtype, device: str) -> torch.nn.Mod
     linear = _linear(quantization, dtype)
     linear.load_state_dict({"weight": normal(WIDTH, WIDTH).to(dtype)})
     model = torch.nn.Sequential(OrderedDict(linear=linear)).to(device)
-    model.is_loaded_in_8bit = quantization == "8bit"  # by which peft knows
+    model.is_loaded_in_8bit = quantization == "8bit"  # this tells peft
     model.is_loaded_in_4bit = quantization == "4bit"
     config = LoraConfig(r=RANK, lora_alpha=RANK, lora_dropout=0.0, target_modules=["linear"])
     inject_adapter_in_model(config, model)
@@ -102,7 +102,7 @@ def _linear(quantization: str, dtype: torch.dtype) -> torch.nn.Linear:
 def _step(model: torch.nn.Module, dtype: torch.dtype, device: str, watch) -> list[torch.Tensor]:
     """The output, and the gradients of the input and of A and B.
 
-    After an evaluation, as in training: what that leaves behind in a layer counts too.
+    It comes after an evaluation, as in training, since an evaluation may leave something behind.
     """
     inputs = _input(1, TOKENS, WIDTH).to(device).requires_grad_()
     mixed = dtype != torch.float32
@@ -121,7 +121,7 @@ def _matrices(model: torch.nn.Module) -> list[torch.nn.Parameter]:
 
 
 def _moved(optimizer, device: str) -> torch.Tensor:
-    """By what four steps move a matrix, each with another gradient."""
+    """How far four steps, each with another gradient, move a matrix."""
     matrix = torch.nn.Parameter(torch.zeros(RANK, 16 * WIDTH, device=device))
     stepping = optimizer([matrix], lr=0.01)
     for gradient in _input(4, *matrix.shape):

@@ -1,4 +1,4 @@
-"""What was found on a machine, on one screen that can be pasted into a report."""
+"""The findings about a machine, on one screen that can be pasted into a report."""
 
 import os
 import platform
@@ -16,13 +16,13 @@ from llama_lora.hardware.device import cores, present, processor
 
 HEADING = "--- to paste into a report ---"
 COLUMNS, LINES = 100, 24
-INDENT = 13  # columns of the names before what is told of them
+INDENT = 13  # columns of the names on the left
 TOLD = "8-bit base", "4-bit base", "unquantized", "8-bit AdamW", "attention", "learning"
 PACKAGES = "transformers", "peft", "bitsandbytes", "accelerate", "deepspeed"
 
 
 def lines(findings: list[Finding], verdict: str, root: Path) -> list[str]:
-    """The screen: `LINES` of `COLUMNS` at most, without the folders and names of people.
+    """The screen: at most `LINES` of `COLUMNS`, without folders and names of people.
 
     Args:
         root: the folder of this project.
@@ -37,14 +37,14 @@ def lines(findings: list[Finding], verdict: str, root: Path) -> list[str]:
     told = [found for found in findings if found.what in TOLD or not found.ok]
     rows = [*facts.items(), *((found.what, _of(found)) for found in told)]
     body = [line for name, text in rows for line in _wrapped(name, text)]
-    room = LINES - 2  # beside the heading and the verdict
+    room = LINES - 2  # besides the heading and the verdict
     if len(body) > room:
-        body = [*body[: room - 1], f"{'':{INDENT}}… and more, above"]
+        body = [*body[: room - 1], f"{'':{INDENT}}… and more above"]
     return [HEADING, *body, *_wrapped("verdict", verdict)[:1]]
 
 
 def card() -> str:
-    """The card with its capability and memory, as torch or else the driver has it."""
+    """The card with its capability and memory, from torch or else from the driver."""
     if find_spec("torch"):
         import torch
 
@@ -54,14 +54,14 @@ def card() -> str:
             return f"{here.shown}, {here.memory / GIB:.1f} GiB{others}"
     if known := nvidia_driver.first_card():
         memory = "".join(f", {size}" for size in nvidia_driver.ask("memory.total")[:1])
-        return f"{Card(*known, None, None).shown}{memory}; torch does not reach it"
+        return f"{Card(*known, None, None).shown}{memory}; torch cannot use it"
     return "none"
 
 
 def told_by_driver() -> str:
-    """Its version."""
+    """The driver's version."""
     found = nvidia_driver.ask("driver_version")
-    return f"NVIDIA {found[0]}" if found else "none that nvidia-smi tells of"
+    return f"NVIDIA {found[0]}" if found else "none found by nvidia-smi"
 
 
 def host() -> str:
@@ -74,7 +74,7 @@ def host() -> str:
 
 
 def versions() -> str:
-    """Of Python, torch and the libraries that training is made of."""
+    """The versions of Python, torch and the libraries that training uses."""
     told = [f"Python {platform.python_version()}", f"torch {_torch_version()}"]
     told += [f"{name} {installed(name) or 'missing'}" for name in PACKAGES]
     if library := _library_of_bitsandbytes():
@@ -92,7 +92,7 @@ def _torch_version() -> str:
 
 
 def _library_of_bitsandbytes() -> str:
-    """The file of its kernels that it has loaded; "" where it was not imported."""
+    """The file that it has loaded its kernels from; "" if it was not imported."""
     module = sys.modules.get("bitsandbytes.cextension")
     if module is None:
         return ""
@@ -120,7 +120,7 @@ def _of(found: Finding) -> str:
 
 
 def _wrapped(name: str, text: str) -> list[str]:
-    """Two lines at most."""
+    """The text on two lines at most."""
     return textwrap.wrap(
         without_folders(text),
         COLUMNS,
@@ -133,12 +133,12 @@ def _wrapped(name: str, text: str) -> list[str]:
 
 
 def without_folders(text: str) -> str:
-    """`text` with no more of a path than the name of a library or of code; folders name people."""
+    """`text` without paths, except the names of libraries and code files: folders name people."""
 
     def last(path: re.Match) -> str:
         name = PurePath(path[0]).name
         return f"…/{name}" if re.search(r"\.(py|so)\b", name) else "…"
 
-    if home := os.path.expanduser("~").rstrip("/"):  # in which there may be spaces
+    if home := os.path.expanduser("~").rstrip("/"):  # which may contain spaces
         text = text.replace(home, "/home")
     return re.sub(r"(?<![\w.…])/[^\s'\":,;()]+", last, text)

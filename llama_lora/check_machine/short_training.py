@@ -1,4 +1,4 @@
-"""A training of some seconds on a tiny base made on the spot: whether it learns, and how fast."""
+"""Trains for some seconds on a tiny base made on the spot: does it learn, and how fast?"""
 
 import contextlib
 import io
@@ -28,9 +28,9 @@ from llama_lora.train.trainer import LoraTrainer
 
 WORDS, WIDTH, LAYERS, HEADS = 1024, 256, 4, 2  # heads of 128, as a 7B's
 ROW = 512  # tokens
-LENGTHS = 256, 128, 64, 64  # of the examples in a row, so that every micro-batch is full
-PERIOD = 32  # words, after which the text that is learned begins again
-FEWEST = 10  # steps, however long they take; the loss falls by a fifth in them
+LENGTHS = 256, 128, 64, 64  # of the examples in a row, which fill every micro-batch
+PERIOD = 32  # words, after which the training text repeats
+FEWEST = 10  # steps, however long they take; they make the loss fall by a fifth
 LEAST_FALL = 0.1
 
 
@@ -39,12 +39,12 @@ class ShortRun:
     """How a training went.
 
     Attributes:
-        dtype: that it computed in.
+        dtype: what it computed in.
         losses: of each step.
-        tokens: of a step.
+        tokens: per step.
         seconds: of all steps but the first, in which libraries set themselves up.
-        peak: bytes of the card's memory, or without one of this process.
-        attention: the kernels that it took.
+        peak: bytes of the card's memory or, without a card, of this process.
+        attention: the kernels that it used.
     """
 
     quantization: str
@@ -74,15 +74,15 @@ class ShortRun:
 
 
 def train(seconds: float | None = None, learning_rate: float | None = None) -> ShortRun:
-    """Train as train_lora.py does, in the precision and dtype that it takes by itself here.
+    """Train as train_lora.py does, in the precision and dtype that it chooses here by itself.
 
     Args:
-        seconds: after the first step, and `FEWEST` steps at least; default: 20 on a card, else 5.
-        learning_rate: default: the one that training takes by itself.
+        seconds: after the first step; at least `FEWEST` steps; default: 20 on a card, else 5.
+        learning_rate: default: the one that training chooses by itself.
 
     Raises:
-        InputError: a check of training's own fails, or the loss is no number.
-        RuntimeError: no kernel for this on the device.
+        InputError: one of training's own checks fails, or the loss is not finite.
+        RuntimeError: the device has no kernel for this.
     """
     on_card = torch.cuda.is_available()
     if on_card:
@@ -122,7 +122,7 @@ def train(seconds: float | None = None, learning_rate: float | None = None) -> S
 
 
 def _base(folder: Path) -> str:
-    """The folder of a Llama of random weights, with which it is filled."""
+    """Fill the folder with a Llama of random weights; returns its path."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=WORDS,
@@ -145,7 +145,7 @@ class ExampleList(list):
 
 
 def _text(args) -> MicroBatches:
-    """Pieces of one text that repeats itself, all of it to learn."""
+    """Pieces of one text that repeats itself, with all tokens labelled."""
     draw = np.random.default_rng(0)
     words = draw.choice(np.arange(3, WORDS, dtype=np.int32), PERIOD, replace=False)
     texts = ExampleList()
@@ -157,7 +157,7 @@ def _text(args) -> MicroBatches:
 
 
 class WatchedTrainer(LoraTrainer):
-    """Trains without a log, checkpoints or a tokenizer; `operators` are those of its first step."""
+    """Trains without log, checkpoints and tokenizer; `operators` are those of its first step."""
 
     def __init__(self, model, args, training: MicroBatches):
         nothing = SimpleNamespace(tokenizer=None)

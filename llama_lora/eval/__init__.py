@@ -1,1 +1,1 @@
-"""A base and its adapter measured against each other: held-out loss, answers, and the page."""
+"""A base and its adapter compared: held-out loss, answers, and the page."""

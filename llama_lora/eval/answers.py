@@ -1,4 +1,4 @@
-"""Answers with an adapter and without to a set of questions, and what can be counted in them."""
+"""Answers to questions with an adapter and without, and what can be counted in them."""
 
 from collections.abc import Iterator, MutableMapping
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from llama_lora.eval.questions import Question, same_language
 class MeasuredAnswer:
     """An answer; `stopped` is whether it ended by itself and not at a limit.
 
-    `in_language` is whether it is in the language of the question, None where that cannot be told;
+    `in_language` is whether it is in the language of the question, or None if that cannot be told;
     `repetition` is None for fewer than four tokens.
     """
 
@@ -53,7 +53,7 @@ class Exchange:
 
 @dataclass(frozen=True)
 class Rates:
-    """Over all answers of a side: means, and shares of those of which it can be told."""
+    """Means over all answers of a side, and shares of the answers for which it can be told."""
 
     answers: int
     stopped: float
@@ -71,12 +71,12 @@ def ask(
     batch_size: int | None,
     kept: MutableMapping,
 ) -> list[Exchange]:
-    """The likeliest answers, turn after turn, each side with its own earlier answers before it.
+    """The likeliest answers, turn after turn; each side sees its own earlier answers.
 
     Args:
         sides: names of `adapters`; each is asked in its own template.
-        batch_size: questions at a time; None: what fits.
-        kept: the answers by name; what it holds is not asked again.
+        batch_size: questions at a time; None: as many as fit in memory.
+        kept: answers by name; those it holds are not asked again.
     """
     settings = Sampling(temperature=0, max_new_tokens=max_new_tokens)
     asked = [Exchange(question, [{} for _ in question.turns]) for question in questions]
@@ -102,7 +102,7 @@ def in_turn(
     batch_size: int | None,
     kept: MutableMapping,
 ) -> Iterator[tuple[int, int, MeasuredAnswer]]:
-    """The answers of one side, each with the places of its question and of the turn in it."""
+    """The answers of one side, each with the index of its question and of the turn in it."""
     chats = [list(question.before) for question in questions]
     for number in range(max(len(question.turns) for question in questions)):
         going_on = [i for i, question in enumerate(questions) if number < len(question.turns)]
@@ -125,7 +125,7 @@ def in_turn(
 
 
 def answer(written, wanted: str) -> MeasuredAnswer:
-    """What can be counted in an answer of `chat.batch` that should be in the language `wanted`."""
+    """An answer of `chat.batch` with its counts; it should be in the language `wanted`."""
     language = language_of([{"from": "gpt", "value": written.text}]) if written.text else UNKNOWN
     return MeasuredAnswer(
         text=written.text,
@@ -139,7 +139,7 @@ def answer(written, wanted: str) -> MeasuredAnswer:
 
 
 def rates(asked: list[Exchange], side: str) -> Rates:
-    """What the answers of a side come to."""
+    """The rates of a side's answers."""
     found = [turn[side] for one in asked for turn in one.answers]
     return Rates(
         answers=len(found),
@@ -152,6 +152,6 @@ def rates(asked: list[Exchange], side: str) -> Rates:
 
 
 def mean(values: list) -> float | None:
-    """The mean of those that are not None."""
+    """The mean of the values that are not None."""
     known = [value for value in values if value is not None]
     return sum(known) / len(known) if known else None

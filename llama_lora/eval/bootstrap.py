@@ -1,8 +1,8 @@
 """How far a mean loss can be trusted: the paired bootstrap over conversations (Efron 1979).
 
-Tokens of one conversation, and pieces of it, are no independent observations, so whole
-conversations are drawn. The same draws serve all columns, so that what two models have in common
-falls out of the interval of their difference (Koehn 2004).
+Tokens and pieces of one conversation are not independent observations, so whole conversations are
+drawn. The same draws serve all columns, so that what two models have in common cancels out in the
+interval of their difference (Koehn 2004).
 """
 
 from dataclasses import dataclass
@@ -10,13 +10,13 @@ from dataclasses import dataclass
 import numpy as np
 
 DRAWS = 10_000
-BLOCK = 100  # draws at a time: a table of that many rows and as many columns as conversations
+BLOCK = 100  # draws at a time: a table with that many rows, and a column per conversation
 LIMITS = 2.5, 97.5  # percentiles
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A value with its 95% interval; without limits where there is one conversation only."""
+    """A value with its 95% interval; a single conversation has no interval."""
 
     value: float
     low: float | None
@@ -24,7 +24,7 @@ class Estimate:
 
 
 def ratios(sums: np.ndarray, weights: np.ndarray, seed: int) -> list[Estimate]:
-    """Each column of `sums` ([conversations, columns]) over all, divided by the sum of `weights`.
+    """The total of each column of `sums` ([conversations, columns]), divided by that of `weights`.
 
     Args:
         weights: of each conversation, its labelled tokens.

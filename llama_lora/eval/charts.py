@@ -1,4 +1,4 @@
-"""Drawings of an evaluation as inline SVG, coloured by the page's style."""
+"""Charts of an evaluation as inline SVG, coloured by the page's style."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -11,8 +11,8 @@ from llama_lora.eval.held_out_loss import Conversation
 from llama_lora.report.charts import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH
 
 MOST_TICKS = 5
-MOST_BARS = 150  # where there are more conversations, a bar is the mean of some neighbours
-ROW = 70  # pixels of a side in the drawing of the intervals
+MOST_BARS = 150  # with more conversations, a bar is the mean of several neighbours
+ROW = 70  # pixels for a side in the chart of the intervals
 
 environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
 
@@ -53,7 +53,7 @@ text-anchor="middle">{{ unit }}</text>
 
 @dataclass(frozen=True)
 class Scale:
-    """Places `low` … `high` between the pixels `start` and `end`."""
+    """Maps `low` … `high` to the pixels `start` … `end`."""
 
     low: float
     high: float
@@ -73,7 +73,7 @@ class Scale:
 
 
 def round_step(least: float) -> float:
-    """The next of …, 0.1, 0.2, 0.5, 1, 2, 5, …"""
+    """The next larger of …, 0.1, 0.2, 0.5, 1, 2, 5, …"""
     size = 10.0 ** math.floor(math.log10(least))
     return next(step * size for step in (1, 2, 5, 10) if step * size >= least * (1 - 1e-9))
 

@@ -1,4 +1,4 @@
-"""Whether a corpus to measure on holds what an adapter was trained on."""
+"""Whether a held-out corpus holds what an adapter was trained on."""
 
 import json
 from collections.abc import Iterator
@@ -13,10 +13,10 @@ from llama_lora.train.data.examples import Examples, hold_out, load_examples
 
 
 def training_examples(adapter: Path, template) -> Examples | None:
-    """What the adapter in a folder learned from; None where its summary names no file that is here.
+    """What the adapter in a folder was trained on; None if its summary names no file that exists.
 
     Args:
-        template: the adapter's own, by which its corpus was tokenized.
+        template: the adapter's own, which its corpus was tokenized with.
     """
     summary = adapter / "summary.json"
     run = json.loads(summary.read_text(encoding="utf-8")) if summary.is_file() else {}
@@ -44,7 +44,7 @@ def all_of(examples: Examples) -> Iterator[Example]:
 
 
 def pairs(example: Example) -> Iterator[bytes]:
-    """Digests of what stands between the end of an answer and the end of the next."""
+    """Digests of the tokens from the end of each answer to the end of the next."""
     learned = np.append(example.labels != IGNORE, False)
     ends = np.flatnonzero(learned[:-1] & ~learned[1:]) + 1
     for start, end in zip([0, *ends], ends, strict=False):

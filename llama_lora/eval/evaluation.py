@@ -1,4 +1,4 @@
-"""An evaluation from its arguments to its figures, and these in the terminal."""
+"""An evaluation, from its arguments to its figures, and the figures in the terminal."""
 
 import sys
 from argparse import Namespace
@@ -23,7 +23,7 @@ class Evaluation:
     """What was measured of the `sides`, `BASE` first, and how.
 
     `setting` is the line that says what was loaded; `seen` are the conversations of the held-out
-    corpus that the adapter was trained on, None where its corpus is not known.
+    corpus that the adapter was trained on, or None if its corpus is not known.
     """
 
     args: Namespace
@@ -71,10 +71,10 @@ def run(args: Namespace, kept: MutableMapping) -> Evaluation:
     """Measure what the arguments of evaluate.py ask for.
 
     Args:
-        kept: measurements by name, those of an earlier run among them.
+        kept: measurements by name, including those of an earlier run.
 
     Raises:
-        InputError: what can be found wrong without the model is found before it is loaded.
+        InputError: the input is wrong; this is found before the model is loaded, if possible.
     """
     check_folder(args.base_model)
     folders = {ADAPTER: args.lora_weights} if args.lora_weights else {}
@@ -93,12 +93,12 @@ def run(args: Namespace, kept: MutableMapping) -> Evaluation:
 
 
 def read_corpus(args: Namespace) -> tuple[Examples, Audit, set[str] | None]:
-    """The examples to measure on, what became of the file, and the conversations trained on."""
+    """The examples to measure on, the audit of the file, and the conversations seen in training."""
     attention_check.windows(args.base_model)  # refuses a base that cannot be measured
     config = load_config(args.base_model)
     limit = positions(config, packed=True)
     if args.max_length > limit:
-        print(f"--max_length {limit}: {args.base_model} takes no more at once", file=sys.stderr)
+        print(f"--max_length {limit}: {args.base_model} takes no more", file=sys.stderr)
         args.max_length = limit
     lora = args.lora_weights
     # Both sides are measured on the very same tokens.
@@ -114,7 +114,7 @@ def read_corpus(args: Namespace) -> tuple[Examples, Audit, set[str] | None]:
         print(
             f"warning: {len(seen):,} of {len(set(examples.sources)):,} conversations hold a "
             "question with its answer that the adapter was trained on: their loss says nothing "
-            "of new ones",
+            "about new ones",
             file=sys.stderr,
         )
     return examples, audit, seen
@@ -160,5 +160,5 @@ def rate_lines(found: Evaluation) -> list[str]:
 
 
 def percent(share: float | None) -> str:
-    """A share, or a dash where there is none."""
+    """A share, or a dash if there is none."""
     return "–" if share is None else f"{share:.0%}"

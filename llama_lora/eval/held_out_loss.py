@@ -1,4 +1,4 @@
-"""What the losses of a held-out corpus come to, conversation by conversation."""
+"""The losses of a held-out corpus, conversation by conversation."""
 
 import math
 import random
@@ -20,7 +20,7 @@ LOOKED_AT = 512  # tokens of each
 
 @dataclass(frozen=True)
 class Conversation:
-    """The losses per labelled token (nats) of all pieces of a conversation by side.
+    """The loss per labelled token (nats) over all pieces of a conversation, by side.
 
     `piece` is the index of the piece on which the sides differ most.
     """
@@ -32,7 +32,7 @@ class Conversation:
 
     @property
     def change(self) -> float:
-        """What the adapter adds to the loss per labelled token; below 0 it is better."""
+        """What the adapter adds to the loss per labelled token; below 0 is better."""
         return self.losses[ADAPTER] - self.losses[BASE]
 
 
@@ -40,7 +40,7 @@ class Conversation:
 class Look:
     """The first `LOOKED_AT` tokens of a piece, and what the adapter adds to the loss of each.
 
-    `left` are the tokens after these.
+    `left` is the number of tokens after them.
     """
 
     conversation: Conversation
@@ -51,7 +51,7 @@ class Look:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """A held-out corpus as measured: per side the loss per labelled token, and how it changed.
+    """A held-out corpus as measured: the loss per labelled token of each side, and its change.
 
     `looks` are at the conversations that changed most, first those that got better.
     """
@@ -97,15 +97,16 @@ class HeldOut:
 
 
 def perplexity(loss: Estimate) -> Estimate:
-    """e to the loss, and so its limits."""
+    """e to the loss, and e to its limits."""
     return Estimate(*(None if value is None else math.exp(value) for value in vars(loss).values()))
 
 
 def load(args, template) -> tuple[Examples, Audit]:
-    """The examples to measure on, and what became of the file.
+    """The examples to measure on, and the audit of the file.
 
-    Of `args`: `data_path`, `max_length` in tokens, `eval_ratio` (the share that train_lora.py held
-    out with the same `seed`; None: all), and `limit` (conversations at most, None: all).
+    It uses, of `args`, `data_path`, `max_length` in tokens, `eval_ratio` (the share that
+    train_lora.py held out with the same `seed`; None: all), and `limit` (the most conversations;
+    None: all).
     """
     path, length = str(args.data_path), args.max_length
     examples, audit = load_examples(path, template, length, allow_truncation=True)
@@ -126,7 +127,7 @@ def drawn(examples: Examples, limit: int, seed: int) -> Examples:
 def measure(
     adapters: Adapters, sides: list[str], examples: Examples, audit: Audit, args, kept
 ) -> HeldOut:
-    """The losses of all sides on what `load` has read; `kept` as `summed_losses` takes it."""
+    """The losses of all sides on what `load` has read; `kept` as in `summed_losses`."""
     sums = summed_losses(adapters, sides, examples, args.max_length, kept)
     counts = labelled_counts(examples)
     conversations = list(by_conversation(examples, sums, counts))
@@ -143,14 +144,14 @@ def measure(
 
 
 def extremes(conversations: list[Conversation]) -> list[Conversation]:
-    """Those that got better most, then those that got worse most."""
+    """Those that improved most, then those that got worse most."""
     ordered = sorted(conversations, key=lambda one: one.change)
     better = [one for one in ordered[:EXTREMES] if one.change < 0]
     return better + [one for one in ordered[: -EXTREMES - 1 : -1] if one.change > 0]
 
 
 def look(adapters: Adapters, examples: Examples, chosen: list[Conversation]) -> list[Look]:
-    """The chosen conversations token by token."""
+    """The chosen conversations, token by token."""
     wholes = [examples[one.piece] for one in chosen]
     left = [max(0, len(whole.ids) - LOOKED_AT) for whole in wholes]
     pieces = [

@@ -1,7 +1,7 @@
-"""The evaluation as one HTML page that needs no network and no script, and as JSON beside it.
+"""The evaluation as one HTML page that needs neither network nor scripts, and as JSON beside it.
 
-Its policy allows the one style that it holds, told by its hash, and nothing else; all text of the
-models and the corpus reaches it escaped.
+The page's policy allows the one style in it, by its hash, and nothing else. All text of the models
+and the corpus is escaped.
 """
 
 import json
@@ -26,19 +26,19 @@ from llama_lora.model.labels import IGNORE
 from llama_lora.report.html_frame import environment, part, policy
 
 HTML, JSON = "evaluation.html", "evaluation.json"
-LEVELS = 0.2, 1, 3  # nats from which on the change of a token's loss looks stronger
-FEW = 20  # conversations, below which an interval is rather too narrow
+LEVELS = 0.2, 1, 3  # nats; from each on, the change of a token's loss gets a stronger colour
+FEW = 20  # conversations; with fewer, an interval is rather too narrow
 
 
 @contextmanager
 def opened(
     folder: Path, settings: dict
 ) -> Iterator[tuple[MutableMapping, Callable[[Evaluation], None]]]:
-    """Measurements by name, and a function that writes both files of what was measured.
+    """Measurements by name, and a function that writes both files from what was measured.
 
-    The files take their places together when the block ends well. Until then the measurements lie
-    beside them, and the next run with these `settings` goes on behind the last. What could be wrong
-    with the folder is found now and not after the measuring.
+    The files are put in place together when the block ends well. Until then the measurements lie
+    beside them, and the next run with these `settings` continues after the last. Problems with the
+    folder are found now and not after the measuring.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -52,7 +52,7 @@ def opened(
 
 @contextmanager
 def writing(folder: Path) -> Iterator[Callable[[Evaluation], None]]:
-    """A function that writes both files, which take their places together."""
+    """A function that writes both files, which are put in place together."""
     with Outputs() as outputs:
         page, account = (outputs.open(str(folder / name)) for name in (HTML, JSON))
 
@@ -103,7 +103,7 @@ def name_of(found: Evaluation) -> str:
 
 
 def figures(found: Evaluation) -> Iterator[tuple[str, str]]:
-    """The numbers to see first, each with what it says."""
+    """The figures to see first, each with its label."""
 
     def moved(values: list[str], label: str) -> tuple[str, str]:
         return " → ".join(values), label
@@ -122,18 +122,18 @@ def figures(found: Evaluation) -> Iterator[tuple[str, str]]:
 
 
 def verdict(change: Estimate) -> str:
-    """In a sentence: whether the adapter is better on these conversations."""
+    """One sentence: is the adapter better on these conversations?"""
     if change.low is None:
         return "One conversation is too few to tell whether it got better."
     if change.low <= 0 <= change.high:
-        return "On these conversations no difference can be told from chance."
+        return "On these conversations, the difference may be chance."
     found = "better" if change.high < 0 else "worse"
     return f"The adapter is {found} on these conversations, by more than chance explains."
 
 
 def looks(held_out: HeldOut) -> Iterator[tuple[str, list[Look]]]:
     """The conversations that changed most, under their headings."""
-    for heading, sign in (("Better most", -1), ("Worse most", 1)):
+    for heading, sign in (("Improved most", -1), ("Got worse most", 1)):
         those = [look for look in held_out.looks if sign * look.conversation.change > 0]
         if those:
             yield heading, those
@@ -154,7 +154,7 @@ def excerpt(look: Look, tokenizer) -> list[tuple[str, str]]:
 
 
 def kind_of(change: float) -> str:
-    """The class of a token by the change of its loss, of which larger ones look stronger."""
+    """The class of a token by the change of its loss: the larger, the stronger its colour."""
     level = sum(abs(change) >= step for step in LEVELS)
     return f"{'better' if change < 0 else 'worse'}-{level}" if level else "same"
 
@@ -165,7 +165,7 @@ def texts(ids: np.ndarray, tokenizer) -> Iterator[str]:
     for end in range(1, len(ids) + 1):
         text = tokenizer.decode(ids[:end], clean_up_tokenization_spaces=False)
         complete = text if end == len(ids) else text.rstrip(REPLACEMENT)
-        # Part of a character may take whole ones before it along, until it is complete.
+        # An incomplete character may hide complete ones before it until it is complete.
         yield complete[shown:]
         shown = max(shown, len(complete))
 

@@ -1,4 +1,4 @@
-"""What to ask: the questions of a file with their categories and languages."""
+"""What to ask: the questions of a file, with their categories and languages."""
 
 import random
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from llama_lora.text import sound_text
 class Question:
     """The questions of a conversation; `language` is the one that the answers should be in.
 
-    `before` are turns that are given.
+    `before` are the given turns.
     """
 
     id: str
@@ -26,13 +26,13 @@ class Question:
 
 
 def read(path: Path, limit: int | None, seed: int) -> list[Question]:
-    """The questions of a file in their order, or `limit` of them at random.
+    """The questions of a file in order, or `limit` of them at random.
 
-    A record may name its "category", as FastChat's do, and its "language"; that of others is told
-    from their text.
+    A record may name its "category", as FastChat's do, and its "language"; otherwise the language
+    is detected from the text.
 
     Raises:
-        InputError: a record is no question.
+        InputError: a record is not a question.
     """
     asked = read_prompts(str(path))
     if limit and limit < len(asked):
@@ -48,7 +48,7 @@ def read(path: Path, limit: int | None, seed: int) -> list[Question]:
 
 
 def same_language(wanted: str, found: str) -> bool | None:
-    """Whether an answer is in the language that was `wanted`; None where one cannot be told."""
+    """Whether an answer is in the language that was `wanted`; None if either cannot be told."""
     if UNKNOWN in (wanted, found):
         return None
     return wanted.partition("-")[0] == found.partition("-")[0]

@@ -1,4 +1,4 @@
-"""Held-out loss of each example, with an adapter and without, in packed forward passes."""
+"""The held-out loss of each example, with an adapter and without, in packed forward passes."""
 
 import math
 from collections.abc import Iterator, MutableMapping
@@ -21,12 +21,12 @@ from llama_lora.train.data.packing import MicroBatches, check_isolation, collate
 def summed_losses(
     adapters: Adapters, sides: list[str], examples: Examples, max_length: int, kept: MutableMapping
 ) -> dict[str, np.ndarray]:
-    """Summed cross-entropy (in nats, float64) over the labelled tokens of each example.
+    """The summed cross-entropy (in nats, float64) over the labelled tokens of each example.
 
     Args:
         sides: names of `adapters`, to be measured one after the other.
-        max_length: tokens that a forward pass may hold; no example has more.
-        kept: the losses of each pass by name; what it holds is not measured again.
+        max_length: the most tokens in a forward pass; no example has more.
+        kept: the losses of each pass by name; those it holds are not measured again.
 
     Returns:
         For each side an array of `len(examples)`.
@@ -61,7 +61,7 @@ def summed_losses(
 
 @contextmanager
 def packing(model) -> Iterator[None]:
-    """Examples of a row are kept apart in `model`, and both that and the loss are checked first."""
+    """Keep the examples of a row apart in `model`, after checking both that and the loss."""
     whole, attention = vars(model).get("forward"), model.config._attn_implementation
     chunked_loss.compute_in_chunks(model)
     model.set_attn_implementation(BY_EXAMPLE)
@@ -79,7 +79,7 @@ def packing(model) -> Iterator[None]:
 
 @torch.no_grad()
 def pack_losses(model, pack: list) -> list[float]:
-    """Summed cross-entropy of each example of a pack, from one forward pass."""
+    """The summed cross-entropy of each example of a row, from one forward pass."""
     batch = collate([pack])
     lengths = batch["example_lengths"]
     hidden = model.base_model(
@@ -98,10 +98,10 @@ def pack_losses(model, pack: list) -> list[float]:
 def token_changes(
     adapters: Adapters, before: str, after: str, examples: list[Example]
 ) -> list[np.ndarray]:
-    """What side `after` adds to the loss of each token of each example that `before` has.
+    """What side `after` adds to the loss that side `before` has for each token of each example.
 
     Returns:
-        For each example an array of its length, NaN for the first token, which follows on none.
+        For each example an array of its length; NaN for the first token, which has none before it.
     """
     found = {}
     for side in (before, after):
@@ -112,7 +112,7 @@ def token_changes(
 
 @torch.no_grad()
 def token_losses(model, example: Example) -> np.ndarray:
-    """Cross-entropy of each token of an example, labelled or not; NaN for the first."""
+    """The cross-entropy of each token of an example, labelled or not; NaN for the first."""
     ids = torch.from_numpy(example.ids.astype(np.int64)).to(model.device)
     logits = model(input_ids=ids[None], use_cache=False).logits[0, :-1].float()
     losses = torch.nn.functional.cross_entropy(logits, ids[1:], reduction="none")
@@ -120,7 +120,7 @@ def token_losses(model, example: Example) -> np.ndarray:
 
 
 def check_finite(side: str, pack: list, losses: list[float]) -> None:
-    """Raise `InputError` that names the first example whose loss is no number."""
+    """Raise `InputError` that names the first example whose loss is not finite."""
     for example, value in zip(pack, losses, strict=True):
         if not math.isfinite(value):
             raise InputError(
@@ -130,7 +130,7 @@ def check_finite(side: str, pack: list, losses: list[float]) -> None:
 
 
 def labelled_counts(examples: Examples) -> np.ndarray:
-    """Tokens of each example that the loss is summed over: not the first, which follows on none."""
+    """How many tokens of each example the loss is summed over: all labelled ones but the first."""
     return np.array(
         [np.count_nonzero(examples[i].labels[1:] != IGNORE) for i in range(len(examples))]
     )

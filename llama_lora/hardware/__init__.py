@@ -1,1 +1,1 @@
-"""Known cards, the present device, and the driver."""
+"""Known cards, this machine's device, and the driver."""

@@ -1,4 +1,4 @@
-"""Known cards, and what each compute capability runs; knows nothing of the machine it runs on."""
+"""Known cards, and what each compute capability runs; this machine's hardware is in `device`."""
 
 import re
 from dataclasses import dataclass, replace
@@ -13,9 +13,9 @@ BF16_CAPABILITY = (8, 0)  # torch.cuda.is_bf16_supported() also says True for sl
 FLASH_CAPABILITY = (8, 0)
 TENSOR_CORES_CAPABILITY = (7, 0)
 TRITON_CAPABILITY = (7, 0)  # what torch's Inductor asks for; Triton itself promises 8.0
-NEWEST_BUILDS_CAPABILITY = (7, 5)  # torch and bitsandbytes for CUDA 12.8 and later have no less
-BLACKWELL = (10, 0)  # torch's builds for CUDA 12.6 have kernels for older ones alone
-OLDEST_CAPABILITY = (6, 0)  # bitsandbytes has no kernels for less
+NEWEST_BUILDS_CAPABILITY = (7, 5)  # the lowest of torch and bitsandbytes for CUDA 12.8 and later
+BLACKWELL = (10, 0)  # torch's builds for CUDA 12.6 have kernels only below this
+OLDEST_CAPABILITY = (6, 0)  # bitsandbytes has no kernels below this
 
 TORCH_INDEX = "https://download.pytorch.org/whl/"
 
@@ -24,15 +24,15 @@ TORCH_INDEX = "https://download.pytorch.org/whl/"
 class Card:
     """A card, or the CPU, and what its generation can do.
 
-    Where a card comes in several versions these are the slower one's figures.
+    If a card comes in several versions, these are the slower one's figures.
 
     Attributes:
         name: as people call it.
         capability: CUDA compute capability; None for the CPU.
-        memory: bytes that CUDA reports in all, less than the box says; None for the CPU.
-        bandwidth: bytes a second of its memory; None for the CPU.
-        fp32, fp16, bf16: TFLOPS of dense matrix products that sum in fp32, as its maker publishes
-            them; None where it has no units for that dtype.
+        memory: bytes that CUDA reports in total, less than the box says; None for the CPU.
+        bandwidth: of its memory, bytes per second; None for the CPU.
+        fp32, fp16, bf16: TFLOPS of dense matrix products with sums in fp32, as its maker publishes
+            them; None if it has no units for that dtype.
     """
 
     name: str
@@ -63,32 +63,32 @@ class Card:
 
     @property
     def dtype(self) -> str:
-        """The dtype that training computes in; on a CPU with fast bf16 it is that instead."""
+        """The dtype that training computes in; on a CPU with fast bf16, bf16 is used instead."""
         if self.capability is None:
             return "float32"
         return "bfloat16" if self.capability >= BF16_CAPABILITY else "float16"
 
     @property
     def peak_flops(self) -> float | None:
-        """Operations a second in matrix products of `dtype`; None for the CPU."""
+        """Operations per second in matrix products of `dtype`; None for the CPU."""
         tflops = {"float32": self.fp32, "float16": self.fp16, "bfloat16": self.bf16}[self.dtype]
         return tflops and tflops * 1e12
 
     @property
     def attention(self) -> str:
-        """The kernel that `scaled_dot_product_attention` finds for it."""
+        """The kernel that `scaled_dot_product_attention` chooses on it."""
         if self.capability is None:
             return "sdpa for CPU"
         return "FlashAttention" if self.capability >= FLASH_CAPABILITY else "memory-efficient"
 
     @property
     def runs_triton(self) -> bool:
-        """Whether kernels of Triton run: torch.compile, Liger."""
+        """Whether Triton kernels run, such as torch.compile's and Liger's."""
         return self.capability is not None and self.capability >= TRITON_CAPABILITY
 
     @property
     def torch_build(self) -> str | None:
-        """The only CUDA build of torch with its kernels, such as "cu126"; None: any current one."""
+        """The only CUDA build of torch with its kernels, such as "cu126"; None if any will do."""
         if self.capability is None:
             return "cpu"
         return "cu126" if self.capability < NEWEST_BUILDS_CAPABILITY else None
@@ -99,8 +99,8 @@ def _card(name, capability, gib, gb_per_second, *tflops) -> Card:
 
 
 # Peaks and bandwidths: NVIDIA's data sheets and architecture papers, without sparsity. The P100's
-# fp16 peak of 18.7 sums in fp16; cuBLAS sums in fp32, at fp32's speed. Memory: GiB that PyTorch's
-# messages name as the total capacity.
+# fp16 peak of 18.7 is for sums in fp16; cuBLAS sums in fp32, at fp32's speed. Memory: GiB that
+# PyTorch's messages name as the total capacity.
 _ALL = (
     _card("P100", (6, 0), 15.89, 732, 9.3, 9.3),
     _card("V100", (7, 0), 15.77, 900, 14, 112),
@@ -124,32 +124,34 @@ CARDS: dict[str, Card] = {card.name: card for card in _ALL}
 
 
 def card_named(text: str) -> Card:
-    """The card that `text` names: "T4", "rtx 3090", "V100 32GB", or only a size, "16GiB".
+    """The card that `text` names: "T4", "rtx 3090", "V100 32GB", or just a size, "16GiB".
 
-    A size alone gives a card of unknown kind, taken to be a T4 in all but its memory.
+    A size alone gives an unknown card, assumed to be like a T4 except for its memory.
 
     Raises:
-        InputError: no known card and no size; names the known cards.
+        InputError: neither a known card nor a size; names the known cards.
     """
     named, size = _named(text), _size(text)
     if named is None and (size is None or not text.strip()[0].isdigit()):
         known = ", ".join(CARDS)
-        raise InputError(f"{text}: no known card; expected one of {known}, or a size such as 16GiB")
+        raise InputError(
+            f"{text}: not a known card; expected one of {known}, or a size such as 16GiB"
+        )
     if named is None:
-        return unknown(f"unknown card of {size / GIB:.1f} GiB, taken to be like a T4", size)
+        return unknown(f"unknown card of {size / GIB:.1f} GiB, assumed to be like a T4", size)
     if size is None or named.memory is None or abs(size / named.memory - 1) < 0.1:
         return named
     return replace(named, name=f"{named.name} with {size / GIB:.1f} GiB", memory=size)
 
 
 def unknown(name: str, memory: int, capability: tuple[int, int] = (7, 5)) -> Card:
-    """A card that the table does not hold, as slow as the slowest of the table that is like it."""
+    """A card that is not in the table, as slow as the slowest similar card in it."""
     slow = CARDS["P100" if capability < TENSOR_CORES_CAPABILITY else "T4"]
     return replace(slow, name=name, memory=memory, capability=capability, bf16=slow.fp16)
 
 
 def like(name: str, capability: tuple[int, int], memory: int) -> Card:
-    """The card that CUDA knows as `name`, with what CUDA says of it."""
+    """The card that CUDA calls `name`, with the capability and memory that CUDA reports."""
     named = _named(name)
     if named is None or named.capability != capability:
         return unknown(name, memory, capability)
@@ -160,8 +162,8 @@ def has_kernels(built_for: list[str], capability: tuple[int, int]) -> bool:
     """Whether a build of torch has code for a card.
 
     Args:
-        built_for: `torch.cuda.get_arch_list()`: "sm_86" is code for 8.6 and what follows within 8,
-            "compute_120" code that is compiled on the spot for 12.0 and all that follows.
+        built_for: `torch.cuda.get_arch_list()`: "sm_86" is code for 8.6 and later 8.x,
+            "compute_120" is compiled on the spot for 12.0 and everything later.
     """
 
     def runs(architecture: str) -> bool:
@@ -173,7 +175,7 @@ def has_kernels(built_for: list[str], capability: tuple[int, int]) -> bool:
 
 
 def markdown_table() -> str:
-    """All cards and what each runs, for docs/cards.md."""
+    """All cards and what each one runs, for docs/cards.md."""
     head = (
         "card | capability | memory, GiB | GB/s | TFLOPS | base | computes in | attention | Triton"
         " | torch and bitsandbytes"
@@ -202,7 +204,7 @@ def _row(card: Card) -> str:
 
 
 def _named(text: str) -> Card | None:
-    """The known card all of whose words are in `text`; of several the one with most words."""
+    """The known card whose words are all in `text`; of several, the one with the most words."""
     words = _words(text)
     found = [card for card in _ALL if _words(card.name) - {"rtx"} <= words]
     return max(found, key=lambda card: len(_words(card.name)), default=None)

@@ -1,4 +1,4 @@
-"""What the present device, or a card of the table, can do: base precision and compute dtype."""
+"""What this machine's device, or a card of the table, can do: base precision, compute dtype."""
 
 import os
 import platform
@@ -8,13 +8,13 @@ from llama_lora.cli import InputError
 from llama_lora.hardware.cards import CARDS, CPU, Card, like
 
 QUANTIZATIONS = ("auto", "8bit", "4bit", "none")
-# Of a CPU: which of them it has decides on the compute dtype, and on the kernels that run.
+# Which of these a CPU has decides the compute dtype and the kernels that run.
 INSTRUCTIONS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
 DTYPE_SWITCH = "LLAMA_LORA_DTYPE"  # an environment variable: float32, bfloat16 or float16
 
 
 def present() -> Card:
-    """The current device: its CUDA card, with the memory that CUDA reports, or the CPU."""
+    """The current device: the CUDA card, with the memory that CUDA reports, or the CPU."""
     import torch
 
     if not torch.cuda.is_available():
@@ -24,12 +24,12 @@ def present() -> Card:
 
 
 def device_name() -> str:
-    """The name by which people know the device, with its capability."""
+    """The device's name as people know it, with its capability."""
     return present().shown
 
 
 def out_of_memory(error: RuntimeError) -> bool:
-    """Whether a computation ended for lack of the card's memory, torch's or cuBLAS' own."""
+    """Whether a computation failed because the card's memory ran out, in torch or in cuBLAS."""
     import torch
 
     lacking = isinstance(error, torch.OutOfMemoryError)
@@ -37,33 +37,33 @@ def out_of_memory(error: RuntimeError) -> bool:
 
 
 def cores() -> int:
-    """CPU cores that this process may use."""
+    """The number of CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def processor() -> str:
-    """The CPU's name and those of `INSTRUCTIONS` that it has."""
+    """The CPU's name, and which of `INSTRUCTIONS` it has."""
     name = _of_cpu("model name") or platform.processor() or platform.machine()
     found = _of_cpu("flags").split()
     return " ".join([name, *(f"+{one}" for one in INSTRUCTIONS if one in found)])
 
 
 def _of_cpu(key: str) -> str:
-    """What Linux says of the first core; nothing where it does not."""
+    """What Linux says of the first core; "" elsewhere."""
     path = Path("/proc/cpuinfo")
     lines = path.read_text().splitlines() if path.exists() else []
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith(key)), "")
 
 
 def compute_dtype(card: Card | None = None):
-    """The fastest dtype that `card` (default: the device here) trains and answers in.
+    """The fastest dtype for training and answers on `card` (default: this machine's device).
 
-    bf16, fp16, or fp32 on plain CPUs: bf16 products on a CPU without AVX512-BF16 or AMX run on one
-    scalar loop, hundreds of times slower than fp32. What `DTYPE_SWITCH` says goes before that on
-    the device here, however slow.
+    bf16, fp16, or fp32 on plain CPUs: without AVX512-BF16 or AMX, a CPU computes bf16 products in
+    one scalar loop, hundreds of times slower than fp32. On this machine `DTYPE_SWITCH` overrides
+    that, however slow its choice.
 
     Raises:
-        InputError: the switch names no dtype.
+        InputError: the switch does not name a dtype.
     """
     import torch
 
@@ -77,7 +77,7 @@ def compute_dtype(card: Card | None = None):
 
 
 def switched_dtype():
-    """The compute dtype that `DTYPE_SWITCH` asks for; None where it is not set."""
+    """The compute dtype that `DTYPE_SWITCH` asks for; None if it is not set."""
     import torch
 
     name = os.environ.get(DTYPE_SWITCH)
@@ -94,16 +94,16 @@ def dtype_name(dtype) -> str:
 
 
 def resolve_quantization(wanted: str, card: Card | None = None) -> tuple[str, str]:
-    """The base precision to load on `card` (default: the device here), and the reason.
+    """The precision to load a base in on `card` (default: this machine's device), and the reason.
 
     Raises:
-        InputError: 8 bits asked for on a card whose int8 kernels do not exist.
+        InputError: 8 bits are asked for on a card without int8 kernels.
     """
     card = card or present()
     if wanted == "auto":
         if card.runs_int8:
             return "8bit", f"8-bit base: int8 runs on {card.shown}"
-        return "4bit", f"4-bit base: int8 kernels need compute capability 7.5, {card.shown}"
+        return "4bit", f"4-bit base: int8 kernels need compute capability 7.5, found {card.shown}"
     if wanted == "8bit" and not card.runs_int8:
         raise InputError(
             f"--quantization 8bit: bitsandbytes' int8 kernels need compute capability 7.5 or "

@@ -1,4 +1,4 @@
-"""What the NVIDIA driver says, also of cards that torch does not reach."""
+"""What the NVIDIA driver says, also of cards that torch cannot use."""
 
 import os
 import shutil
@@ -6,7 +6,7 @@ import subprocess
 
 
 def ask(field: str) -> list[str]:
-    """A field of nvidia-smi, for each card; nothing where there is no driver."""
+    """A field of nvidia-smi for each card; nothing without a driver."""
     if shutil.which("nvidia-smi") is None:
         return []
     query = ["nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader"]
@@ -15,7 +15,7 @@ def ask(field: str) -> list[str]:
 
 
 def first_card() -> tuple[str, tuple[int, int]] | None:
-    """Name and capability of the first card that the driver has; None: none, or hidden."""
+    """Name and capability of the driver's first card; None if there is none or it is hidden."""
     if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
         return None
     names, numbers = ask("name"), ask("compute_cap")

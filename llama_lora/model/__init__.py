@@ -1,1 +1,1 @@
-"""Base model, adapter, and prompt template."""
+"""Base model, adapter, prompt template, and labels."""

@@ -24,20 +24,22 @@ def attach(model, r: int, alpha: int, dropout: float, target_modules: list[str],
     """Freeze `model` and add trainable LoRA matrices (fp32) to its target modules.
 
     Args:
-        model: a base from `load_base`, in any precision. Unlike peft's
-            `prepare_model_for_kbit_training`, nothing of it is cast to fp32: norms compute in fp32
-            by themselves, and fp32 norm weights would make every activation fp32 too.
+        model: a base from `load_base`, in any precision. Unlike in peft's
+            `prepare_model_for_kbit_training`, none of it is cast to fp32: norms compute in fp32
+            anyway, and fp32 norm weights would make every activation fp32 too.
         target_modules: names such as `["q_proj", "v_proj"]`, or `["all-linear"]`.
         kinds: `use_dora` and `use_rslora` of peft's LoraConfig.
 
     Raises:
-        InputError: a target module that the base does not have.
+        InputError: the base lacks a target module.
     """
     from peft import LoraConfig, get_peft_model
 
     if kinds.get("use_dora") and model.device.type == "cpu" and is_int8(model):
-        # peft reads the weights for DoRA and, on a CPU, moves them, which loses their scales.
-        raise InputError("--use_dora: not with an 8-bit base on a CPU; use --quantization 4bit")
+        # peft reads the weights for DoRA, and on a CPU moves them, which loses their scales.
+        raise InputError(
+            "--use_dora does not work with an 8-bit base on a CPU; use --quantization 4bit"
+        )
     config = LoraConfig(
         r=r,
         lora_alpha=alpha,
@@ -68,12 +70,12 @@ def save(model, template, folder, base_name: str | None = None) -> None:
 
 
 def complete(folder, base: Path, base_name: str | None = None) -> None:
-    """Make an adapter for every reader, and for a base that moves, of what peft has written.
+    """Complete what peft has written, so that every reader can use it, even if the base moves.
 
     Args:
-        base: the folder of the base, of whose weights some are kept to know it again by.
-        base_name: an id on the Hub for `adapter_config.json` to name the base by; its absolute
-            path if None.
+        base: the base's folder; some of its weights are kept, to recognize it by.
+        base_name: the id on the Hub by which `adapter_config.json` names the base; if None, the
+            base's absolute path.
     """
     config, weights = Path(folder, CONFIG), Path(folder, WEIGHTS)
     _name_base(config, base_name or os.path.abspath(base))
@@ -84,20 +86,20 @@ def complete(folder, base: Path, base_name: str | None = None) -> None:
 
 
 def _name_base(path: Path, name: str) -> None:
-    # In the file alone: peft would look for an id's config on the Hub whenever it saves.
+    # Only in the file: otherwise peft would look up an id's config on the Hub whenever it saves.
     settings = json.loads(path.read_text(encoding="utf-8"))
     settings["base_model_name_or_path"] = name
     path.write_text(json.dumps(settings), encoding="utf-8")
 
 
 def verify(folder, model) -> None:
-    """Check that the adapter in `folder` is the trained one of `model`, whole and loadable.
+    """Check that the adapter in `folder` is the one trained on `model`, complete and loadable.
 
-    What `read_weights` checks, and: the file holds exactly the target modules' matrices, every
-    value equal to the model's.
+    As `read_weights`, and also that the file holds exactly the matrices of the target modules, with
+    every value equal to the model's.
 
     Raises:
-        InputError: the first of these that does not hold.
+        InputError: names the first check that fails.
     """
     import torch
     from peft import get_peft_model_state_dict
@@ -120,7 +122,7 @@ def read_config(folder):
     """The peft `LoraConfig` of an adapter folder.
 
     Raises:
-        InputError: none there, or one of another kind.
+        InputError: there is none, or it is of another kind.
     """
     from peft import PeftConfig
 
@@ -138,10 +140,10 @@ def read_config(folder):
 
 
 def read_weights(folder) -> dict:
-    """The tensors of an adapter folder by name, on the CPU; nothing in it is unpickled as code.
+    """The tensors of an adapter folder by name, on the CPU; no code in it is unpickled.
 
     Raises:
-        InputError: no adapter there; or one that is unreadable, empty, not finite, or that changes
+        InputError: there is no adapter; or it is unreadable, empty or not finite, or changes
             nothing because every B matrix is zero.
     """
     import torch
@@ -171,7 +173,7 @@ def _read_tensors(path: Path) -> dict:
         weights = load_peft_weights(str(path.parent), device="cpu")
     except pickle.UnpicklingError as error:
         raise not_only_tensors(path, error) from error
-    except Exception as error:  # safetensors raises its own kinds for a damaged header or body
+    except Exception as error:  # safetensors raises its own errors for a damaged header or body
         raise InputError(f"{path}: cannot be read: {brief(error)}") from error
     tensors = isinstance(weights, dict) and all(map(torch.is_tensor, weights.values()))
     if not tensors:
@@ -180,15 +182,15 @@ def _read_tensors(path: Path) -> dict:
 
 
 def load_adapter(model, folder, weights: dict, name: str = "default"):
-    """`model` with the adapter of `folder` on it, for inference.
+    """`model` with the adapter in `folder` on it, for inference.
 
     Args:
-        model: a base that the adapter fits (`check_fits`), or one with other adapters on it.
-        weights: what `read_weights` finds in `folder`.
-        name: of the adapter in peft.
+        model: a base that the adapter fits (`check_fits`); other adapters may already be on it.
+        weights: the result of `read_weights` for `folder`.
+        name: the adapter's name in peft.
 
     Raises:
-        InputError: the adapter is made for another base.
+        InputError: the adapter was made for another base.
     """
     from peft import PeftModel, get_peft_model_state_dict
 
@@ -200,25 +202,25 @@ def load_adapter(model, folder, weights: dict, name: str = "default"):
             adapted = PeftModel.from_pretrained(model, folder, name, is_trainable=False)
     except (RuntimeError, ValueError, KeyError) as error:
         raise _misfit(folder, model, brief(error)) from error
-    # Or peft would look for the config of what the adapter names, on the Hub if need be.
+    # Otherwise peft would look for the config of the base that the adapter names, even on the Hub.
     adapted.peft_config[name].base_model_name_or_path = model.name_or_path
     if differing := set(weights) ^ set(get_peft_model_state_dict(adapted, adapter_name=name)):
-        problem = f"{len(differing)} matrices fit no layer of it, first {min(differing)}"
+        problem = f"{len(differing)} matrices fit none of its layers, first {min(differing)}"
         raise _misfit(folder, model, problem)
     return adapted.eval()
 
 
 def check_fits(folder, weights: dict, model) -> None:
-    """Check that the adapter `weights` of `folder` were made for a base such as `model`.
+    """Check that the adapter in `folder`, with these `weights`, was made for a base like `model`.
 
-    Layers, shapes and vocabulary have to be the same. A base of other weights is used after a
-    warning, and so is one of another name where the adapter does not say what its base's are.
+    Layers, shapes and vocabulary must be the same. A base with other weights is used after a
+    warning. If the adapter has no record of its base's weights, so is a base with another name.
 
     Args:
         model: the base in any precision, or on the meta device, where it takes no memory.
 
     Raises:
-        InputError: what differs first, as the adapter expects it and as the base has it.
+        InputError: names the first difference: what the adapter expects, and what the base has.
     """
     config = read_config(folder)
     _check_layers(folder, config, weights, model)
@@ -226,7 +228,7 @@ def check_fits(folder, weights: dict, model) -> None:
     trained_on, base = config.base_model_name_or_path or "", model.name_or_path
     same = base_fingerprint.same(Path(folder) / WEIGHTS, Path(base))
     if same is False:
-        warn_once(f"({folder} was trained on {trained_on}; the weights in {base} are others)")
+        warn_once(f"({folder} was trained on {trained_on}; the weights in {base} differ)")
     elif same is None and trained_on and base and Path(trained_on).name != Path(base).name:
         warn_once(f"({folder} was trained on {trained_on}; the base here is {base})")
 
@@ -252,7 +254,7 @@ def _check_layers(folder, config, weights: dict, model) -> None:
 
 
 def _adapted_layers(folder, weights: dict) -> dict[str, tuple[int, tuple[int, int]]]:
-    """For each linear layer that the adapter changes: its rank, and the layer's (out, in)."""
+    """For each linear layer that the adapter changes: the rank, and the layer's (out, in)."""
     layers = {}
     for key, a in weights.items():
         if not (match := LORA_A.fullmatch(key)):
@@ -265,7 +267,7 @@ def _adapted_layers(folder, weights: dict) -> dict[str, tuple[int, tuple[int, in
 
 
 def _difference(adapted, shapes, fitting) -> str:
-    """Why the layers that an adapter was made for are not those that it would change here."""
+    """How the layers that an adapter was made for differ from those it would change here."""
 
     def count(names) -> int:
         numbers = (re.search(r"\.layers\.(\d+)\.", name) for name in names)
@@ -279,11 +281,13 @@ def _difference(adapted, shapes, fitting) -> str:
     if count(adapted) != count(fitting):
         return f"expected {count(adapted)} layers, found {count(fitting)}"
     first = min(set(adapted) ^ fitting)
-    return f"expected {len(adapted)} layers to adapt, found {len(fitting)}, differing in {first}"
+    return (
+        f"expected {len(adapted)} layers to adapt, found {len(fitting)}, first difference: {first}"
+    )
 
 
 def _check_vocabulary(folder, model) -> None:
-    """Compare the tokenizer that an adapter brings along with its base's."""
+    """Compare the tokenizer in the adapter's folder, if any, with the base's."""
     from tokenizers import Tokenizer
 
     own, base = (Path(place) / "tokenizer.json" for place in (folder, model.name_or_path))
@@ -291,7 +295,7 @@ def _check_vocabulary(folder, model) -> None:
         return
     tokens = Tokenizer.from_file(str(own)).get_vocab(with_added_tokens=True)
     rows = model.get_input_embeddings().weight.shape[0]
-    # A token that nothing uses needs no row: the padding that was added to Llama 2 has none.
+    # A token that nothing uses needs no row; a padding token added to Llama 2 has none.
     if len(tokens) > rows and not (
         has_tokenizer(folder) and load_template(folder).highest_id < rows
     ):
@@ -315,8 +319,10 @@ def _misfit(folder, model, problem: str) -> InputError:
 
 
 def _targets(model, wanted: list[str]) -> list[str]:
-    """The names of the modules to adapt, spelled out: peft's own "all-linear" stores full paths,
-    with which an adapter loads in silence on a base that has more layers.
+    """The names of the modules to adapt, spelled out.
+
+    peft's own "all-linear" stores full paths; such an adapter loads silently on a base with more
+    layers.
     """
     import torch
 

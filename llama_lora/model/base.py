@@ -16,14 +16,14 @@ def load_base(folder, quantization: str = "none", dtype=None, device=None):
 
     Args:
         folder: a Hugging Face model folder.
-        quantization: "8bit" (LLM.int8, Dettmers et al. 2022), "4bit" (NF4 with double
-            quantization, Dettmers et al. 2023) or "none"; norms, embeddings and head in `dtype`.
-            A folder whose weights are quantized already is loaded as what it is.
-        dtype: of activations and unquantized weights; default: the device's `compute_dtype()`.
+        quantization: "8bit" (LLM.int8, Dettmers et al. 2022), "4bit" (NF4 with double quantization,
+            Dettmers et al. 2023) or "none"; norms, embeddings and head in `dtype`. A folder with
+            quantized weights is loaded as it is.
+        dtype: of activations and unquantized weights; default: `compute_dtype()`.
         device: default: the current CUDA device, else the CPU.
 
     Raises:
-        InputError: no model in the folder, or weights that do not match its config.
+        InputError: the folder holds no model, or its weights do not match its config.
     """
     import torch
     from safetensors import SafetensorError
@@ -32,7 +32,7 @@ def load_base(folder, quantization: str = "none", dtype=None, device=None):
     from llama_lora.model import grouped_query_attention
 
     config = load_config(folder)
-    # One warning per linear layer and step, about a cast that is int8's normal way of working.
+    # One warning per linear layer and step, about a cast that is normal for int8.
     logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     dtype = dtype or compute_dtype()
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -51,7 +51,7 @@ def load_base(folder, quantization: str = "none", dtype=None, device=None):
             local_files_only=True,
             trust_remote_code=False,
             output_loading_info=True,
-            ignore_mismatched_sizes=True,  # for a line of ours
+            ignore_mismatched_sizes=True,  # replaced by a line of ours
         )
     except torch.OutOfMemoryError:
         raise
@@ -67,7 +67,7 @@ def load_base(folder, quantization: str = "none", dtype=None, device=None):
 
 
 def _compute_in(model, dtype) -> None:
-    """Cast what is not quantized in `model`, and let dequantized weights be of that dtype, too.
+    """Cast what is not quantized in `model` to `dtype`, and have weights dequantized to it too.
 
     transformers leaves both as they were when the folder was written.
     """
@@ -83,16 +83,16 @@ def _compute_in(model, dtype) -> None:
 def check_complete(
     folder: Path, model, missing_keys, mismatched_keys, unexpected_keys, **others
 ) -> None:
-    """Compare the tensors of `folder` with what its config makes the model of.
+    """Compare the tensors of `folder` with those that its config asks for.
 
-    What is missing would be random numbers, and what the config has no place for inside the
-    language model is a sign of another one: more layers, or biases. Parts beside it, such as what
-    sees images or scores answers, do no harm.
+    Missing tensors would be random numbers. Tensors inside the language model that the config has
+    no place for mean another model, with more layers or with biases. Other parts, such as a vision
+    tower or a reward head, do no harm.
 
     Args:
         model: may be on the meta device.
-        missing_keys, mismatched_keys, unexpected_keys: names, as transformers reports them; of the
-            mismatched with the shapes stored and expected.
+        missing_keys, mismatched_keys, unexpected_keys: names as transformers reports them; the
+            mismatched ones with the stored and the expected shape.
 
     Raises:
         InputError: they differ; names the tensors.
@@ -111,16 +111,16 @@ def check_complete(
     ]
     if inside:
         raise InputError(
-            f"{folder}: found {named(inside)}, for which the model of its config.json has no place"
+            f"{folder}: found {named(inside)}, for which the model in its config.json has no place"
         )
 
 
 def keep_nf4_layout(model) -> None:
-    """Leave the weights of 4-bit layers as they are quantized, whatever the CPU.
+    """Keep the weights of 4-bit layers in their quantized layout on every CPU.
 
-    Where it has AVX512-BF16, bitsandbytes packs them at the first forward pass in `eval()`, for a
-    kernel without a backward pass, and never unpacks them: training would go on with gradients
-    that are wrong.
+    With AVX512-BF16, bitsandbytes packs them at the first forward pass in `eval()`, for a kernel
+    without a backward pass, and never unpacks them. Training would then continue with wrong
+    gradients.
     """
     from bitsandbytes.nn import Linear4bit
 
@@ -130,10 +130,10 @@ def keep_nf4_layout(model) -> None:
 
 
 def keep_int8_sums(model) -> None:
-    """Let no autocast round the products of 8-bit layers in `eval()` on a CPU.
+    """Keep autocast from rounding the products of 8-bit layers in `eval()` on a CPU.
 
-    Where it has no AVX512, bitsandbytes multiplies the codes in fp32, which autocast would turn to
-    16 bits: in fp16 their sums overflow, and what the layers answer is noise.
+    Without AVX512, bitsandbytes multiplies the codes in fp32, which autocast would turn into 16
+    bits: in fp16 their sums overflow, and the layers return noise.
     """
     from bitsandbytes.nn import Linear8bitLt
 

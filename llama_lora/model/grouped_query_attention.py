@@ -1,8 +1,8 @@
-"""Attention with grouped queries for cards whose fused kernels take none.
+"""Grouped-query attention for cards whose fused kernels do not support it.
 
 On cards, only FlashAttention does (compute capability 8.0 and up). On older ones transformers' own
 "sdpa" falls back to plain products, which hold heads × tokens × tokens scores: 4.3 GB a layer in
-fp16 for a prompt of 8,192 tokens and 32 heads. Keys and values repeated for each query take 0.1.
+fp16 for a prompt of 8,192 tokens and 32 heads. Keys and values repeated for each query take 0.1 GB.
 """
 
 from types import SimpleNamespace
@@ -20,7 +20,7 @@ FLASH = (8, 0)  # the compute capability that FlashAttention asks for
 
 
 def implementation(card: Card) -> str:
-    """What a model on `card` is to attend with while it answers."""
+    """The attention implementation for a model that answers on `card`."""
     fused = card.capability is None or card.capability >= FLASH  # a CPU has a kernel of its own
     return "sdpa" if fused else UNGROUPED
 
@@ -28,17 +28,17 @@ def implementation(card: Card) -> str:
 def sdpa_with_repeated_keys(
     module, query, key, value, attention_mask, s_aux=None, softcap=None, **others
 ) -> tuple[torch.Tensor, None]:
-    """transformers' "sdpa" with as many keys and values as queries.
+    """transformers' "sdpa", with keys and values repeated for each query.
 
     Args:
-        query: [rows, heads, tokens, size]; key and value with as many heads or a divisor of them.
+        query: [rows, heads, tokens, size]; key and value have as many heads, or a divisor of that.
         attention_mask: [rows, 1, tokens, tokens], or None: causal.
 
     Returns:
-        [rows, tokens, heads, size], and no attention weights.
+        [rows, tokens, heads, size], and None for the attention weights.
 
     Raises:
-        InputError: the base has sinks or soft caps, which "sdpa" has not.
+        InputError: the base has sinks or soft caps, which "sdpa" lacks.
     """
     if s_aux is not None or softcap is not None:
         raise InputError("attention with sinks or soft caps does not run on this card")
@@ -48,7 +48,7 @@ def sdpa_with_repeated_keys(
     if tokens > 1:
         key, value = repeat_kv(key, groups), repeat_kv(value, groups)
         return sdpa_attention_forward(plain, query, key, value, attention_mask, **others)
-    # A single token: the queries of a group are rows that share keys, and nothing is repeated.
+    # A single token: the queries of a group become rows that share keys, so nothing is repeated.
     query = query.reshape(rows, key.shape[1], groups, size)
     others["is_causal"] = False
     attended, _ = sdpa_attention_forward(plain, query, key, value, attention_mask, **others)

@@ -7,7 +7,7 @@ from llama_lora.cli import InputError
 
 IGNORE = -100  # the label that torch's cross-entropy skips
 
-Span = tuple[int, int]  # first character and the one after the last
+Span = tuple[int, int]  # first character, and the one after the last
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class Encoded:
 
 
 def answer_spans(conversation: dict, text: str, spans: list[Span]) -> list[Span]:
-    """The `spans` of a conversation rendered as `text`, the last from its `label_from` on."""
+    """The answers' `spans` in the rendered `text`; the last begins at its `label_from`."""
     label_from = conversation.get("label_from", 0)
     if not label_from or not spans:
         return spans
@@ -38,13 +38,13 @@ def labels_of(
     unfinished: bool,
     whose: str,
 ) -> list[int]:
-    """The id of each token that begins within one of the answers' `spans`, else `IGNORE`.
+    """For each token its id if it begins within one of the answers' `spans`, else `IGNORE`.
 
     Args:
-        offsets: the characters that each of `ids` stands for.
-        special_ids: of which the last in a span ends its answer.
-        unfinished: whether the last answer goes on elsewhere, so that its end is not learned.
-        whose: template it is, for messages.
+        offsets: the span of characters that each of `ids` stands for.
+        special_ids: ids of special tokens; the last one in a span ends its answer.
+        unfinished: whether the last answer continues elsewhere, so that its end is not learned.
+        whose: whose template it is, for messages.
 
     Raises:
         InputError: an answer ends with no special token.

@@ -1,4 +1,4 @@
-"""The README.md of a model or adapter folder: what it is, how it came about, how to use it.
+"""The README.md of a model or adapter folder: what it is, how it was made, how to use it.
 
 Front matter as the Hugging Face Hub reads it; the rest is for people.
 """
@@ -16,7 +16,7 @@ from llama_lora.model.template import load_tokenizer
 from llama_lora.text import sound_text
 
 CARD = "README.md"
-MARKDOWN = re.compile(r"([\\`*_{}\[\]<>|~&$!#])")  # what means something within a line
+MARKDOWN = re.compile(r"([\\`*_{}\[\]<>|~&$!#])")  # characters with a meaning within a line
 EXAMPLE = [
     {"role": "user", "content": "Who are you?"},
     {"role": "assistant", "content": "I am …"},
@@ -46,9 +46,9 @@ RUN = {
 def write(folder: Path) -> None:
     """Write the card of the adapter in `folder`, in place of the one that peft leaves there.
 
-    It tells what the folder's `adapter_config.json`, `summary.json`, `trainer_state.json` and
-    tokenizer say. `summary.json` may hold, beside the run's figures, `data` (the accounts of the
-    corpus stages, first to last, each with the name of its `file`) and `settings` (flags by name).
+    It is made from the folder's `adapter_config.json`, `summary.json`, `trainer_state.json` and
+    tokenizer. Besides the run's figures, `summary.json` may hold `data` (the accounts of the corpus
+    stages, first to last, each with the name of its `file`) and `settings` (flags by name).
     """
     folder = Path(folder)
     base = _read(folder / CONFIG).get("base_model_name_or_path") or "the base model"
@@ -74,12 +74,12 @@ def write(folder: Path) -> None:
 
 
 def write_merged(folder: Path, name: str, base: Path, lora: Path, dtype: str) -> None:
-    """Write the card of the model in `folder` that `base` and the adapter in `lora` make together.
+    """Write the card of the model in `folder`, merged from `base` and the adapter in `lora`.
 
     Args:
-        name: the model's; `folder` may not have it yet.
+        name: the model's name, which `folder` may not have yet.
     """
-    base = str(base.resolve())  # which no id is
+    base = str(base.resolve())  # never an id
     ggufs = sorted(path.name for path in folder.glob("*.gguf"))
     _write(
         folder,
@@ -95,13 +95,13 @@ def write_merged(folder: Path, name: str, base: Path, lora: Path, dtype: str) ->
     )
 
 
-NAMED_BY_ID = """`adapter_config.json` names the base by its id on the Hub, from where peft takes it
-(`AutoPeftModelForCausalLM`). To take it from a folder, write that folder's path in its place, under
-`base_model_name_or_path`."""
+NAMED_BY_ID = """`adapter_config.json` names the base by its id on the Hub, and peft loads it from
+there (`AutoPeftModelForCausalLM`). To load it from a folder, put that folder's path under
+`base_model_name_or_path` instead."""
 
-NAMED_BY_PATH = """`adapter_config.json` names the base by the path of its folder in training, where
-peft looks for it (`AutoPeftModelForCausalLM`). For another machine, or to publish the adapter,
-write another path or an id on the Hub in its place, under `base_model_name_or_path`. Training with
+NAMED_BY_PATH = """`adapter_config.json` names the base by the path of its folder at training time,
+and peft looks for it there (`AutoPeftModelForCausalLM`). For another machine, or to publish the
+adapter, put another path or an id on the Hub under `base_model_name_or_path` instead. Training with
 `--base_name ID` writes an id."""
 
 LOADED = """tokenizer = AutoTokenizer.from_pretrained({folder})
@@ -132,7 +132,7 @@ model = AutoModelForCausalLM.from_pretrained({folder}, dtype="auto", device_map=
 
 
 def escaped(text: str) -> str:
-    """`text` on one line, of which Markdown and HTML make nothing but itself."""
+    """`text` on one line, so that Markdown and HTML show it as it is."""
     return MARKDOWN.sub(r"\\\1", " ".join(text.split()))
 
 
@@ -158,7 +158,7 @@ def _write(folder: Path, *parts: str) -> None:
 
 
 def _front_matter(base: str, library: str, tags: list[str]) -> str:
-    """Without a license: that is the base's, and the user's to name."""
+    """The front matter, without a license: that depends on the base, and the user names it."""
     data = ModelCardData(
         base_model=_short(base), library_name=library, pipeline_tag="text-generation", tags=tags
     )
@@ -166,7 +166,7 @@ def _front_matter(base: str, library: str, tags: list[str]) -> str:
 
 
 def _short(base: str) -> str:
-    """A base's id on the Hub, or the name of its folder: where that lies is nobody's business."""
+    """A base's id on the Hub, or the name of its folder without the path, which is private."""
     return base if HUB_ID.fullmatch(base) else " ".join(Path(base).name.split())
 
 
@@ -179,11 +179,14 @@ def _llama_cpp(name: str, files: list[str]) -> list[str]:
     if not files:
         return []
     commands = "\n".join(f"llama-cli -m {shlex.quote(f'./{name}/{file}')}" for file in files)
-    return ["With llama.cpp, which finds the chat template in the file:", fenced(commands, "bash")]
+    return [
+        "With llama.cpp, which finds the chat template in the file:",
+        fenced(commands, "bash"),
+    ]
 
 
 def _story(folder: Path, lora: Path) -> list[str]:
-    """Prompt format, data, settings and losses: what an adapter's folder knows of them."""
+    """Prompt format, data, settings and losses, as far as the adapter's folder has them."""
     summary = _read(lora / "summary.json")
     config = _read(lora / CONFIG)
     return [
@@ -191,7 +194,7 @@ def _story(folder: Path, lora: Path) -> list[str]:
         *_data(summary.get("data", [])),
         *_training(config, summary),
         *_losses(summary, _read(lora / "trainer_state.json")),
-        "## License\n\nThe base model's holds for what is made from it, and the data may set "
+        "## License\n\nThe base model's license applies to this model too, and the data may have "
         "terms of its own.",
     ]
 
@@ -200,8 +203,8 @@ def _prompt_format(folder: Path) -> list[str]:
     tokenizer = load_tokenizer(folder)
     text = tokenizer.apply_chat_template(EXAMPLE, add_generation_prompt=True, tokenize=False)
     return [
-        "## Prompt format\n\n`chat_template.jinja` has it. A question, its answer and a next "
-        "question read:",
+        "## Prompt format\n\nIt is in `chat_template.jinja`. A question, its answer and the next "
+        "question look like this:",
         fenced(text),
     ]
 

@@ -1,12 +1,12 @@
-"""When what answers come from was written: of the same files they are the same answers."""
+"""When the files that answers depend on were written: the same files give the same answers."""
 
 from pathlib import Path
 
 
 def last_modified(*paths: Path) -> dict[str, float]:
-    """When each of these files was written, and of a model in one of these folders the last.
+    """When each of these files was last written; for a model folder, the newest of its files.
 
-    0 where there is none.
+    0 if there is no such file.
     """
     files = {path: [path] if path.is_file() else _of_model(path) for path in paths}
     return {
@@ -16,6 +16,6 @@ def last_modified(*paths: Path) -> dict[str, float]:
 
 
 def _of_model(folder: Path) -> list[Path]:
-    """The files by which a model and its tokenizer answer."""
+    """The files of a model and its tokenizer that answers depend on."""
     kinds = "*.safetensors", "*model*.bin", "*config.json", "tokenizer.json", "chat_template.jinja"
     return [path for kind in kinds for path in folder.glob(kind)]

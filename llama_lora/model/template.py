@@ -1,4 +1,4 @@
-"""The one prompt: what splitting counts, training labels, generation asks and the adapter keeps."""
+"""The one prompt: splitting counts it, training labels it, generation asks it, adapters keep it."""
 
 import json
 import re
@@ -11,7 +11,7 @@ from llama_lora.text import cause
 
 # `vicuna_v1.1` as a Jinja chat template. After an optional bos it is, character for character,
 # fastchat.conversation.get_conv_template("vicuna_v1.1") with the tokenizer's own end-of-sequence
-# token in the place of "</s>" (which it is for Llama 1 and 2).
+# token in place of "</s>" (for Llama 1 and 2 they are the same).
 VICUNA_V1_1 = (
     "{%- if messages and messages[0]['role'] == 'system' -%}"
     "{%- set system = messages[0]['content'] -%}{%- set turns = messages[1:] -%}"
@@ -34,9 +34,9 @@ ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
 class Template:
     """Renders corpus turns with a tokenizer's chat template and knows which tokens are answers.
 
-    `name` is "vicuna_v1.1", or "model" for the chat template that the tokenizer's folder holds
-    (a base model's own, or the one an adapter was trained with). `special` finds the special tokens
-    that a text spells.
+    `name` is "vicuna_v1.1", or "model" for the chat template that the tokenizer's folder holds (a
+    base's own, or the one an adapter was trained with). `special` finds the special tokens that a
+    text spells out.
     """
 
     def __init__(self, tokenizer, name: str = "vicuna_v1.1"):
@@ -48,7 +48,7 @@ class Template:
         self.name = name
         self.tokenizer = copy(tokenizer)
         self.jinja = self._jinja(name)
-        self.tokenizer.chat_template = self.jinja  # whoever saves the tokenizer saves it too
+        self.tokenizer.chat_template = self.jinja  # so it is saved with the tokenizer
         self._special_ids = set(tokenizer.all_special_ids) | {
             id for id, token in tokenizer.added_tokens_decoder.items() if token.special
         }
@@ -57,16 +57,16 @@ class Template:
         self.special = re.compile("|".join(map(re.escape, longest_first)))
 
     def encode(self, turns: list[dict], **marks) -> Encoded:
-        """`encode_batch` of one conversation: its turns, and `label_from` and `unfinished`."""
+        """As `encode_batch`, for one conversation: its turns, `label_from` and `unfinished`."""
         return self.encode_batch([{"conversations": turns, **marks}])[0]
 
     def encode_batch(self, conversations: list[dict]) -> list[Encoded]:
         """Render and tokenize conversations; label every answer and the token that ends it.
 
-        Each is `{"conversations": [{"from": …, "value": …}, …]}`, and may hold `label_from`: the
-        character of its last answer from which on it is labelled (what stands before is context
-        that an earlier piece has labelled); and `unfinished`: whether the last answer goes on in
-        another piece, so that its end is not to be learned.
+        Each is `{"conversations": [{"from": …, "value": …}, …]}`. It may hold `label_from`: the
+        character of its last answer at which labels begin (the text before is context that an
+        earlier piece has labelled). It may hold `unfinished`: whether the last answer continues in
+        another piece, so that its end is not learned.
         """
         rendered = [self.render(item["conversations"]) for item in conversations]
         tokens = self.tokenizer(
@@ -83,9 +83,9 @@ class Template:
         return encoded
 
     def render(self, turns: list[dict]) -> tuple[str, list[tuple[int, int]]]:
-        """The conversation as text, and the span of characters each answer takes in it.
+        """The conversation as text, and each answer's span of characters in it.
 
-        A span begins where a generation prompt would end and ends where the next turn begins, so
+        A span begins where a generation prompt would end, and ends where the next turn begins. So
         it is what the model itself has to write, whatever the template.
         """
         messages = _messages(turns)
@@ -105,11 +105,11 @@ class Template:
         return text, spans
 
     def spells_special(self, turns: list[dict]) -> bool:
-        """Whether a turn spells a special token ("</s>"), which is then read as that token."""
+        """Whether a turn spells out a special token ("</s>"), which is then read as that token."""
         return any(self.special.search(turn["value"]) for turn in turns)
 
     def text(self, turns: list[dict]) -> str:
-        """The conversation as text alone."""
+        """The conversation as text."""
         return self._apply(_messages(turns))
 
     def prompt(self, turns: list[dict]) -> str:
@@ -128,16 +128,17 @@ class Template:
 
     @property
     def highest_id(self) -> int:
-        """The largest id that the template itself makes, whatever the conversation."""
+        """The largest token id that the template itself uses, whatever the conversation."""
         return max(self._probe().ids)
 
     def check_rows(self, rows: int, base) -> None:
-        """Check that `base` has embeddings, of so many rows, for what the template itself makes.
+        """Check that the `rows` of embeddings of `base` cover the tokens that the template itself
+        uses.
 
-        Tokens beyond them that nothing uses do no harm.
+        Tokens beyond them do no harm if nothing uses them.
 
         Raises:
-            InputError: it has not.
+            InputError: they do not.
         """
         if self.highest_id >= rows:
             raise InputError(
@@ -147,9 +148,9 @@ class Template:
             )
 
     def check_ids(self, ids, rows: int, whose: str) -> None:
-        """Raise `InputError` if some of the token ids have none of a base's `rows` of embeddings.
+        """Raise `InputError` if some of the token ids are beyond a base's `rows` of embeddings.
 
-        `whose` they are is said in the message.
+        The message says `whose` tokens they are.
         """
         if beyond := [int(id) for id in ids if id >= rows]:
             token = self.tokenizer.convert_ids_to_tokens(beyond[0])
@@ -191,15 +192,15 @@ class Template:
 
 
 def has_tokenizer(folder) -> bool:
-    """Whether a model or adapter folder brings one."""
+    """Whether a model or adapter folder holds a tokenizer."""
     return (Path(folder) / "tokenizer_config.json").is_file()
 
 
 def load_template(folder, name: str = "auto") -> Template:
-    """The prompt format of a folder with a tokenizer; "auto": that in it, else vicuna_v1.1.
+    """The template for a folder with a tokenizer; "auto" takes the folder's own, else vicuna_v1.1.
 
     Raises:
-        InputError: no tokenizer there that can be used, or no chat template for "model".
+        InputError: there is no usable tokenizer, or no chat template for "model".
     """
     tokenizer = load_tokenizer(folder)
     if name == "auto":
@@ -211,10 +212,11 @@ def load_tokenizer(folder):
     """The tokenizer of a model or adapter folder, with a padding token that is never eos.
 
     Raises:
-        InputError: no such folder, or no tokenizer in it that can be used without code of its own.
+        InputError: there is no such folder, or no tokenizer in it that works without code of its
+            own.
     """
     if not Path(folder).is_dir():
-        raise InputError(f"{folder}: no such folder, expected a model's")
+        raise InputError(f"{folder}: no such folder, expected a model folder")
     try:
         tokenizer = _tokenizer_class(Path(folder)).from_pretrained(
             folder, local_files_only=True, trust_remote_code=False
@@ -232,17 +234,17 @@ def load_tokenizer(folder):
 
 
 def _tokenizer_class(folder: Path):
-    """The class whose `from_pretrained` gives what AutoTokenizer's does for `folder`.
+    """The class whose `from_pretrained` does for `folder` what AutoTokenizer's does.
 
-    AutoTokenizer itself imports torch, which takes every process 250 MB and some seconds. What it
-    makes of the folders of Llamas and of adapters can be told without.
+    AutoTokenizer itself imports torch, which costs every process 250 MB and some seconds. For the
+    folders of Llamas and adapters, its choice can be told without it.
     """
     import transformers
 
     named = str(_settings(folder / "tokenizer_config.json").get("tokenizer_class"))
     if _settings(folder / "config.json").get("model_type", "llama") == "llama":
         file = folder / "tokenizer.json"
-        # A Llama 3 may say that it has Llama 2's tokenizer.
+        # A Llama 3 may claim to have Llama 2's tokenizer.
         if named.startswith("LlamaTokenizer") and not _holds(file, b'"ByteLevel"'):
             return transformers.LlamaTokenizer
         light = named in ("TokenizersBackend", "PreTrainedTokenizerFast")

@@ -1,1 +1,1 @@
-"""Looking at a corpus: what is in a file, how it came about, and what training makes of it."""
+"""Looking at a corpus: what is in a file, how it was made, and what training makes of it."""

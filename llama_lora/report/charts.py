@@ -1,4 +1,4 @@
-"""Histograms as inline SVG: drawn to be read, with axes, and coloured by the page's style."""
+"""Histograms with axes as inline SVG, coloured by the page's style."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from jinja2 import Template
 
 MOST_BINS = 24
 MOST_TICKS = 7
-HEAVY_TAIL = 8  # times the median; where the largest is more, the scale is logarithmic
+HEAVY_TAIL = 8  # times the median; if the largest value is beyond it, the scale is logarithmic
 WIDTH, HEIGHT = 380, 190
 LEFT, RIGHT, TOP, BOTTOM = 44, 10, 12, 38  # of the plot: room for the labels
 
@@ -28,8 +28,10 @@ class Bin:
 
 
 def histogram(values: Sequence[int]) -> list[Bin]:
-    """Whole numbers in at most `MOST_BINS` bins of a round width, or on a log scale where a few of
-    them are far larger than the rest."""
+    """Whole numbers in at most `MOST_BINS` bins of a round width.
+
+    If a few of them are far larger than the rest, the bins are on a log scale.
+    """
     numbers = np.asarray(values)
     least, most = int(numbers.min()), int(numbers.max())
     if most > MOST_BINS and most > HEAVY_TAIL * np.median(numbers):
@@ -48,8 +50,10 @@ def histogram(values: Sequence[int]) -> list[Bin]:
 
 
 def log_edges(least: int, most: int) -> list[int]:
-    """Powers of two around `least` … `most`, and from 16 on those of its root, which are coarse
-    below; 0 has a bin of its own."""
+    """Powers of two around `least` … `most`; 0 has its own bin.
+
+    From 16 on there are also the powers of its root, which would be too coarse below.
+    """
     first = 2 * (max(least, 1).bit_length() - 1)
     step = 1 if least >= 16 else 2
     powers = [round(2 ** (half / 2)) for half in range(first, 2 * most.bit_length() + 1, step)]
@@ -57,7 +61,7 @@ def log_edges(least: int, most: int) -> list[int]:
 
 
 def round_up(number: float) -> int:
-    """The next of 1, 2, 5, 10, 20, 50, …"""
+    """The next larger of 1, 2, 5, 10, 20, 50, …"""
     size = 1
     while True:
         for step in (1, 2, 5):
@@ -89,8 +93,10 @@ text-anchor="middle">{{ unit }}</text>
 
 
 def svg(title: str, unit: str, bins: list[Bin], of: str, mark: int | None = None) -> str:
-    """The histogram as an SVG element; `unit` names the values, `of` what is counted. A line
-    stands at the value `mark` where it lies within."""
+    """The histogram as an SVG element; `unit` names the values, `of` what is counted.
+
+    There is a line at the value `mark`, if it is within the plot.
+    """
     floor, right = HEIGHT - BOTTOM, WIDTH - RIGHT
     step = (right - LEFT) / len(bins)
     level = round_up(max(one.count for one in bins) / 4)
@@ -133,7 +139,7 @@ def svg(title: str, unit: str, bins: list[Bin], of: str, mark: int | None = None
 
 
 def place(bins: list[Bin], value: int, step: float) -> float | None:
-    """Where along the axis `value` lies; None where no bin holds it."""
+    """Where along the axis `value` lies; None if no bin holds it."""
     for i, one in enumerate(bins):
         if one.low <= value <= one.high:
             return round(LEFT + step * (i + (value - one.low) / (one.high - one.low + 1)), 1)

@@ -19,7 +19,7 @@ from llama_lora.model.labels import IGNORE
 from llama_lora.model.template import Template
 from llama_lora.report.statistics import as_trained, renderer
 
-# Of a segment: read as context, learned, put there by the template, cut off by the window.
+# The kinds of segments: context, learned, added by the template, cut off by the window.
 PLAIN, TRAINED, FRAME, BEYOND = "plain", "trained", "frame", "beyond"
 SPACE = re.compile(r"\s*")
 HOLE = "\ue000"  # stands for the text of a turn; a private character that no template touches
@@ -43,7 +43,7 @@ class Block:
 
 @dataclass(frozen=True)
 class ConversationView:
-    """A conversation to be looked at; `tokens` and `labelled` are None without a tokenizer."""
+    """A conversation to look at; `tokens` and `labelled` are None without a tokenizer."""
 
     id: str
     index: int
@@ -57,8 +57,10 @@ class ConversationView:
 def view(
     conversation: Conversation, index: int, template: Template | None, max_length: int
 ) -> ConversationView:
-    """The view of the `index`-th conversation of a file, of which training reads `max_length`
-    tokens; without a `template` what is learned is told from its characters alone."""
+    """The view of the `index`-th conversation of a file; training reads `max_length` tokens of it.
+
+    Without a `template`, the characters alone decide what is learned.
+    """
     about = conversation["id"], index, language_of(conversation["conversations"])
     try:
         item = as_trained(conversation)
@@ -87,19 +89,19 @@ def view(
 
 
 def notes_of(conversation: Conversation, item: Conversation) -> list[str]:
-    """What is to be known of the conversation besides its text."""
+    """What to know about the conversation besides its text."""
     repairs: Counter = Counter()
     put_in_order(conversation["conversations"], repairs)
     notes = [f"dropped: {name}" for name in +repairs]
     if item.get("label_from"):
-        notes.append("goes on from an earlier piece")
+        notes.append("continues an earlier piece")
     if item.get("unfinished"):
-        notes.append("goes on in another piece")
+        notes.append("continues in another piece")
     return notes
 
 
 def blocks_by_character(item: Conversation) -> list[Block]:
-    """Every answer is learned, the last from `label_from` on."""
+    """Blocks in which every answer is learned, the last from `label_from` on."""
     turns = item["conversations"]
     blocks = []
     for number, turn in enumerate(turns):
@@ -116,7 +118,7 @@ KINDS = [PLAIN, TRAINED, FRAME, BEYOND]
 
 
 def kinds_of(text: str, labels: list[int], offsets: list, max_length: int) -> bytearray:
-    """For each character of the rendered `text` the place of its kind in `KINDS`."""
+    """For each character of the rendered `text`, the index of its kind in `KINDS`."""
     kinds = bytearray(len(text))
     for number, ((start, end), label) in enumerate(zip(offsets, labels, strict=True)):
         kind = BEYOND if number >= max_length else PLAIN if label == IGNORE else TRAINED
@@ -127,10 +129,10 @@ def kinds_of(text: str, labels: list[int], offsets: list, max_length: int) -> by
 def blocks_by_token(
     turns: list[Turn], template: Template, text: str, spans: list, kinds: bytearray
 ) -> list[Block]:
-    """A block a turn; together they are `text`, character for character.
+    """One block per turn; together they are `text`, character for character.
 
-    `spans` are those of the answers in it. Where the template changes the turns' texts in a way
-    that cannot be followed there is one block in all.
+    `spans` are the answers in it. If the template changes the turns' texts in a way that cannot be
+    followed, there is a single block.
     """
     places = places_of(turns, template, text)
     if places is None:
@@ -154,7 +156,7 @@ def blocks_by_token(
 
 
 def places_of(turns: list[Turn], template: Template, text: str) -> list[tuple[int, int]] | None:
-    """Where in the rendered `text` the turns' own texts stand; None if they cannot be found."""
+    """Where the turns' own texts are in the rendered `text`; None if they cannot be found."""
     first, *frames = template.text([{**turn, "value": HOLE} for turn in turns]).split(HOLE)
     if len(frames) != len(turns):
         return None
@@ -182,7 +184,7 @@ def segments(text: str, kinds: bytearray, start: int, end: int) -> list[Segment]
 
 
 def find(args: argparse.Namespace, wanted: str) -> ConversationView:
-    """The conversation numbered `wanted` in the file, from 0, or else the first with that id."""
+    """The conversation with the number `wanted` in the file, from 0, or the first with that id."""
     found, damages = None, []
     if wanted.isdecimal():
         found, damages = first(args, lambda record: record.index == int(wanted))
@@ -203,7 +205,7 @@ def find(args: argparse.Namespace, wanted: str) -> ConversationView:
 def first(
     args: argparse.Namespace, is_wanted: Callable[[reader.Record], bool]
 ) -> tuple[reader.Record | None, list[str]]:
-    """The first record that is wanted, and what was found damaged on the way."""
+    """The first record that is wanted, and the damage found on the way."""
     damages: list[str] = []
     with ExitStack() as stack:
         records = stage.tracked([args.inputs], args, damages, stack)
@@ -211,13 +213,13 @@ def first(
 
 
 def id_of(record: reader.Record) -> str | None:
-    """The id of a conversation; None where the record is none."""
+    """The id of a conversation; None if the record is not one."""
     one = stage.reading(record)
     return None if one.rejected else one.conversation["id"]
 
 
 def sample(args: argparse.Namespace, chosen: set[int]) -> Iterator[ConversationView]:
-    """Views of the conversations whose index is `chosen`, in the order of the file."""
+    """Views of the conversations whose index is in `chosen`, in the order of the file."""
     build = partial(Viewer, args.model, args.template, args.max_length)
     with ExitStack() as stack:
         records = stage.tracked([args.inputs], args, [], stack)
@@ -228,7 +230,7 @@ def sample(args: argparse.Namespace, chosen: set[int]) -> Iterator[ConversationV
 
 
 class Viewer:
-    """Makes views of chunks of records, as a worker process does."""
+    """Makes views of chunks of records, in a worker process."""
 
     def __init__(self, model: str | None, template: str, max_length: int):
         self.renderer, self.max_length = renderer(model, template), max_length
@@ -243,6 +245,6 @@ class Viewer:
 
 
 def choose(begin: int, read: int, unreadable_at: list[int], most: int) -> set[int]:
-    """Indices of at most `most` conversations, at random and the same from run to run."""
+    """Indices of at most `most` conversations, at random but the same from run to run."""
     sound = sorted(set(range(begin, begin + read)).difference(unreadable_at))
     return set(random.Random(0).sample(sound, min(most, len(sound))))

@@ -1,4 +1,4 @@
-"""What the pages have in common: one HTML file each that needs no network and runs no other's code.
+"""What the pages have in common: each is one HTML file without network access or foreign code.
 
 `frame.html` is their head and header; the templates of the pages extend it.
 """
@@ -15,7 +15,7 @@ PACKAGE = "llama_lora"
 
 
 def environment() -> jinja2.Environment:
-    """Jinja that escapes whatever it prints, and knows how numbers are written here.
+    """Jinja that escapes whatever it prints, with filters for numbers.
 
     A template is named by its path in this library, such as `report/page.html`.
     """
@@ -31,12 +31,12 @@ def environment() -> jinja2.Environment:
 
 
 def part(path: str) -> str:
-    """A file of this library."""
+    """The text of a file of this library."""
     return resources.files(PACKAGE).joinpath(path).read_text(encoding="utf-8")
 
 
 def policy(style: str, script: str | None = None) -> str:
-    """The content security policy: this style and this script, and no address whatever."""
+    """The content security policy: only this style and this script, and no address at all."""
     scripts = f"script-src '{digest(script)}'; " if script else ""
     return (
         f"default-src 'none'; style-src '{digest(style)}'; {scripts}"

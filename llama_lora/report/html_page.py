@@ -1,7 +1,7 @@
-"""The report as one HTML page that needs no network: drawn, explained, and searchable.
+"""The report as one HTML page that needs no network, with charts and a search.
 
-Its policy allows the one script and the one style that it holds, told by their hashes, and nothing
-else; all text of the corpus reaches it escaped, or as JSON that only ever becomes text nodes.
+The page's policy allows the one script and the one style in it, by their hashes, and nothing else.
+All text of the corpus is escaped, or is JSON that only ever becomes text nodes.
 """
 
 import argparse
@@ -29,7 +29,7 @@ MOST_LANGUAGES = 12
 
 @dataclass(frozen=True)
 class Chart:
-    """A drawing, what it shows, and what it says in a sentence."""
+    """A drawing, its title, and its caption."""
 
     title: str
     caption: str
@@ -38,7 +38,7 @@ class Chart:
 
 @dataclass(frozen=True)
 class Bar:
-    """A count among others, `share` in percent of the largest."""
+    """A count among others; `share` is in percent of the largest."""
 
     name: str
     count: int
@@ -48,8 +48,8 @@ class Bar:
 def opened(args: argparse.Namespace, stack: ExitStack) -> Callable[[Statistics], None]:
     """A function that writes the page to `args.html`, with at most `args.sample` conversations.
 
-    What could be wrong with that file, and with the accounts of the stages before, is found now
-    and not after the statistics.
+    Problems with that file, and with the accounts of the stages before, are found now and not after
+    the statistics.
     """
     stage.spare([args.inputs], "--html", args.html)
     file = stack.enter_context(replacing(args.html))
@@ -92,20 +92,20 @@ def write(
 
 
 def figures(statistics: Statistics, packs: int) -> list[tuple[str, str]]:
-    """The numbers to see first, each with what it counts."""
+    """The figures to see first, each with its label."""
     shown = [(f"{statistics.conversations:,}", "conversations"), (f"{statistics.pairs:,}", "pairs")]
     if audit := statistics.tokens and statistics.audit:
         shown += [
             (f"{audit.tokens:,}", "tokens in an epoch"),
             (f"{audit.labelled / max(audit.tokens, 1):.1%}", "of them learned"),
-            (f"{packs:,}", "packs in an epoch"),
+            (f"{packs:,}", "rows in an epoch"),
         ]
     equal = statistics.duplicates.total() - statistics.duplicates["equal ids"]
     return [*shown, (f"{equal:,}", "duplicates")]
 
 
 def drawn(statistics: Statistics, window: int) -> Iterator[Chart]:
-    """The histograms for which there is anything to draw."""
+    """The histograms that have anything to show."""
     share = 100 * np.asarray(statistics.labelled) // np.maximum(np.asarray(statistics.trained), 1)
     of = "conversations"
     for title, values, unit, counted, mark in (
@@ -133,9 +133,9 @@ def bars(counts: Counter | list[tuple[str, int]], most: int = 100) -> list[Bar]:
 
 
 def embedded(view: ConversationView) -> str:
-    """A conversation as JSON that can stand in a script element: no `<` ends that.
+    """A conversation as JSON that can be put in a script element: no `<` ends it.
 
-    A segment is the place of its kind in `KINDS` and its text, one after the other.
+    A segment is the index of its kind in `KINDS`, followed by its text.
     """
     blocks = [
         [block.role, [x for one in block.segments for x in (KINDS.index(one.kind), one.text)]]

@@ -1,4 +1,4 @@
-"""How a corpus file came about: the accounts of the stages before it, found along the chain."""
+"""How a corpus file was made: the accounts of the stages before it, found along the chain."""
 
 import os
 from collections import Counter
@@ -16,7 +16,7 @@ EXCERPT = 280  # characters of each
 
 @dataclass
 class RejectedExample:
-    """A rejected conversation: what was found wrong, and how it begins."""
+    """A rejected conversation: what was wrong with it, and how it begins."""
 
     id: str
     detail: str
@@ -41,7 +41,7 @@ class StageRun:
 
 
 def steps(path: str) -> list[StageRun]:
-    """The stages that led to the file at `path`, first to last; none where no account lies."""
+    """The stages that led to the file at `path`, first to last; none without an account."""
     found: list[StageRun] = []
     visit(path, found, set())
     return found
@@ -50,7 +50,7 @@ def steps(path: str) -> list[StageRun]:
 def visit(path: str, found: list[StageRun], seen: set[str]) -> None:
     """Append to `found` the stage that wrote `path`, after those that wrote its inputs.
 
-    `seen` are the files that were visited: a stage may have written over its own input.
+    `seen` are the files already visited: a stage may have overwritten its own input.
     """
     account_path = path + ".account"
     if os.path.realpath(path) in seen or not os.path.isfile(account_path):
@@ -92,7 +92,7 @@ def read_account(path: str) -> dict[str, Any]:
 
 
 def examples(path: str) -> dict[str, list[RejectedExample]]:
-    """The first of the conversations in a `--rejected` file, by reason."""
+    """The first conversations of a `--rejected` file, by reason."""
     found: dict[str, list[RejectedExample]] = {}
     if not os.path.isfile(path):
         return found
@@ -104,7 +104,7 @@ def examples(path: str) -> dict[str, list[RejectedExample]]:
 
 
 def rejected_items(path: str) -> Iterator[dict]:
-    """What a `--rejected` file holds; a stage writes one item a line, as an array or bare."""
+    """The items of a `--rejected` file; a stage writes one per line, as an array or bare."""
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             line = line.strip().removesuffix(b",")
@@ -115,7 +115,7 @@ def rejected_items(path: str) -> Iterator[dict]:
             except ValueError:
                 item = None
             if not isinstance(item, dict):
-                raise InputError(f"{path}: line {number}: expected what --rejected writes")
+                raise InputError(f"{path}: line {number}: expected an item that --rejected wrote")
             yield item
 
 

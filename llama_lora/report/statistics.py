@@ -32,12 +32,12 @@ from llama_lora.train.data.examples import Audit
 
 
 def lengths() -> array:
-    """An empty array of lengths: 4 bytes each, so that a million weigh nothing."""
+    """An empty array of lengths: 4 bytes each, so that a million take little memory."""
     return array("I")
 
 
 def id_hashes() -> array:
-    """An empty array of what `id_hash` gives."""
+    """An empty array of values of `id_hash`."""
     return array("Q")
 
 
@@ -45,10 +45,10 @@ def id_hashes() -> array:
 class Statistics:
     """What was found in a corpus file.
 
-    Lengths stand in arrays, in the order of the file: `turns` and `tokens` by conversation,
-    `questions` and `answers` in characters by turn. `tokens` counts what the template renders;
-    `trained` what of it training reads, for the conversations that `audit` counts, and `labelled`
-    what of that it learns.
+    Lengths are in arrays, in the order of the file: `turns` and `tokens` by conversation,
+    `questions` and `answers` in characters by turn. `tokens` counts what the template renders,
+    `trained` how much of it training reads, for the conversations that `audit` counts, and
+    `labelled` how much of that it learns.
     """
 
     read: int = 0
@@ -74,15 +74,15 @@ class Statistics:
 
     @property
     def conversations(self) -> int:
-        """Records that are conversations."""
+        """How many records are conversations."""
         return self.read - self.unreadable.total()
 
     def add(self, other: "Statistics") -> None:
-        """Take in what was found in the records that follow."""
+        """Add what was found in the records that follow."""
         accumulate(self, other)
 
     def describe(self, one: stage.Reading) -> None:
-        """Put down what can be seen in a conversation without a tokenizer."""
+        """Record what can be seen in a conversation without a tokenizer."""
         conversation = one.conversation
         turns = conversation["conversations"]
         pairs = count_pairs(turns)
@@ -98,7 +98,7 @@ class Statistics:
         self.fingerprints.add(Fingerprint(digests_of(turns)))
 
     def measure(self, labels: list[int], max_length: int) -> None:
-        """Put down what training reads and learns of a conversation, as its loader does."""
+        """Record what training reads and learns of a conversation, as its loader does."""
         labels = np.asarray(labels)
         self.tokens.append(len(labels))
         if self.audit.add(labels, max_length):
@@ -106,9 +106,9 @@ class Statistics:
             self.labelled.append(int(np.count_nonzero(labels[:max_length] != IGNORE)))
 
     def count_duplicates(self) -> None:
-        """Book the conversations that cleaning would drop as duplicates, and ids given twice.
+        """Count the conversations that cleaning would drop as duplicates, and the ids used twice.
 
-        What tells them is let go: it is most of what is held.
+        The fingerprints are then dropped: they are most of the memory of the statistics.
         """
         self.duplicates.update(gone.reason for gone in exact_duplicates(self.fingerprints).values())
         self.duplicates["equal ids"] = len(self.ids) - len(set(self.ids))
@@ -120,9 +120,9 @@ class Statistics:
 
 
 class StatisticsCounter:
-    """Counts chunks of records, as a worker process does.
+    """Counts chunks of records, in a worker process.
 
-    `model` is the folder of a tokenizer, None: no tokens are counted.
+    `model` is the folder of a tokenizer; None for statistics without tokens.
     """
 
     def __init__(self, model: str | None, template: str, max_length: int):
@@ -156,7 +156,7 @@ def renderer(model: str | None, template: str) -> Template | None:
 
 
 def as_trained(conversation: Conversation) -> Conversation:
-    """The turns that training reads. Raises `Rejected` where it would refuse the file."""
+    """The turns that training reads. Raises `Rejected` if it would refuse the file."""
     turns = put_in_order(conversation["conversations"], Counter())
     return {**conversation, "conversations": turns, **piece_keys_of(conversation, turns)}
 

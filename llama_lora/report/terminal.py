@@ -1,4 +1,4 @@
-"""The report for the terminal, and a conversation in it with what is learned in colour."""
+"""The report for the terminal, and a conversation with what is learned in colour."""
 
 import os
 import re
@@ -14,7 +14,7 @@ from llama_lora.report.statistics import Statistics
 COLOURS = {PLAIN: "", TRAINED: "\33[32m", FRAME: "\33[2m", BEYOND: "\33[9;31m"}
 BOLD, OFF = "\33[1m", "\33[0m"
 SIGNS = {PLAIN: ("", ""), TRAINED: ("⟦", "⟧"), FRAME: ("", ""), BEYOND: ("⟪", "⟫")}
-MEANINGS = {TRAINED: "learned", FRAME: "the template's", BEYOND: "cut off by the window"}
+MEANINGS = {TRAINED: "learned", FRAME: "added by the template", BEYOND: "cut off by the window"}
 
 SHARES = {"least": 0, "5%": 5, "25%": 25, "half": 50, "75%": 75, "95%": 95, "99%": 99, "most": 100}
 CONTROL = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
@@ -41,7 +41,7 @@ def summary(statistics: Statistics, max_length: int) -> str:
 
 
 def measures(statistics: Statistics) -> dict[str, Sequence[int]]:
-    """The lengths that were taken, by what they measure; those of nothing are left out."""
+    """The lengths that were measured, by what they measure; empty ones are left out."""
     taken = {
         "turns": statistics.turns,
         "characters, question": statistics.questions,
@@ -53,7 +53,7 @@ def measures(statistics: Statistics) -> dict[str, Sequence[int]]:
 
 
 def percentiles(values: Sequence[int]) -> list[int]:
-    """The values below which the `SHARES` of all lie, and the mean, in whole numbers."""
+    """The percentiles at `SHARES`, and the mean, in whole numbers."""
     numbers = np.asarray(values)
     found = np.percentile(numbers, list(SHARES.values()), method="inverted_cdf")
     return [*map(int, found), round(float(numbers.mean()))]
@@ -78,17 +78,17 @@ def training(statistics: Statistics, max_length: int) -> str:
     room = max(packs * max_length, 1)
     return (
         f"at {max_length:,} tokens: {statistics.audit}\n"
-        f"an epoch: {packs:,} packs, {statistics.audit.tokens / room:.1%} full"
+        f"an epoch: {packs:,} rows, {statistics.audit.tokens / room:.1%} full"
     )
 
 
 def in_colour() -> bool:
-    """Whether stdout is a terminal whose user has not asked for no colour (no-color.org)."""
+    """Whether stdout is a terminal, and NO_COLOR is not set (no-color.org)."""
     return sys.stdout.isatty() and not os.environ.get("NO_COLOR")
 
 
 def shown(view: ConversationView, colour: bool) -> str:
-    """The conversation with what is learned marked: by colours, or else by signs."""
+    """The conversation with what is learned marked, by colours or by signs."""
     facts = [f"conversation {view.index}", visible(view.id), view.language]
     if view.tokens is not None:
         facts.append(f"{view.tokens:,} tokens, {view.labelled:,} learned")
@@ -108,7 +108,7 @@ def strong(text: str, colour: bool) -> str:
 
 
 def mark(kind: str, text: str, colour: bool) -> str:
-    """`text` with the colour or between the signs of its kind."""
+    """`text` with the colour, or between the signs, of its kind."""
     if colour:
         return COLOURS[kind] + text + OFF if COLOURS[kind] else text
     before, after = SIGNS[kind]
@@ -116,7 +116,7 @@ def mark(kind: str, text: str, colour: bool) -> str:
 
 
 def visible(text: str) -> str:
-    """`text` in which what would steer the terminal is shown instead, escapes above all."""
+    """`text` with control characters, above all escapes, shown instead of sent to the terminal."""
     return CONTROL.sub(lambda found: escape(ord(found[0])), text)
 
 

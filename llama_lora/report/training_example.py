@@ -1,4 +1,4 @@
-"""An example as the trainer has it, for the terminal: its tokens as text, the learned marked."""
+"""An example as the trainer has it, for the terminal: its tokens as text, with labels marked."""
 
 from itertools import groupby
 
@@ -12,8 +12,7 @@ WIDTH, HEAD, TAIL = 100, 9, 5  # columns of a line; the lines shown of a long ex
 
 
 def shown(example: Example, template: Template, colour: bool) -> str:
-    """The example, in about `HEAD` + `TAIL` lines, with what is learned marked: by colours, or else
-    by signs."""
+    """The example in about `HEAD` + `TAIL` lines; colours or signs mark what is learned."""
     runs = [(kind, visible(text)) for kind, text in runs_of(example, template)]
     text = "".join(text for _, text in runs)
     lines = lines_of(text)
@@ -45,7 +44,7 @@ def runs_of(example: Example, template: Template) -> list[tuple[str, str]]:
 
 
 def lines_of(text: str) -> list[int]:
-    """At which characters the lines of `text` begin on a terminal of `WIDTH` columns."""
+    """The characters at which the lines of `text` begin on a terminal of `WIDTH` columns."""
     begins, at = [], 0
     for line in text.splitlines(keepends=True):
         begins += range(at, at + len(line), WIDTH)

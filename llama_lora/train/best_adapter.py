@@ -17,9 +17,9 @@ WEIGHTS = "trainable.safetensors"
 
 # Its name is a key in the trainer's state of every checkpoint.
 class Best(TrainerCallback, ExportableState):
-    """Writes the trainable matrices aside at each new lowest held-out loss.
+    """Saves the trainable matrices at each new lowest held-out loss.
 
-    With `patience`, ends the training after as many evaluations in a row without one.
+    With `patience`, it ends the training after that many evaluations in a row without a new lowest.
     """
 
     def __init__(self, patience: int | None = None):
@@ -33,13 +33,13 @@ class Best(TrainerCallback, ExportableState):
         if not kept.is_file():
             self.loss, self.step = math.inf, 0
             return
-        with safe_open(kept, "pt") as file:  # it may be from after the checkpoint
+        with safe_open(kept, "pt") as file:  # it may be newer than the checkpoint
             about = file.metadata()
         self.loss, self.step = float(about["loss"]), int(about["step"])
 
     def on_evaluate(self, args, state, control, metrics, model=None, **kwargs):
         if state.global_step == 0 or state.global_step == self.step:
-            return  # before training, or once more at the end
+            return  # before training, or repeated at the end
         if metrics["eval_loss"] < self.loss:
             self.loss, self.step, self.without = metrics["eval_loss"], state.global_step, 0
             if args.should_save:

@@ -1,4 +1,4 @@
-"""Which state a run starts from: nothing is resumed or overwritten without being asked for."""
+"""Which state a run starts from: nothing is resumed or overwritten unless asked for."""
 
 import json
 import os
@@ -20,14 +20,15 @@ NO_ROOM = re.compile(r"No space left|Disk quota|File too large|failed writing|en
 
 
 def starting_point(output_dir: str, resume: str | None, overwrite: bool) -> str | None:
-    """The checkpoint folder to resume from, or None to start anew.
+    """The checkpoint folder to resume from, or None for a new start.
 
     Args:
-        resume: "True" for the newest complete checkpoint in `output_dir`, "auto" for that or else
-            a new start, "False" or None for a new start, or the path of a checkpoint.
+        resume: "True" for the newest complete checkpoint in `output_dir`; "auto" for the same, or
+            for a new start if there is none; "False" or None for a new start; or the path of a
+            checkpoint.
 
     Raises:
-        InputError: checkpoints exist and neither flag says what to do; or none can be resumed.
+        InputError: checkpoints exist and no flag says what to do, or none can be resumed.
     """
     wanted = (resume or "false").lower()
     found = sorted(_checkpoints(output_dir), reverse=True)
@@ -37,7 +38,7 @@ def starting_point(output_dir: str, resume: str | None, overwrite: bool) -> str 
             return None
         if found:
             raise InputError(
-                f"{output_dir}: holds checkpoints, the newest {found[0][1].name}; to go on pass "
+                f"{output_dir}: holds checkpoints, the newest {found[0][1].name}; to resume pass "
                 "--resume_from_checkpoint True, to start over --overwrite_output_dir True"
             )
         if (Path(output_dir) / WEIGHTS).exists():
@@ -60,7 +61,7 @@ def starting_point(output_dir: str, resume: str | None, overwrite: bool) -> str 
 
 
 def check_output(output_dir: str) -> None:
-    """Refuse a folder that holds a model: an adapter's files would replace its tokenizer's.
+    """Refuse a folder that holds a model: the adapter's tokenizer would replace the model's.
 
     Raises:
         InputError: it does.
@@ -73,7 +74,7 @@ def check_output(output_dir: str) -> None:
 
 
 def clear(output_dir: str) -> None:
-    """Remove what an earlier run left, so that none of it is taken for this one's."""
+    """Remove what an earlier run left, so that it is not taken for this run's."""
     for _, folder in _checkpoints(output_dir):
         _remove(folder)
     shutil.rmtree(Path(output_dir, BEST), ignore_errors=True)
@@ -82,7 +83,7 @@ def clear(output_dir: str) -> None:
 
 
 def settings_of(data, lora, args, template) -> dict:
-    """The flags that a resumed run has in common with the one that began.
+    """The flags that a resumed run must share with the run that it continues.
 
     Args:
         data, lora, args: `DataArguments`, `LoraArguments` and `TrainingArguments`.
@@ -106,7 +107,7 @@ def settings_of(data, lora, args, template) -> dict:
 
 
 def check_engine(checkpoint: str, deepspeed: bool) -> None:
-    """Raise `InputError` where the optimizer's state in `checkpoint` is of the other engine.
+    """Raise `InputError` if the optimizer's state in `checkpoint` is from the other engine.
 
     DeepSpeed and the Trainer keep it in files of their own, and neither reads the other's.
     """
@@ -115,16 +116,16 @@ def check_engine(checkpoint: str, deepspeed: bool) -> None:
         return
     was, now = ("deepspeed", "python3") if wrote else ("python3", "deepspeed")
     raise InputError(
-        f"{checkpoint} was written by a run of {was}, and one of {now} would go on without the "
-        f"states of its optimizer and schedule; resume it with {was}, or start over with "
+        f"{checkpoint} was written under {was}; a run under {now} would lose the states of its "
+        f"optimizer and schedule; resume it with {was}, or start over with "
         "--overwrite_output_dir True"
     )
 
 
 def check_settings(checkpoint: str, settings: dict) -> None:
-    """Raise `InputError` that names the flags which differ from those `checkpoint` was made with.
+    """Raise `InputError` that names the flags that differ from those of `checkpoint`.
 
-    Another order of the data, or another shape of the adapter, is another run.
+    With another order of the data, or another shape of the adapter, it would be another run.
     """
     path = Path(checkpoint, SETTINGS)
     try:
@@ -138,8 +139,8 @@ def check_settings(checkpoint: str, settings: dict) -> None:
     ]
     if differing:
         raise InputError(
-            f"{checkpoint} was made with other settings: {', '.join(differing)}; resume with those "
-            "of the run that wrote it, or start over with --overwrite_output_dir True"
+            f"{checkpoint} was made with other settings: {', '.join(differing)}; resume with the "
+            "settings it was made with, or start over with --overwrite_output_dir True"
         )
 
 
@@ -148,16 +149,16 @@ def _shown(value) -> str:
 
 
 def is_complete(folder: Path) -> bool:
-    """Whether `folder` is a checkpoint that all processes have written to its end."""
+    """Whether `folder` is a checkpoint that all processes have finished writing."""
     return (folder / COMPLETE).is_file() and (folder / WEIGHTS).is_file()
 
 
 @contextmanager
 def writing(path: Path, last: str = ""):
-    """Around the writing of `path`: a disk that is full ends in one line, with `last` at its end.
+    """Context for writing `path`: a full disk ends in one line, which ends with `last`.
 
     Raises:
-        LocalError: no room.
+        LocalError: the disk is full.
     """
     try:
         yield
@@ -170,17 +171,21 @@ def writing(path: Path, last: str = ""):
 
 @contextmanager
 def checkpoint(folder: Path, responsible: bool):
-    """Around the writing of a checkpoint, which is no complete one while it lasts.
+    """Context for writing a checkpoint, which does not count as complete until the end.
 
     Args:
-        responsible: whether this process is the one that removes what could not be completed.
+        responsible: whether this process is the one to remove what could not be completed.
 
     Raises:
-        LocalError: no room.
+        LocalError: the disk is full.
     """
     (folder / COMPLETE).unlink(missing_ok=True)
     complete = [path for _, path in sorted(_checkpoints(folder.parent)) if is_complete(path)]
-    last = f"the last good checkpoint is {complete[-1]}" if complete else "there is none before"
+    last = (
+        f"the last good checkpoint is {complete[-1]}"
+        if complete
+        else "there is no earlier checkpoint"
+    )
     try:
         with writing(folder, last):
             yield
@@ -193,7 +198,7 @@ def checkpoint(folder: Path, responsible: bool):
 def finish(folder: Path, settings: dict, limit: int | None) -> None:
     """Declare the checkpoint `folder` complete, and remove all but the newest `limit`.
 
-    `settings` are what a resumed run has to have in common with the one that wrote it.
+    `settings` are the flags that a resumed run must share with the one that wrote it.
     """
     (folder / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n")
     os.sync()  # a checkpoint that a power cut left half on the disk must not be called complete
@@ -204,7 +209,7 @@ def finish(folder: Path, settings: dict, limit: int | None) -> None:
 
 
 def leave_branch(checkpoint: str) -> list[str]:
-    """Remove the checkpoints after the one resumed from, which the run will not come by; names."""
+    """Remove the checkpoints after the one resumed from, which this run will not reach; names."""
     here = Path(checkpoint)
     match = NUMBERED.fullmatch(here.name)
     later = [

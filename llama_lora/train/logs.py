@@ -1,4 +1,4 @@
-"""What a run tells while it goes on: a line a step, the same as JSON, and a picture."""
+"""What a run reports as it goes: one line per step, the same as JSON, and a picture."""
 
 import json
 import math
@@ -21,7 +21,7 @@ REDRAW_SECONDS = 20
 
 # Its name is a key in the trainer's state of every checkpoint.
 class Totals(TrainerCallback, ExportableState):
-    """Labelled tokens of all processes and seconds of training; both survive a resume."""
+    """Labelled tokens of all processes and seconds of training; resuming keeps both."""
 
     def __init__(self):
         self.labelled, self.in_step = 0, 0
@@ -44,7 +44,7 @@ class Totals(TrainerCallback, ExportableState):
 
 
 class LogLine(TrainerCallback):
-    """One line a log, made for `tail -f`."""
+    """One line per log, for `tail -f`."""
 
     def __init__(self, totals: Totals):
         self.totals = totals
@@ -100,7 +100,7 @@ class LogFile(TrainerCallback):
         self.totals, self.drawn, self.ended = totals, time.monotonic(), False
 
     def on_train_begin(self, args, state, control, **kwargs):
-        """Forget what a run after the checkpoint resumed from had logged."""
+        """Drop what was logged after the checkpoint that this run resumes from."""
         self.path = Path(args.output_dir, LOG)
         if not state.is_world_process_zero:
             return
@@ -141,7 +141,7 @@ def read_log(path: Path) -> list[dict]:
 
 
 def draw(entries: list[dict], path: Path) -> None:
-    """A picture of the training loss, smoothed, and the held-out loss over the steps."""
+    """A picture of the smoothed training loss and the held-out loss over the steps."""
     from matplotlib.figure import Figure
 
     figure = Figure((8, 4.5), dpi=110, layout="constrained")
@@ -175,8 +175,8 @@ def smoothed(values) -> list[float]:
 
 
 def quieten(args) -> None:
-    """Keep the log to what the user can act on, and each thing in it once."""
-    # Libraries telling each other of names that they will change.
+    """Keep the log to what the user can act on, with each message once."""
+    # Libraries warning each other about future renames.
     warnings.filterwarnings(
         "ignore", category=FutureWarning, module=r"transformers|torch|accelerate"
     )

@@ -9,12 +9,12 @@ from llama_lora.train.compute import chunked_loss, packed_attention
 
 
 def load(folder: str, quantization: str, lora, args):
-    """A base with LoRA matrices on it, its loss in chunks and its attention by example.
+    """A base with LoRA matrices on it, with its loss in chunks and attention within examples.
 
     Args:
         quantization: "8bit", "4bit" or "none".
-        lora: `LoraArguments`; `args` the `TrainingArguments`, whose learning rate is set to one
-            that fits the base's size if it is None.
+        lora: `LoraArguments`; `args` the `TrainingArguments`. If its learning rate is None, it is
+            set to one that fits the base's size.
 
     Returns:
         A peft model.

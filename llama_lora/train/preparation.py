@@ -15,8 +15,10 @@ from llama_lora.train.plan.memory_plan import GRADIENT_BYTES, optimizer_bytes
 
 
 class Preparation(TrainerCallback):
-    """Checks packing and sets checkpointing up before the first step, and not before a checkpoint
-    is loaded: bitsandbytes' int8 layers accept no state after their first forward pass.
+    """Checks packing and sets up checkpointing before the first step.
+
+    It has to come after a checkpoint is loaded: bitsandbytes' int8 layers accept no state after
+    their first forward pass.
     """
 
     def __init__(self, tokens: int, autocast):
@@ -44,22 +46,22 @@ class Preparation(TrainerCallback):
 
 
 def bytes_to_come(optim: str | None, trained: list) -> int:
-    """What the first step allocates and keeps for the `trained` parameters, pairs with names.
+    """Bytes that the first step allocates and keeps for the `trained` parameters, pairs with names.
 
-    `optim` is None where the optimizer's states are there already.
+    `optim` is None if the optimizer's states already exist.
     """
     states = optimizer_bytes(optim) if optim else 0
     return (GRADIENT_BYTES + states) * sum(parameter.numel() for _, parameter in trained)
 
 
 def unlink_shared_memory(process: int) -> None:
-    """Take the name from what DeepSpeed shares between processes without a card, 69 MB each.
+    """Unlink the memory that DeepSpeed's processes share without a card, 69 MB each.
 
-    It stays for those who have it open, and goes with them; DeepSpeed itself would leave it.
+    Processes that have it open keep it until they end; DeepSpeed itself would leave it behind.
     """
     if not torch.distributed.is_initialized():
         return
-    torch.distributed.barrier()  # all have opened all
+    torch.distributed.barrier()  # every process has opened everything
     where = os.getuid(), os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"], process
     name = "_".join(map(str, ("deepspeed_allreduce_buffer", *where)))
     Path("/dev/shm", name).unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""What a finished run leaves: the adapter, its model card, and an account in summary.json."""
+"""What a finished run leaves: the adapter, its model card, and summary.json."""
 
 import json
 from pathlib import Path
@@ -10,7 +10,7 @@ from llama_lora.train.memory.peak import peak_memory
 
 
 def save(trainer, template, summary: dict) -> None:
-    """Write all of it into the run's output folder; the adapter is verified."""
+    """Write all of it into the run's output folder, and verify the adapter."""
     folder = Path(trainer.args.output_dir)
     if trainer.args.should_save:
         with checkpoints.writing(folder):
@@ -21,11 +21,11 @@ def save(trainer, template, summary: dict) -> None:
 
 
 def summary(trainer, quantization: str, forecast, data_args, stages: list[dict]) -> dict:
-    """What the run came to, over all processes and resumes.
+    """The result of the run in figures, over all processes and resumes.
 
     Args:
-        forecast: what was foretold of it.
-        stages: the accounts of those that made the corpus.
+        forecast: the predictions made before it.
+        stages: the accounts of the stages that made the corpus.
     """
     args, best = trainer.args, trainer.best
     trained, total = trainer.model.get_nb_trainable_parameters()
@@ -51,7 +51,7 @@ def summary(trainer, quantization: str, forecast, data_args, stages: list[dict])
 
 
 def _settings(data_args, args) -> dict:
-    """Flags by name, of which the adapter's evaluation needs those of the data."""
+    """Flags by name; evaluating the adapter needs those of the data."""
     told = (
         (data_args, ["data_path", "eval_data_path", "eval_ratio", "model_max_length"]),
         (args, ["learning_rate", "num_train_epochs", "gradient_accumulation_steps", "seed"]),

@@ -1,4 +1,4 @@
-"""Ending a run early with nothing lost: on a signal, at a time, on a loss that is no number."""
+"""Ending a run early without losing anything: on a signal, at a time limit, or on a bad loss."""
 
 import os
 import shlex
@@ -18,14 +18,14 @@ SIGNALS = signal.SIGINT, signal.SIGTERM, signal.SIGUSR1
 class EarlyStop(TrainerCallback):
     """Finishes the step, saves and ends when a signal comes or before `max_hours` are over.
 
-    `reason` is why it ended the run, None where it did not.
+    `reason` is why it ended the run, or None if it did not.
     """
 
     def __init__(self, max_hours: float | None, agree):
         """
         Args:
-            max_hours: counted from the start of the process, as a session's limit is.
-            agree: tells whether something holds on any of the processes.
+            max_hours: counted from the start of the process, like a session's limit.
+            agree: returns whether something holds on any of the processes.
         """
         self.max_hours, self.agree = max_hours, agree
         self.asked: str | None = None
@@ -48,7 +48,7 @@ class EarlyStop(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         now = time.time()
         self.longest, self.ended = max(self.longest, now - self.ended), now
-        hours = (now + self.longest - self.born) / 3600  # at the end of one step more
+        hours = (now + self.longest - self.born) / 3600  # at the end of one more step
         if self.max_hours is not None and hours > self.max_hours:
             self.asked = self.asked or f"--max_hours {self.max_hours:g}"
         if self.agree(self.asked is not None) and state.global_step < state.max_steps:
@@ -56,15 +56,15 @@ class EarlyStop(TrainerCallback):
             control.should_save = control.should_training_stop = True
 
     def on_epoch_end(self, args, state, control, **kwargs):
-        """An epoch that was broken off has not ended; the resumed run will end it."""
+        """An interrupted epoch has not ended; the resumed run will end it."""
         if self.reason and state.epoch % 1:
             control.should_evaluate = control.should_save = False
 
 
 class OverflowGuard(TrainerCallback):
-    """Ends a run in fp16 in which one step after the other is skipped.
+    """Ends an fp16 run in which one step after another is skipped.
 
-    Now and then a gradient overflows, and the loss scaler answers by scaling less.
+    A gradient overflows now and then; the loss scaler then scales less.
     """
 
     def __init__(self, accelerator):
@@ -78,7 +78,7 @@ class OverflowGuard(TrainerCallback):
     def _was_skipped(self) -> bool:
         if self.scaler is None:
             return self.accelerator.optimizer_step_was_skipped  # as DeepSpeed says
-        # Fused optimizers skip inside of their kernel, which accelerate does not see.
+        # Fused optimizers skip steps inside their kernel, which accelerate does not see.
         before, self.scale = self.scale, self.scaler.get_scale()
         return self.scale < before
 
@@ -99,12 +99,12 @@ class Diverged(Exception):
 
 
 def is_finite(tensors: list[torch.Tensor]) -> bool:
-    """Whether every value is."""
+    """Whether all values are finite."""
     return bool(torch.stack([tensor.float().sum().isfinite() for tensor in tensors]).all())
 
 
 def resume_command(deepspeed: bool, processes: int) -> str:
-    """The command that goes on where this run stopped."""
+    """The command that resumes this run."""
     own, dropping = [], False
     for word in sys.argv:
         if word.startswith("--"):

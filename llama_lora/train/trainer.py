@@ -1,4 +1,4 @@
-"""The Hugging Face Trainer with our data, our gradients and an account of what was trained on."""
+"""The Hugging Face Trainer with our data, our gradients, and a count of what was trained on."""
 
 from pathlib import Path
 
@@ -39,7 +39,8 @@ class LoraTrainer(transformers.Trainer):
         """
         Args:
             settings: kept in each checkpoint, see `checkpoints.check_settings`.
-            parts: in which a micro-batch is computed from the start, of at most `part_tokens`.
+            parts: how many parts a micro-batch is computed in from the start, each with at most
+                `part_tokens` tokens.
         """
         super().__init__(
             model=model,
@@ -49,7 +50,7 @@ class LoraTrainer(transformers.Trainer):
             eval_dataset=held_out,
             processing_class=template.tokenizer,
         )
-        # Older ones go when the new one is complete, not before.
+        # Older ones are removed when the new one is complete, not before.
         self.checkpoints_kept, args.save_total_limit = args.save_total_limit, None
         parameters = [parameter for _, parameter in trainable(model)]
         self.gradients = Gradients(parameters, self.tell, parts)
@@ -71,7 +72,7 @@ class LoraTrainer(transformers.Trainer):
     def create_accelerator_and_postprocess(self) -> None:
         """The Trainer's own, with autocast and a loss scale for fp16 on a CPU too.
 
-        accelerate leaves both out there, and would go on without a word.
+        accelerate leaves both out there, without a word.
         """
         super().create_accelerator_and_postprocess()
         if self.args.fp16 and self.args.device.type == "cpu" and not self.is_deepspeed_enabled:
@@ -79,11 +80,11 @@ class LoraTrainer(transformers.Trainer):
             self.accelerator.scaler = torch.amp.GradScaler("cpu")
 
     def tell(self, line: str) -> None:
-        """Print `line` with the step, whatever process it is."""
+        """Print `line` with the step, from any process."""
         print(f"step {self.state.global_step + 1}: {line}", flush=True)
 
     def train(self, *args, **kwargs):
-        """Train; a loss that is no number ends it with the state before it saved.
+        """Train; if the loss is not finite, save the state before it and end.
 
         Raises:
             InputError: the loss or a gradient was not finite; says where.
@@ -111,7 +112,7 @@ class LoraTrainer(transformers.Trainer):
         return self.optimizer
 
     def training_step(self, model, inputs, num_items_in_batch=None):
-        """The gradients of a micro-batch, computed apart and handed over as a whole."""
+        """Compute the gradients of a micro-batch apart, and hand them over as a whole."""
         self.model.train()
         self.totals.in_step = num_items_in_batch  # of all processes and micro-batches
         names, batch = inputs.pop("names"), self._prepare_inputs(inputs)
@@ -127,7 +128,7 @@ class LoraTrainer(transformers.Trainer):
         return value
 
     def _loss_scale(self) -> float:
-        """By what the loss is multiplied for fp16."""
+        """The factor of the loss for fp16."""
         if self.is_deepspeed_enabled:
             return float(self.model_wrapped.optimizer.loss_scale)
         scaler = getattr(self.accelerator, "scaler", None)
@@ -152,7 +153,7 @@ class LoraTrainer(transformers.Trainer):
         return bool(self.accelerator.reduce(flag).item())
 
     def _save_checkpoint(self, model, trial):
-        """The Trainer's own, declared complete when every process has written its part."""
+        """The Trainer's own; it is declared complete when every process has written its part."""
         folder = Path(self.args.output_dir, f"checkpoint-{self.state.global_step}")
         with checkpoints.checkpoint(folder, responsible=self.args.should_save):
             super()._save_checkpoint(model, trial)
@@ -162,7 +163,7 @@ class LoraTrainer(transformers.Trainer):
             checkpoints.finish(folder, self.settings, self.checkpoints_kept)
 
     def _load_optimizer_and_scheduler(self, checkpoint):
-        """The Trainer's own, at the learning rate that is asked for now."""
+        """The Trainer's own, with the learning rate that is asked for now."""
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None:
             return
@@ -170,7 +171,7 @@ class LoraTrainer(transformers.Trainer):
         factor = self.args.learning_rate * (self.args.loraplus_lr_ratio or 1) / was
         if abs(factor - 1) < 1e-9:
             return
-        self.tell(f"learning rate {self.args.learning_rate:g} in the place of {was:g}")
+        self.tell(f"learning rate {self.args.learning_rate:g} instead of {was:g}")
         for name in ("base_lrs", "_last_lr"):
             rates = getattr(self.lr_scheduler, name)
             setattr(self.lr_scheduler, name, [rate * factor for rate in rates])
@@ -181,13 +182,13 @@ class LoraTrainer(transformers.Trainer):
     def _save_before_divergence(self) -> str:
         step = self.state.global_step
         if step == 0 or not is_finite(self.gradients.parameters):
-            return "the last checkpoint stands; try a lower --learning_rate"
+            return "the last checkpoint is intact; try a lower --learning_rate"
         folder = Path(self.args.output_dir, f"checkpoint-{step}")
         if not checkpoints.is_complete(folder):
             self._save_checkpoint(self.model_wrapped, None)
         return (
-            f"the state before it is saved: {folder}; lower --learning_rate, or look at them: "
-            "fastchat/data/inspect_data.py --show ID"
+            f"the state before it is saved in {folder}; lower --learning_rate, or look at the "
+            "conversations with fastchat/data/inspect_data.py --show ID"
         )
 
     @torch.no_grad()
@@ -195,7 +196,7 @@ class LoraTrainer(transformers.Trainer):
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         """Held-out loss per labelled token, over all processes.
 
-        The Trainer's own averages over batches, and shows some examples twice to even out ranks.
+        The Trainer's own averages over batches, and repeats some examples to even out ranks.
         """
         held_out = self.eval_dataset if eval_dataset is None else eval_dataset
         total = torch.zeros(2, dtype=torch.float64, device=self.args.device)
@@ -216,7 +217,7 @@ class LoraTrainer(transformers.Trainer):
         return metrics
 
     def finish(self) -> None:
-        """Measure the held-out loss once more, and put the matrices with the lowest in place."""
+        """Measure the held-out loss once more, and restore the matrices with the lowest."""
         if self.eval_dataset is None:
             return
         step = self.state.global_step
@@ -226,4 +227,4 @@ class LoraTrainer(transformers.Trainer):
         if self.best.step not in (0, step):
             self.best.restore(self.args, self.model)
             if self.is_world_process_zero():
-                self.tell(f"the best adapter is that of step {self.best.step}; it is the one saved")
+                self.tell(f"the best adapter is from step {self.best.step}; it is the one saved")

@@ -1,1 +1,1 @@
-"""Checkpoints of every kind read and written: Meta, GGUF, Hugging Face folders; merging."""
+"""Reading and writing checkpoints: Meta's, GGUF, Hugging Face folders; merging."""

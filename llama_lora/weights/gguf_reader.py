@@ -1,8 +1,8 @@
-"""GGUF files of the Llama architecture, quantised or not, read one tensor at a time.
+"""GGUF files of Llama's architecture, quantized or not, read one tensor at a time.
 
-The file's keys are described in llama.cpp's gguf-py/gguf/constants.py. transformers reads GGUF as
-well, but holds the whole model in memory, ignores the rotary scaling of Llama 3.1 and later
-(`rope_freqs`), and cuts text for several vocabularies differently from the model's own tokenizer.
+The file's keys are described in llama.cpp's gguf-py/gguf/constants.py. transformers reads GGUF too,
+but it holds the whole model in memory, ignores the rotary scaling of Llama 3.1 and later
+(`rope_freqs`), and for several vocabularies cuts text differently from the model's own tokenizer.
 """
 
 import math
@@ -42,14 +42,14 @@ OF_LAYER = {
 LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)\.weight")
 
 LLAMA3_CUTS = ("llama3", "llama-v3", "llama-bpe", "smaug-bpe")
-CHUNK = 1 << 24  # numbers dequantised at a time: unpacking takes several times their memory
+CHUNK = 1 << 24  # weights dequantized at a time: unpacking takes several times their memory
 
 
 def open_gguf(path: Path) -> Checkpoint:
-    """Open a GGUF file of the Llama architecture.
+    """Open a GGUF file of Llama's architecture.
 
     Raises:
-        InputError: it is not GGUF, cut off, of another architecture, or holds what a
+        InputError: it is not GGUF, is cut off, has another architecture, or holds something that a
             `LlamaForCausalLM` has no place for.
     """
     reader = _open_reader(path)
@@ -137,7 +137,9 @@ def _open_reader(path: Path) -> gguf.GGUFReader:
 
 def _read_config(path: Path, fields: Fields, tensors: dict) -> LlamaConfig:
     if fields.get("split.count", int, 1) > 1:
-        raise InputError(f"{path}: is one part of several; join them with llama-gguf-split --merge")
+        raise InputError(
+            f"{path}: is one of several parts; join them with llama-gguf-split --merge"
+        )
     if fields.get("llama.expert_count", int, 0):
         raise InputError(f"{path}: expected a dense Llama model, found a mixture of experts")
     if "token_embd.weight" not in tensors:
@@ -199,7 +201,9 @@ def _recover_rope_scaling(path: Path, config: LlamaConfig, factors: np.ndarray) 
     plain = theta ** -(torch.arange(0, config.head_dim, 2) / config.head_dim)
     stored = torch.tensor(factors)
     if stored.shape != plain.shape or not torch.allclose(plain / scaled, stored, rtol=1e-3):
-        raise InputError(f"{path}: expected rope_freqs.weight to scale as Llama 3.1, found another")
+        raise InputError(
+            f"{path}: expected rope_freqs.weight to scale as in Llama 3.1, found another scaling"
+        )
 
 
 def _check_tensors(path: Path, config: LlamaConfig, tensors: dict) -> None:
@@ -217,8 +221,8 @@ def _check_tensors(path: Path, config: LlamaConfig, tensors: dict) -> None:
 def _stored_dtype(reader: gguf.GGUFReader) -> torch.dtype:
     """bfloat16 for a bfloat16 file, which keeps every value; otherwise float16.
 
-    A quantised weight is a product of float16 scales, which float16 rounds eight times finer than
-    bfloat16 does, and float16 is what the cards without bfloat16 (T4, P100) compute in.
+    A quantized weight is a product of float16 scales. float16 rounds it eight times finer than
+    bfloat16, and cards without bfloat16 (T4, P100) compute in float16.
     """
     types = {tensor.tensor_type for tensor in reader.tensors}
     plain = {gguf.GGMLQuantizationType.BF16, gguf.GGMLQuantizationType.F32}
@@ -255,7 +259,7 @@ def _read_tokenizer(path: Path, fields: Fields) -> PreTrainedTokenizerFast:
         id = fields.get(f"tokenizer.ggml.{role}_token_id", int, None)
         return tokens[id] if id is not None and id < len(tokens) else None
 
-    # What llama.cpp does where a file does not say: bos for SentencePiece and Llama 3.
+    # What llama.cpp does if the file does not say: bos for SentencePiece and Llama 3.
     adds_bos = kind == "llama" or cut in LLAMA3_CUTS
     return finish(
         backend,
@@ -286,5 +290,5 @@ def _byte_level(path: Path, fields: Fields, tokens: list, kinds: list, cut: str)
 
 
 def _shortest(value: float) -> float:
-    """The decimal that a float32 was written as: 9.999999747378752e-06 -> 1e-05."""
+    """The shortest decimal of a float32: 9.999999747378752e-06 -> 1e-05."""
     return float(str(np.float32(value)))

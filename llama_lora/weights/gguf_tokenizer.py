@@ -1,4 +1,4 @@
-"""A fast Hugging Face tokenizer as llama.cpp describes one: what `gguf.py` reads, written."""
+"""Writes a fast Hugging Face tokenizer as llama.cpp describes it; `gguf_reader` reads it."""
 
 import json
 import re
@@ -38,7 +38,7 @@ class GgufTokenizer:
     Attributes:
         model: "llama" (SentencePiece) or "gpt2" (byte-level BPE).
         tokens, kinds: text and kind of every row of the embeddings.
-        scores: for SentencePiece; a pair of pieces is joined the sooner the higher its union's.
+        scores: for SentencePiece; the higher the score of the union, the sooner a pair is joined.
         merges: for byte-level BPE, as "left right".
         cut: how text is cut first.
         ids: of the special tokens by role.
@@ -86,7 +86,7 @@ def read(source: Path, tokenizer, rows: int) -> GgufTokenizer:
     model = state["model"]
     if model["type"] != "BPE":
         raise InputError(f"{source}: GGUF: expected a BPE tokenizer, found {model['type']}")
-    # Added tokens beyond the rows, which no text needs, are left out.
+    # Added tokens beyond the rows are left out: no text needs them.
     if max(model["vocab"].values()) >= rows:
         raise InputError(
             f"{source}: expected at most {rows} tokens, the rows of the embeddings, found "
@@ -115,7 +115,7 @@ def read(source: Path, tokenizer, rows: int) -> GgufTokenizer:
 
 
 def _vocabulary(state: dict, rows: int, byte_level: bool) -> tuple[list[str], list[int]]:
-    """Text and kind of every row; rows that no token has are named as llama.cpp names them."""
+    """Text and kind of every row; rows without a token get llama.cpp's names."""
     tokens = [f"[PAD{row}]" for row in range(rows)]
     kinds = [UNUSED] * rows
     for token, id in state["model"]["vocab"].items():
@@ -132,10 +132,10 @@ def _vocabulary(state: dict, rows: int, byte_level: bool) -> tuple[list[str], li
 
 
 def _scores(model: dict, tokens: list[str]) -> list[float]:
-    """Scores by which SentencePiece joins pieces in the order of the merges.
+    """Scores that make SentencePiece join pieces in the order of the merges.
 
-    That order is by the union's score, so the first merge that makes a piece says its place. What
-    no merge makes is never joined.
+    It joins by the union's score, so the first merge that makes a piece decides its score. A piece
+    that no merge makes is never joined.
     """
     places = {}
     for merge in model["merges"]:
@@ -151,7 +151,7 @@ def _check_scores(source: Path, tokenizer, described: GgufTokenizer) -> None:
         ids = tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
         if again.encode(text, add_special_tokens=False).ids != ids:
             raise InputError(
-                f"{source}: GGUF: expected SentencePiece that leaves text as it is, as LLaMA's; "
+                f"{source}: GGUF: expected SentencePiece that leaves text as it is, like LLaMA's; "
                 f"the ids of {text!r} would differ in llama.cpp"
             )
 

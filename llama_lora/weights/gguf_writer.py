@@ -1,8 +1,8 @@
-"""A Hugging Face folder of a Llama as one GGUF file, which llama.cpp runs.
+"""Writes a Hugging Face folder of a Llama as one GGUF file, which llama.cpp runs.
 
-The keys are those of llama.cpp's gguf-py/gguf/constants.py, the layout of the tensors that of its
-convert_hf_to_gguf.py: rows of queries and keys in Meta's rotary order, everything that is not a
-matrix in float32.
+The keys are those of llama.cpp's gguf-py/gguf/constants.py. The layout of the tensors is that of
+its convert_hf_to_gguf.py: rows of queries and keys are in Meta's rotary order, and everything but
+matrices is in float32.
 """
 
 import math
@@ -34,7 +34,7 @@ FILE_TYPES = {
 COARSE = ("Q5_1", "Q5_0", "Q4_1", "Q4_0")
 ENDS = ("model.embed_tokens.weight", "lm_head.weight")
 FREQUENCIES = "rope_freqs.weight"
-CHUNK = 1 << 24  # numbers quantized at a time: it takes several times their memory
+CHUNK = 1 << 24  # weights quantized at a time: it takes several times their memory
 
 
 def check(source: Path, config, tokenizer, shapes: dict) -> None:
@@ -65,8 +65,8 @@ def size(shapes: dict, kind: str) -> int:
 def stored_kind(name: str, shape: tuple[int, ...], kind: str) -> Kind:
     """How a parameter is stored in a file of `kind`.
 
-    Embeddings and head, on which the answers depend most, are never coarser than Q8_0; rows that
-    are not whole blocks are F16.
+    Embeddings and head matter most for the answers, so they are never coarser than Q8_0. Matrices
+    whose rows are not whole blocks are F16.
     """
     if len(shape) == 1:
         return Kind.F32
@@ -121,7 +121,7 @@ def _describe(writer: gguf.GGUFWriter, file: Path, config, kind: str) -> None:
 
 
 def _describe_chat(writer: gguf.GGUFWriter, tokenizer) -> None:
-    """The chat template, and the token that ends an answer where it is not the eos."""
+    """Add the chat template and, if it is not eos, the token that ends an answer."""
     if not tokenizer.chat_template:
         return
     writer.add_chat_template(tokenizer.chat_template)
@@ -141,7 +141,7 @@ def _write_tensors(writer: gguf.GGUFWriter, weights: FolderWeights, kind: str) -
             FREQUENCIES, frequencies.shape, frequencies.dtype, frequencies.nbytes, Kind.F32
         )
     for name, shape in weights.shapes.items():
-        # Of another type than uint8, so that the shape is taken as it is.
+        # Not as uint8, so that the shape is taken as it is.
         size = _bytes(shape, kinds[name])
         writer.add_tensor_info(gguf_name(name), shape, np.dtype(np.float32), size, kinds[name])
     writer.write_header_to_file()
@@ -170,7 +170,7 @@ def join_rotary_pairs(weight: torch.Tensor, heads: int) -> torch.Tensor:
 
 
 def _divisors(config) -> np.ndarray | None:
-    """By what Llama 3.1's scaling divides each rotary frequency, of shape (head_dim / 2,)."""
+    """What Llama 3.1's scaling divides each rotary frequency by, of shape (head_dim / 2,)."""
     if config.rope_parameters["rope_type"] != "llama3":
         return None
     scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, device="cpu")

@@ -16,14 +16,14 @@ class FolderWeights:
     """The parameters of a model folder, which stay on disk until asked for.
 
     Attributes:
-        folder: where they lie.
-        model: the model on the meta device, which has names and shapes but no values.
+        folder: where they are.
+        model: the model on the meta device, with names and shapes but no values.
         shapes: of every parameter by name, tied ones once.
         dtype: the stored type of most values, or float16 for float32: what `--dtype auto` means.
     """
 
     def __init__(self, folder: Path):
-        """Raises `InputError`: no unquantized weights there that fit the folder's config."""
+        """Raises `InputError` if the folder has no unquantized weights that fit its config."""
         self.folder = folder
         self.model = _unquantized(folder)
         self.shapes = {
@@ -46,7 +46,7 @@ class FolderWeights:
         return self._stored.load(self._names[name])
 
     def _stored_names(self) -> dict[str, str]:
-        """Under which name each parameter is stored; of tied ones, either may be."""
+        """The name under which each parameter is stored; of tied ones, either may be."""
         twins = {source: target for target, source in self.model.all_tied_weights_keys.items()}
         names = {
             name: self._stored.name_of(name) or self._stored.name_of(twins.get(name, name))
@@ -55,7 +55,7 @@ class FolderWeights:
         return {name: stored for name, stored in names.items() if stored}
 
     def _check(self) -> torch.dtype:
-        """Look at every tensor's shape; return the type to keep."""
+        """Check every tensor's shape; returns the dtype to keep."""
         headers = self._stored.headers
         shapes = {name: tuple(headers[stored].shape) for name, stored in self._names.items()}
         known = {self._stored.name_of(name) for name in self.model.state_dict()}
@@ -71,7 +71,7 @@ class FolderWeights:
             conversion_errors={},
             skipped_pp_keys=set(),
         )
-        self.model._adjust_missing_and_unexpected_keys(found)  # by what transformers passes over
+        self.model._adjust_missing_and_unexpected_keys(found)  # by names that transformers ignores
         check_complete(self.folder, self.model, **found.to_dict())
         dtypes = Counter(headers[stored].dtype for stored in self._names.values())
         dtype = dtypes.most_common(1)[0][0]
@@ -79,7 +79,7 @@ class FolderWeights:
 
 
 def _unquantized(folder: Path):
-    """The model that `folder` holds, without values; raises `InputError`: it is quantized."""
+    """The model in `folder`, without values; raises `InputError` if it is quantized."""
     if quantized_as(folder):
         raise InputError(
             f"{folder}: expected 16-bit weights, found weights quantized with bitsandbytes; use "

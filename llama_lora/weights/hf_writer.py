@@ -39,9 +39,9 @@ class Checkpoint:
         source: the file or folder it came from, for messages.
         config: shapes and rotary parameters; the token ids are the tokenizer's.
         stop_ids: the tokens that end a generated answer.
-        dtype: the 16-bit type that keeps the stored values best (what `--dtype auto` means).
-        load: parameter name -> its whole tensor, in at least the stored precision. Called once
-            for each name of `parameter_shapes(config)`, in that order.
+        dtype: the 16-bit dtype that best keeps the stored values (what `--dtype auto` means).
+        load: parameter name -> its whole tensor, in at least the stored precision. It is called
+            once for each name of `parameter_shapes(config)`, in that order.
     """
 
     source: Path
@@ -96,11 +96,11 @@ def split_rotary_halves(weight: torch.Tensor, heads: int) -> torch.Tensor:
 
 
 def check_target(target: Path, overwrite: bool) -> None:
-    """Refuse a `target` that would be lost or could not become a folder.
+    """Refuse a `target` that must not be replaced or cannot become a folder.
 
     Raises:
-        InputError: it is a file; or it holds something, and `overwrite` is not given or what it
-            holds is not a model.
+        InputError: it is a file; or it is not empty, and `overwrite` is not given or it does not
+            hold a model.
     """
     if not target.exists():
         return
@@ -109,7 +109,9 @@ def check_target(target: Path, overwrite: bool) -> None:
     if not any(target.iterdir()):
         return
     if not (target / "config.json").exists():
-        raise InputError(f"{target}: the folder is not empty and holds no model; choose another")
+        raise InputError(
+            f"{target}: the folder is not empty and does not hold a model; choose another"
+        )
     if not overwrite:
         raise InputError(f"{target}: already holds a model; --overwrite replaces it")
 
@@ -124,13 +126,13 @@ def write_folder(
     """Write `checkpoint` as a folder for `from_pretrained`; memory holds one shard at a time.
 
     Args:
-        target: the folder; it appears when everything in it is complete, or not at all.
+        target: the folder; it appears once everything in it is complete, or not at all.
         dtype: of the weights; `checkpoint.dtype` if None.
         max_shard_size: bytes in one safetensors file (a larger tensor gets its own file).
         overwrite: whether a model in `target` may be replaced.
 
     Raises:
-        InputError: the target is taken, the disk too small, or a weight does not fit `dtype`.
+        InputError: the target is taken, the disk is too small, or a weight does not fit `dtype`.
     """
     dtype = dtype or checkpoint.dtype
     sizes = {
@@ -148,10 +150,10 @@ def write_folder(
 
 @contextmanager
 def building(target: Path, overwrite: bool, size: int) -> Iterator[Path]:
-    """Give a folder to fill that becomes `target` on success and vanishes on any failure.
+    """Yield a folder to fill, which becomes `target` on success and vanishes on any failure.
 
-    It lies in the nearest folder that exists above `target`, so that a failure leaves no new
-    parents either. A killed run leaves it behind; the next run to the same target removes it.
+    It is in the nearest existing folder above `target`, so that a failure leaves no new parents
+    either. A killed run leaves it behind; the next run to the same target removes it.
     """
     target = target.resolve()
     check_target(target, overwrite)
@@ -199,7 +201,7 @@ def plan_shards(sizes: dict[str, int], limit: int) -> list[list[str]]:
 def write_weights(
     folder: Path, checkpoint: Checkpoint, dtype: torch.dtype, shards: list[list[str]]
 ) -> int:
-    """Write the safetensors files and, if there are several, their index; return their number."""
+    """Write the safetensors files and, if there are several, their index; returns their number."""
     weight_map, total = {}, 0
     count = sum(map(len, shards))
     with tqdm(desc="weights", total=count, unit="tensor", leave=False, disable=None) as progress:
@@ -224,7 +226,7 @@ def write_weights(
 
 def _cast(checkpoint: Checkpoint, name: str, dtype: torch.dtype) -> torch.Tensor:
     tensor = checkpoint.load(name).to(dtype).contiguous()
-    # The extremes are NaN or infinite if anything is, and need no copy of the tensor.
+    # The extremes are NaN or infinite if any value is, and need no copy of the tensor.
     if not all(torch.isfinite(extreme) for extreme in torch.aminmax(tensor)):
         raise InputError(
             f"{checkpoint.source}: {name} holds NaN or values beyond {dtype_name(dtype)}: the file "

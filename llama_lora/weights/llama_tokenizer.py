@@ -30,8 +30,8 @@ LLAMA3_SPLIT = (
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
-# Text on which a converted tokenizer must agree with the original one: leading and repeated
-# spaces, code, what a Unicode normalisation would change, and bytes outside the vocabulary.
+# Text on which a converted tokenizer must agree with the original one: leading and repeated spaces,
+# code, text that Unicode normalization would change, and bytes outside the vocabulary.
 PROBES = [
     "Hello  world",
     "  two leading, two trailing  ",
@@ -67,8 +67,8 @@ def sentencepiece_bpe(
 ) -> Tokenizer:
     """A fast tokenizer that gives the ids of a SentencePiece BPE vocabulary.
 
-    Every text, also after a special token, gets a space in front, as SentencePiece gives one to
-    every text it is handed, and as Vicuna's prompts were tokenized in training.
+    Every text gets a space in front, also after a special token. SentencePiece does that with every
+    text it is given, and Vicuna's prompts were tokenized that way in training.
     """
     ids = {piece: id for id, piece in enumerate(pieces)}
     normal = {piece for piece, kind in zip(pieces, kinds, strict=True) if kind == NORMAL}
@@ -79,8 +79,9 @@ def sentencepiece_bpe(
         for cut in range(1, len(piece))
         if piece[:cut] in normal and piece[cut:] in normal
     ]
-    # SentencePiece joins the pair whose union scores best and, among equals, the leftmost. The
-    # longest left part first gives the same in the only case that differs: runs of one character.
+    # SentencePiece joins the pair whose union scores best and, among equals, the leftmost. Putting
+    # the longest left part first gives the same in the only case that matters: runs of one
+    # character.
     merges.sort(key=lambda merge: merge[:2])
     backend = Tokenizer(
         models.BPE(
@@ -165,12 +166,12 @@ def finish(
 def choose_pad(
     source: Path, special: list[str], taken: set[str | None], unk: str | None, pad: str | None
 ) -> str:
-    """The padding token: one that the vocabulary has, and never the end of an answer.
+    """The padding token: one in the vocabulary, and never the end of an answer.
 
-    In order: the model's own `pad` if it is not one of `taken` (bos and eos), a special token
-    named for padding, the unknown token (as Vicuna's training did with LLaMA), a reserved token,
-    any other special token. Padding is told from text by its position, never by its id, so that
-    a real unknown token is still attended and learned.
+    In order: the model's own `pad` if it is not one of `taken` (bos and eos), a special token named
+    for padding, the unknown token (as Vicuna's training did with LLaMA), a reserved token, any
+    other special token. Padding is recognized by its position, never by its id, so that a real
+    unknown token is still attended to and learned.
     """
     named = [token for token in special if "pad" in token.lower()]
     reserved = [token for token in special if "reserved" in token]
@@ -199,8 +200,8 @@ def _from_sentencepiece(path: Path) -> ConvertedTokenizer:
     for text in PROBES:
         if backend.encode(text, add_special_tokens=False).ids != original.encode(text):
             raise InputError(
-                f"{path}: expected byte-pair SentencePiece that leaves text as it is, as LLaMA's; "
-                f"the ids of {text!r} differ after conversion"
+                f"{path}: expected byte-pair SentencePiece that leaves text as it is, like "
+                f"LLaMA's; the ids of {text!r} differ after conversion"
             )
     bos, eos, unk, pad = (
         pieces[id] if id >= 0 else None
@@ -262,7 +263,7 @@ def _from_tiktoken(path: Path, ranks: dict[bytes, int], scaled_rope: bool) -> Co
         # Llama 3.0 has no name for the id that Llama 3.1 made its padding token.
         pad="<|finetune_right_pad_id|>" if scaled_rope else "<|reserved_special_token_2|>",
     )
-    # An instruction-tuned checkpoint looks like any other and ends its turns with <|eot_id|>,
+    # An instruction-tuned checkpoint looks like any other, but ends its turns with <|eot_id|> and
     # its messages with <|eom_id|>; a base model never writes them.
     stops = ["<|end_of_text|>", "<|eom_id|>", "<|eot_id|>"]
     stop_ids = [id for id in tokenizer.convert_tokens_to_ids(stops) if id is not None]
@@ -285,7 +286,7 @@ def llama3_special_tokens(scaled_rope: bool) -> list[str]:
 
 
 def _add_tokens(backend: Tokenizer, tokens: list[str], kinds: list[int]) -> None:
-    """Have the vocabulary's special and user-defined tokens found whole in a text."""
+    """Have the vocabulary's special and user-defined tokens recognized whole in a text."""
     of_kind = list(zip(tokens, kinds, strict=True))
     special = [t for t, kind in of_kind if kind in (UNKNOWN, CONTROL)]
     backend.add_special_tokens([AddedToken(t, normalized=False, special=True) for t in special])

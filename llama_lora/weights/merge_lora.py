@@ -1,5 +1,6 @@
-"""A base and its adapter as one model: LoRA (Hu et al. 2021), rsLoRA (Kalajdzievski 2023) and DoRA
-(Liu et al. 2024), one tensor at a time.
+"""Merges a base and its adapter into one model, one tensor at a time.
+
+LoRA (Hu et al. 2021), rsLoRA (Kalajdzievski 2023) and DoRA (Liu et al. 2024).
 """
 
 import dataclasses
@@ -25,23 +26,23 @@ from llama_lora.weights.hf_writer import (
     write_weights,
 )
 
-CHUNK = 1 << 24  # numbers computed at a time, in float32
+CHUNK = 1 << 24  # weights computed at a time, in float32
 
-# How peft may have started A and B without touching the base's own weights.
+# The ways of initializing A and B that leave the base's own weights alone.
 STARTS = (True, False, "gaussian", "orthogonal", "eva")
 UNSUPPORTED = ("lora_bias", "use_qalora", "layer_replication", "fan_in_fan_out")
 
 
 @dataclasses.dataclass(frozen=True)
 class LayerDelta:
-    """What an adapter does to the weight W of a linear layer: W + scale·B·A.
+    """What an adapter makes of the weight W of a linear layer: W + scale·B·A.
 
-    With DoRA each row of that is then stretched to the length that `magnitude` holds.
+    With DoRA, each row is then stretched to the length in `magnitude`.
 
     Attributes:
         a, b: float32, of shapes (rank, in) and (out, rank).
         magnitude: float32, of shape (out,); None without DoRA.
-        weight: W, where the adapter has brought it along, as peft does with an output layer.
+        weight: W, if the adapter holds it itself, as peft's may for an output layer.
     """
 
     a: torch.Tensor
@@ -72,24 +73,24 @@ def merge(
     kinds: tuple[str, ...] = (),
     overwrite: bool = False,
 ) -> WrittenFolder:
-    """Write the base model in `base` with the adapter in `lora` as a model folder of its own.
+    """Write the base in `base`, merged with the adapter in `lora`, as a model folder of its own.
 
-    Memory holds one output shard beside the adapter. What was trained on a quantized base is
+    Memory holds one output shard besides the adapter. An adapter trained on a quantized base is
     merged into the base's 16-bit weights.
 
     Args:
         target: the folder; it appears when everything in it is complete, or not at all.
-        dtype: of the weights; those of the base as they are stored if None (float32 as float16).
+        dtype: of the weights; if None, as the base's are stored (float32 as float16).
         max_shard_size: bytes in one safetensors file.
         kinds: GGUF files to write beside them, such as "F16" and "Q8_0".
 
     Raises:
-        InputError: the adapter was made for another base, or is not one that can be merged; the
-            base is quantized; the target is taken or the disk too small.
+        InputError: the adapter was made for another base, or cannot be merged; the base is
+            quantized; the target is taken, or the disk is too small.
     """
     for source in (base, lora):
         if target.resolve() == source.resolve():
-            raise InputError(f"{target}: expected another folder than {source}")
+            raise InputError(f"{target}: expected a folder other than {source}")
     merged, shapes = open_merged(base, lora, dtype)
     if kinds:
         gguf_writer.check(base, merged.config, merged.tokenizer, shapes)
@@ -135,7 +136,7 @@ def read_deltas(folder: Path, model) -> dict[str, LayerDelta]:
         model: the base it has to fit; may be on the meta device.
 
     Raises:
-        InputError: the adapter is damaged, another base's, or of a kind that cannot be merged.
+        InputError: the adapter is damaged, for another base, or of a kind that cannot be merged.
     """
     tensors = adapter.read_weights(folder)
     config = adapter.read_config(folder)
@@ -165,7 +166,7 @@ def read_deltas(folder: Path, model) -> dict[str, LayerDelta]:
 
 
 def _check_kind(folder: Path, config) -> None:
-    """Refuse an adapter that computes otherwise than LoRA and DoRA do, or changes the base."""
+    """Refuse an adapter that computes differently from LoRA and DoRA, or changes the base."""
     variants = [
         field.name
         for field in dataclasses.fields(config)
@@ -196,7 +197,7 @@ def _write_configs(folder: Path, merged: Checkpoint, base: Path) -> None:
     merged.config.save_pretrained(folder)
     merged.tokenizer.save_pretrained(folder)
     older_libraries.amend(folder, base)
-    # Not through GenerationConfig, which refuses to save some that are in use: those of Vicuna and
+    # Not through GenerationConfig, which refuses to save some existing ones: those of Vicuna and
     # Llama 2 set a temperature without do_sample.
     path = base / "generation_config.json"
     settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}

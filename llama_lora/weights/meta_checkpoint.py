@@ -38,8 +38,8 @@ BUFFER = re.compile(r"(^|\.)rope\.freqs$")  # computed, not learned: older check
 def open_meta_checkpoint(input_dir: Path, model_size: str | None = None) -> Checkpoint:
     """Open Meta's checkpoint in `input_dir/model_size`, or in `input_dir` itself.
 
-    Dimensions come from `params.json` and the tensors; the tensors stay on disk (mmap) and are
-    put together from their shards one at a time.
+    Dimensions come from `params.json` and the tensors. The tensors stay on disk (mmap) and are
+    joined from their shards one at a time.
 
     Raises:
         InputError: a file is missing, damaged, or does not fit the others.
@@ -74,8 +74,8 @@ def open_meta_checkpoint(input_dir: Path, model_size: str | None = None) -> Chec
         config=config,
         tokenizer=tokenizer.tokenizer,
         stop_ids=tokenizer.stop_ids,
-        # Meta's are 16-bit files, kept as they are. float16 has three more bits than bfloat16 for
-        # a weight, and is what the cards without bfloat16 (T4, P100) compute in.
+        # Meta's are 16-bit files, kept as they are. float16 has three more bits than bfloat16 for a
+        # weight, and cards without bfloat16 (T4, P100) compute in it.
         dtype=stored if stored.itemsize == 2 else torch.float16,
         load=load,
     )
@@ -157,7 +157,7 @@ def _open_shard(path: Path) -> Shard:
 def _read_config(folder: Path, params: dict, shards: list[Shard], byte_level: bool) -> LlamaConfig:
     _check_shard_count(folder, params, shards)
     tied = _is_tied(shards)
-    # The vocabulary is cut by rows in `output`, in `tok_embeddings` by rows or by columns.
+    # The vocabulary is cut by rows in `output`, and by rows or columns in `tok_embeddings`.
     rows, columns = _tensor(folder, shards, "tok_embeddings.weight").shape
     vocab_size = rows if columns * len(shards) == params["dim"] else rows * len(shards)
     if params["vocab_size"] > 0 and params["vocab_size"] != vocab_size:
@@ -170,7 +170,7 @@ def _read_config(folder: Path, params: dict, shards: list[Shard], byte_level: bo
     if params["use_scaled_rope"]:
         rope = {
             "rope_type": "llama3",
-            # No file states it. It is 8 except in Llama 3.2's 1B and 3B, which alone tie their
+            # No file states it. It is 8 except in Llama 3.2's 1B and 3B, the only ones with tied
             # embeddings (meta-llama/llama-models issues 166 and 241).
             "factor": 32.0 if tied else 8.0,
             "low_freq_factor": 1.0,
@@ -193,15 +193,15 @@ def _read_config(folder: Path, params: dict, shards: list[Shard], byte_level: bo
 
 
 def _context_length(params: dict, theta: float, byte_level: bool) -> int:
-    """The positions a generation was trained for, which no file states (Meta's model cards)."""
+    """The context length of each generation, from Meta's model cards: no file states it."""
     if params["use_scaled_rope"]:
         return 131_072  # Llama 3.1 and later
     if byte_level:
         return 8_192  # Llama 3
     if theta > 10_000:
         return 16_384  # Code Llama
-    # LLaMA 1 has the smaller epsilon, except its 65B, which unlike Llama 2's 70B has a key head
-    # for every query head.
+    # LLaMA 1 has the smaller epsilon, except its 65B. That one has a key head for every query head,
+    # unlike Llama 2's 70B.
     is_65b = params["dim"] == 8192 and params["n_kv_heads"] == params["n_heads"]
     return 2_048 if params["norm_eps"] < 5e-6 or is_65b else 4_096
 
@@ -217,7 +217,7 @@ def _check_shard_count(folder: Path, params: dict, shards: list[Shard]) -> None:
 
 
 def _is_tied(shards: list[Shard]) -> bool:
-    """Whether the output projection is the embeddings: absent, or the same numbers."""
+    """Whether the output projection is the embeddings: it is absent, or has the same values."""
     if "output.weight" not in shards[0]:
         return True
     names = ("tok_embeddings.weight", "output.weight")
@@ -238,7 +238,7 @@ def _tensor(folder: Path, shards: list[Shard], name: str, ndim: int = 2) -> torc
 
 
 def _cut_axes(folder: Path, config: LlamaConfig, shards: list[Shard]) -> dict[str, int | None]:
-    """For each parameter, the axis it was cut along between the shards; None if it is whole.
+    """For each parameter, the axis along which the shards cut it; None if it is whole.
 
     Meta cuts by rows (column-parallel layers, Llama 3's embeddings), by columns (row-parallel
     layers, LLaMA 1 and 2's embeddings), or not at all (norms). The shapes say which: a shard is
@@ -278,7 +278,7 @@ def _cut_axes(folder: Path, config: LlamaConfig, shards: list[Shard]) -> dict[st
 
 
 def _joined_shape(piece: tuple[int, ...], axis: int | None, count: int) -> tuple[int, ...]:
-    """The shape of `count` pieces joined along `axis`; of any one of them if it is None."""
+    """The shape of `count` pieces joined along `axis`, or of a single piece if it is None."""
     return tuple(size * count if place == axis else size for place, size in enumerate(piece))
 
 

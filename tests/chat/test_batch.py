@@ -158,8 +158,8 @@ def test_batches_are_halved_where_memory_does_not_do(model, caplog):
     finally:
         hook.remove()
     assert [record.message for record in caplog.records] == [
-        "(out of memory with 7 at a time: 3 from now on)",
-        "(out of memory with 3 at a time: 1 from now on)",
+        "(out of memory with 7 at a time; from now on 3 at a time)",
+        "(out of memory with 3 at a time; from now on 1 at a time)",
     ]
     hook = model[0].get_input_embeddings().register_forward_pre_hook(small(0))
     try:

@@ -206,7 +206,7 @@ def test_interrupted_run_goes_on_where_it_was(endless, asked, tmp_path, capsys):
         before = partial.read_bytes()
         done = before.count(b"\n") - 1
         assert (
-            f"{partial}: {done} answers are kept; the same command goes on"
+            f"{partial}: {done} answers are kept; the same command continues"
             in capsys.readouterr().err
         )
         assert not out.exists()
@@ -264,9 +264,9 @@ def test_answers_to_something_else_are_not_gone_on_with(asked, tmp_path):
     file.put(3, "text", "stop")
     file.__exit__(KeyboardInterrupt, None, None)
     before = (tmp_path / "out.jsonl.partial").read_bytes()
-    with pytest.raises(InputError, match="unfinished answers with other temperature; remove it"):
+    with pytest.raises(InputError, match="answers of a run that differs in temperature; remove it"):
         AnswerFile(path, asked, {"temperature": 1})
-    with pytest.raises(InputError, match="unfinished answers with other prompts; remove it"):
+    with pytest.raises(InputError, match="answers of a run that differs in prompts; remove it"):
         AnswerFile(path, asked[::-1], {"temperature": 0})
     assert (tmp_path / "out.jsonl.partial").read_bytes() == before
     with AnswerFile(path, asked, {"temperature": 0}) as file:

@@ -145,7 +145,7 @@ def test_conversation_is_saved_as_a_corpus(typed, tmp_path):
 def test_saving_spares_what_is_there(typed, tmp_path):
     path = tmp_path / "corpus.json"
     path.write_text("[]")
-    with pytest.raises(InputError, match="there is a file already; choose another name"):
+    with pytest.raises(InputError, match="already exists; choose another name"):
         typed(FIRST, f"/save {path}")
     assert path.read_text() == "[]"
     with pytest.raises(InputError, match="expected the name of a file"):

@@ -100,7 +100,7 @@ def test_piped_questions_with_an_8bit_base(base, lora):
         (["--seed", "-3"], "at least 0"),
         (["--load_8bit", "maybe"], "expected True or False, found 'maybe'"),
         (["--load_8bit", "--load_4bit"], "not allowed with argument --load_8bit"),
-        (["--prompt", " "], "expected a question, found nothing"),
+        (["--prompt", " "], "expected a question, found none"),
         (["--prompt", "a", "--web"], "--web: not allowed with argument --prompt"),
         (["--prompts_file", "a"], "--prompts_file and --output_file: expected both or neither"),
         (["--output_file", "a"], "--prompts_file and --output_file: expected both or neither"),
@@ -143,7 +143,7 @@ def test_batch_size_flag(parsed):
 def test_wrong_folders_are_one_line(base, lora, tmp_path):
     missing = tmp_path / "missing"
     assert "the folder does not exist" in fails("--base_model", missing, "--prompt", "a")
-    assert "an adapter, expected" in fails("--base_model", lora, "--prompt", "a")
+    assert "found an adapter" in fails("--base_model", lora, "--prompt", "a")
     assert "expected adapter_config.json" in fails(
         "--base_model", base, "--lora_weights", base, "--prompt", "a"
     )

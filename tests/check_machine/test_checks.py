@@ -93,8 +93,8 @@ def test_a_wrong_result_is_told(spoiled):
 def test_attention_kernels_on_cpu():
     finding = checks.attention()
     assert finding.ok
-    assert "FlashAttention" in finding.found.split("not here: ")[0]
-    assert "memory-efficient" in finding.found.split("not here: ")[1]
+    assert "FlashAttention" in finding.found.split("unavailable: ")[0]
+    assert "memory-efficient" in finding.found.split("unavailable: ")[1]
 
 
 def test_packages_that_differ_have_one_command():

@@ -86,7 +86,7 @@ def test_the_script_where_nothing_is_installed(driver_with_a_p100):
     assert f"\n{verdict}\n" in done.stdout
     assert not done.stderr
     told = pasted(done.stdout)
-    card = "Tesla P100-PCIE-16GB (compute capability 6.0), 16384 MiB; torch does not reach it"
+    card = "Tesla P100-PCIE-16GB (compute capability 6.0), 16384 MiB; torch cannot use it"
     assert (told["card"], told["driver"]) == (card, "NVIDIA 535.183.01")
     assert "torch missing" in told["versions"]
     assert (told["torch"], told["verdict"]) == ("FAIL not installed", verdict)

@@ -150,7 +150,7 @@ def test_a_killed_run_goes_on(tmp_path, tiny_base, tiny_adapter, corpus):
 
     partial.write_bytes(kept.replace(b'"text":"', b'"text":"Kept. ')[:-9])
     refused = error_line(evaluate(*flags("out", tokens=5)))
-    assert "unfinished measurements with other max_new_tokens; remove it" in refused
+    assert "measurements of a run that differs in max_new_tokens; remove it" in refused
     assert evaluate(*flags("out")).returncode == 0
     texts = [
         turn[BASE]["text"] for one in found("out")["answers"]["asked"] for turn in one["turns"]

@@ -44,7 +44,7 @@ def test_the_stronger_a_change_the_higher_its_level():
     [
         ((-2.0, -3.0, -1.0), "The adapter is better"),
         ((2.0, 1.0, 3.0), "The adapter is worse"),
-        ((-1.0, -3.0, 1.0), "no difference can be told"),
+        ((-1.0, -3.0, 1.0), "the difference may be chance"),
         ((-1.0, None, None), "too few to tell"),
     ],
 )

@@ -92,7 +92,7 @@ def test_a_size_alone_is_taken_to_be_like_a_t4(text, memory):
     card = card_named(text)
     assert (card.memory, card.capability) == (memory, (7, 5))
     assert card.peak_flops == CARDS["T4"].peak_flops
-    assert "taken to be like a T4" in card.shown
+    assert "assumed to be like a T4" in card.shown
 
 
 @pytest.mark.parametrize("text", ["K80", "RTX 2080", "L40S 48GB", "16", "", "GiB", "big"])

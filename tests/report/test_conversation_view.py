@@ -84,7 +84,7 @@ def test_show_marks_what_is_learned_with_signs(piece):
     assert done.returncode == 0, done.stderr
     assert "It began ⟦and it went on.⟧\n" in done.stdout
     assert "⟦Tell" not in done.stdout
-    assert "goes on from an earlier piece" in done.stdout
+    assert "continues an earlier piece" in done.stdout
     assert "\33" not in done.stdout
     by_id = inspect("--in", piece, "--show", "a\33[2Jb")
     assert by_id.stdout == done.stdout

@@ -110,7 +110,7 @@ def test_in_a_browser(chain, tmp_path):
         assert wash != plain
         assert page.run("CSS.highlights.get('found').size") == 3  # in the id is no text node more
 
-        page.run("document.querySelector('#search').value = 'goes on in another piece'")
+        page.run("document.querySelector('#search').value = 'continues in another piece'")
         page.run(f"document.querySelector('#search').dispatchEvent(new Event('input')), {SETTLE}")
         assert page.run(f"{LIST}.length") == sum(bool(one.get("unfinished")) for one in items)
 

@@ -68,7 +68,7 @@ def test_figures_of_a_split_file(chain, tokenizer_folder, llama_tokenizer):
         assert figures == [*shares, round(sum(values) / len(values))], name
     packs = first_fit(tokens, WINDOW)
     assert f"at {WINDOW} tokens: {audit}\n" in text
-    assert f"an epoch: {packs} packs, {sum(tokens) / packs / WINDOW:.1%} full" in text
+    assert f"an epoch: {packs} rows, {sum(tokens) / packs / WINDOW:.1%} full" in text
 
 
 def test_what_is_beyond_the_window_is_counted_as_the_trainer_counts_it(
@@ -103,7 +103,7 @@ def test_what_is_wrong_with_a_raw_file(tmp_path):
     assert found["duplicates"] == "beginning of a longer one 2, equal ids 1"
     assert found["unreadable"] == "no list of turns 1, not an object 1"
     assert found["not trainable"] == (
-        "label_from is no place in the answer 1, no question with an answer 1"
+        "label_from is outside the answer 1, no question with an answer 1"
     )
     assert found["repaired as read"] == "integer ids 1, missing ids 1, role names 1"
 
@@ -145,7 +145,7 @@ def test_damage_at_the_end_of_a_large_file_is_told(tmp_path):
         (["--in", "nowhere.json"], "nowhere.json: No such file or directory"),
         (["--show", "nobody"], "no conversation has the number or id 'nobody'"),
         (["--show", "2"], "no conversation has the number or id '2'"),
-        (["--model-name", "nowhere"], "nowhere: no such folder, expected a model's"),
+        (["--model-name", "nowhere"], "nowhere: no such folder, expected a model folder"),
         (["--html", "nowhere/page.html"], "nowhere/page.html: No such file or directory"),
     ],
 )

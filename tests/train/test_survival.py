@@ -216,7 +216,7 @@ def test_resuming_further_back_takes_the_abandoned_branch_away(train, uninterrup
 def test_another_learning_rate_on_resuming_is_obeyed(train, stopped):
     code, out, _ = train(stopped, "--resume_from_checkpoint", "True", "--learning_rate", "1e-3")
     assert code == 0
-    assert "learning rate 0.001 in the place of 0.002" in out
+    assert "learning rate 0.001 instead of 0.002" in out
     rates = [entry["learning_rate"] for entry in log_of(stopped)]
     assert max(rates[1:]) == pytest.approx(1e-3)
 

@@ -197,7 +197,7 @@ def test_kill_and_resume(launcher, tiny_base, corpus, tmp_path):
     if launcher == "deepspeed":
         again = *more, "--resume_from_checkpoint", "True"
         elsewhere = train("python", tiny_base, corpus, tmp_path, *again)
-        assert_one_line(elsewhere, "was written by a run of deepspeed")
+        assert_one_line(elsewhere, "was written under deepspeed")
 
     resumed = train(
         launcher, tiny_base, corpus, tmp_path, *more, "--resume_from_checkpoint", "True"
@@ -237,11 +237,11 @@ def test_a_half_written_checkpoint_is_passed_over(tmp_path):
 
 def test_an_engine_does_not_go_on_without_the_others_states(tmp_path):
     check_engine(str(tmp_path), deepspeed=False)
-    with pytest.raises(InputError, match="written by a run of python3, and one of deepspeed would"):
+    with pytest.raises(InputError, match="written under python3; a run under deepspeed would"):
         check_engine(str(tmp_path), deepspeed=True)
     (tmp_path / "global_step6").mkdir()
     check_engine(str(tmp_path), deepspeed=True)
-    with pytest.raises(InputError, match="written by a run of deepspeed, and one of python3 would"):
+    with pytest.raises(InputError, match="written under deepspeed; a run under python3 would"):
         check_engine(str(tmp_path), deepspeed=False)
 
 

@@ -203,6 +203,6 @@ def test_old_output_stays_whole_until_the_new_one_is(tmp_path, random_base, rand
     assert "values beyond float16" in line
     assert {path: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
     assert {path.name for path in tmp_path.iterdir()} == {"out", "lora"}
-    assert "expected another folder" in refused(
+    assert "expected a folder other than" in refused(
         random_base, random_lora, random_base, "--overwrite"
     )

@@ -1,7 +1,7 @@
-"""ChatGPT's page: which elements are answers, which are chrome, and what is code or a formula.
+"""ChatGPT's page: which elements are answers, which are chrome, and which are code or formulas.
 
-lxml parses and searches; Beautiful Soup's elements, which markdownify reads, are made only of what
-is left, because making them takes longer than all the rest.
+lxml parses and searches. Beautiful Soup's elements, which markdownify reads, are made only for what
+is left, because making them takes longer than everything else.
 """
 
 import re
@@ -14,12 +14,12 @@ from lxml import etree
 
 from llama_lora.corpus.records.conversation import Rejected
 
-DEEPEST = 150  # nested elements; no chat is deeper, and libxml2 loses what is deeper than 2,048
+DEEPEST = 150  # nested elements; no chat is deeper, and libxml2 drops what is deeper than 2,048
 
 # The classes of the element that ChatGPT puts around an answer, and around a question. An answer's
-# has both: either alone is also in pages that people write and ask about.
+# element has both of its classes: either alone is also in pages that people write and ask about.
 ANSWER, QUESTION = {"markdown", "prose"}, {"whitespace-pre-wrap"}
-# A `div` in which, or in one near its beginning, a question or an answer stands.
+# A `div` that is the wrapper of a question or answer, or has one near its beginning.
 DIV_WITH = r'\s*(?=<div\b).{{0,4000}}?<div\b[^>]{{0,1000}}\bclass="{}'
 CLASS = r'(?=[^"]{{0,1000}}(?<![^\s"]){}[\s"])'
 WITH_ANSWER, WITH_QUESTION = (
@@ -30,7 +30,7 @@ BLOCKS = ["p", "pre", "ul", "ol", "table", "blockquote", "h1", "h2", "h3", "h4",
 FORMULA = {"katex", "katex-display", "math-inline", "math-display"}
 INVISIBLE = {"button", "svg", "script", "style"}
 CODE = {"code", "kbd", "samp"}
-# The elements of which an attribute matters.
+# The elements whose attributes matter.
 TOLD = {"a", "img", "input", "ol", "td", "th"}
 LANGUAGE = re.compile(r"[\w+#.-]{1,30}")
 
@@ -56,7 +56,7 @@ def is_chatgpt_html(text: str) -> bool:
 
 
 def is_question(page: etree._Element) -> bool:
-    """Whether nothing can be read on the page but the plain text of questions."""
+    """Whether the page shows nothing but the plain text of questions."""
     questions = outermost(page, QUESTION)
     if any(map(holds_markup, questions)):
         return False
@@ -76,7 +76,7 @@ def parsed(html: str) -> etree._Element:
 
 @cache
 def parser() -> etree.HTMLParser:
-    # Without `huge_tree` a text of more than 10 MB would end the page, and nothing would say so.
+    # Without `huge_tree`, a text of more than 10 MB would silently end the page.
     return etree.HTMLParser(remove_comments=True, remove_pis=True, huge_tree=True)
 
 
@@ -95,7 +95,7 @@ def text_of(element: etree._Element) -> str:
     return etree.tostring(element, method="text", encoding=str, with_tail=False)
 
 
-# ---- Beautiful Soup's elements, made without what only its own parsers need ----
+# ---- Beautiful Soup's elements, without what only its own parsers need ----
 
 
 class Element(Tag):
@@ -119,7 +119,7 @@ class Text(NavigableString):
 
 
 def linked(node: Element | Text, parent: Element) -> None:
-    """Put `node` after what is in `parent`."""
+    """Append `node` to `parent`."""
     if parent.contents:
         node.previous_sibling = parent.contents[-1]
         node.previous_sibling.next_sibling = node
@@ -131,13 +131,13 @@ def linked(node: Element | Text, parent: Element) -> None:
 
 @dataclass
 class Answer:
-    """An answer without its chrome; `mark` gives the mark that stands for code or a formula."""
+    """An answer without its chrome; `mark` returns a mark that stands for code or a formula."""
 
     root: etree._Element
     mark: Callable[[str], str]
 
     def tree(self) -> tuple[Element, list[Element]]:
-        """The answer, and its lists in order."""
+        """The answer, and the lists in it, in order."""
         self.bars = bars(self.root)
         self.formulas = dict(formulas(self.root))
         self.lists: list[Element] = []
@@ -182,8 +182,8 @@ class Answer:
 def bars(root: etree._Element) -> set[etree._Element]:
     """Buttons outside code with the bars they stand in: pagers, "Copy code", counts of words."""
     found: set[etree._Element] = set()
-    climbed: set[etree._Element] = set()  # what was searched and holds nothing to read
-    contents: set[etree._Element] = set()  # what holds something
+    climbed: set[etree._Element] = set()  # searched, and without content
+    contents: set[etree._Element] = set()  # with content
     for button in buttons_outside_code(root):
         bar = button
         for around in button.iterancestors():
@@ -194,14 +194,14 @@ def bars(root: etree._Element) -> set[etree._Element]:
                 break
             bar = around
             if around in climbed:
-                break  # and so is all that is around it
+                break  # and so is everything around it
             climbed.add(around)
         found.add(bar)
     return found
 
 
 def formulas(root: etree._Element) -> Iterator[tuple[etree._Element, tuple[str, str]]]:
-    """Formulas by the element to put in their place, which is a block or not.
+    """Each formula's element, with the Markdown to put in its place and whether that is a block.
 
     KaTeX shows a formula two or three times; its source is in an annotation.
     """
@@ -226,7 +226,7 @@ def classes(element: etree._Element) -> list[str]:
 
 
 def fenced(pre: etree._Element) -> str:
-    """The code in `pre` between fences, with the language its class or its header names."""
+    """The code in `pre` between fences, with the language that its class or header names."""
     code = next(pre.iter("code"), None)
     text = text_of(pre if code is None else code)
     named = "" if code is None else language(pre, code, text)
@@ -237,7 +237,7 @@ def fenced(pre: etree._Element) -> str:
 
 
 def language(pre: etree._Element, code: etree._Element, text: str) -> str:
-    """The language of the code, or nothing."""
+    """The language of the code, or ""."""
     for name in classes(code):
         if name.startswith("language-"):
             return name.removeprefix("language-")
@@ -259,7 +259,7 @@ def code_span(text: str) -> str:
 
 
 def needs_padding(text: str) -> bool:
-    """Whether Markdown would take a space off both ends."""
+    """Whether Markdown would strip a space from both ends."""
     return text[0] == text[-1] == " " and not text.isspace()
 
 

@@ -19,9 +19,9 @@ from llama_lora.corpus.records.conversation import (
     put_in_order,
 )
 
-# An assistant that claims to be another one. What it says about others is nobody's business, and so
-# is who else has the name: "I am Claude" must be a sentence, or say that it is an assistant who
-# speaks. What begins a quotation is said by somebody else.
+# An assistant that claims to be another one. What it says about others is fine, and so is anyone
+# else with the name: "I am Claude" must be a whole sentence, or say that an assistant speaks. What
+# begins a quotation is said by somebody else.
 CHATBOTS = r"(?:ChatGPT|GPT-?[345](?:\.5)?(?:-?turbo)?)"
 NAMESAKES = "(?:Bard|Bing|Claude|Gemini|Copilot)"
 ASSISTANTS = f"(?:{CHATBOTS}|{NAMESAKES})"
@@ -53,16 +53,16 @@ CLAIMS = [
     rf"(?:私|わたし|僕)は、?\s*{ASSISTANTS}",
     rf"(?:저는|나는|제 이름은)\s*{ASSISTANTS}",
 ]
-# One of these is in every claim; looking for them first is ten times faster than the patterns.
+# Every claim contains one of these; looking for them first is ten times faster than the patterns.
 CLAIM_WORDS = ["gpt", "bard", "bing", "claude", "gemini", "copilot", "openai", "open ai"]
 CLAIM_WORDS += ["anthropic", "google", "microsoft", "meta"]
-# Chinese and Japanese run words together, so only other letters count as the same word.
+# Chinese and Japanese run words together, so only letters of other scripts continue a word.
 SAME_WORD = r"[^\W\u2e80-\uffff]"
 
 
 @dataclass
 class BlockedPhrases:
-    """What no answer may say: a pattern, and words of which each of its matches holds one."""
+    """What no answer may say: a pattern, and words of which every match contains at least one."""
 
     pattern: re.Pattern
     words: list[str]
@@ -102,7 +102,7 @@ class Cleaner:
 
 
 def cleaned(turn: Turn, seen: Counter) -> Turn:
-    """The turn as Markdown if it is ChatGPT's HTML, else as it is but for ends of lines."""
+    """The turn as Markdown if it is ChatGPT's HTML; else unchanged, except for line endings."""
     text = turn["value"]
     if "\r" in text:
         text = text.replace("\r\n", "\n").replace("\r", "\n")
@@ -113,7 +113,7 @@ def cleaned(turn: Turn, seen: Counter) -> Turn:
 
 
 def without_outer_blank_lines(text: str) -> str:
-    """`text` from its first line with something on it to its last; indentation stays."""
+    """`text` without blank lines at its beginning and end; indentation stays."""
     inner = text.lstrip()
     text = text[: len(text) - len(inner)].rpartition("\n")[2] + inner
     inner = text.rstrip()
@@ -121,7 +121,7 @@ def without_outer_blank_lines(text: str) -> str:
 
 
 def without_empty_repeats(turns: list[Turn], repairs: Counter) -> list[Turn]:
-    """The turns without those that are empty and stand beside another of the same role."""
+    """The turns without the empty ones next to another turn of the same role."""
     kept: list[Turn] = []
     for turn in turns:
         if not kept or kept[-1]["from"] != turn["from"]:
@@ -135,7 +135,7 @@ def without_empty_repeats(turns: list[Turn], repairs: Counter) -> list[Turn]:
 
 
 def in_simplified_chinese(turn: Turn, repairs: Counter) -> Turn:
-    """The turn in simplified Chinese, code and addresses aside, if it is in traditional."""
+    """The turn in simplified Chinese, if it is in traditional; code and addresses stay."""
     text = turn["value"]
     if text.isascii() or detect(prose(text)) != TRADITIONAL:
         return turn
@@ -145,7 +145,7 @@ def in_simplified_chinese(turn: Turn, repairs: Counter) -> Turn:
 
 
 def without_empty_pairs(turns: list[Turn]) -> tuple[list[Turn], Counter]:
-    """The turns without the pairs that lack a question or an answer, and the count of those."""
+    """The turns without pairs that lack a question or an answer, and counts of those by reason."""
     head = [turn for turn in turns[:1] if turn["from"] == SYSTEM]
     dropped: Counter = Counter()
     kept = [turn for turn in head if not is_empty(turn)]
@@ -163,15 +163,15 @@ def without_empty_pairs(turns: list[Turn]) -> tuple[list[Turn], Counter]:
 
 
 def is_empty(turn: Turn) -> bool:
-    """Whether nothing of it can be seen."""
+    """Whether it shows nothing."""
     return not any(char.isprintable() and not char.isspace() for char in turn["value"])
 
 
 def blocked_phrases(path: str | None) -> BlockedPhrases | None:
-    """The phrases in the file at `path`, or the claims to be another assistant without one.
+    """The phrases in the file at `path`; without a path, claims to be another assistant.
 
-    A line is a phrase as it is said, in any case and spacing, at the boundaries of words; one that
-    starts with `#` is a comment. A file with no phrase blocks nothing.
+    Each line is a phrase. It matches at word boundaries, whatever the case and spacing. A line that
+    starts with `#` is a comment. A file without phrases blocks nothing.
     """
     if path is None:
         return BlockedPhrases(either([UNQUOTED + claim for claim in CLAIMS]), CLAIM_WORDS)
@@ -190,6 +190,6 @@ def blocked_phrases(path: str | None) -> BlockedPhrases | None:
 
 
 def either(patterns: list[str]) -> re.Pattern:
-    """One pattern for any of them, each at the boundaries of words."""
+    """One pattern that matches any of them at word boundaries."""
     whole = "|".join(patterns)
     return re.compile(rf"(?<!{SAME_WORD})(?:{whole})(?!{SAME_WORD})", re.IGNORECASE)

@@ -12,13 +12,13 @@ from collections.abc import Collection, Iterator
 from functools import lru_cache
 from html.entities import html5
 
-# Unicode keeps these code points for a program's own use; no text holds them.
+# Unicode reserves these code points for a program's own use; no text holds them.
 STAND_INS = {char: chr(0xFDD0 + number) for number, char in enumerate("\\`*_[]<>&#+-=~|!.)")}
 CELL, ROW, MARK, MARK_END = map(chr, range(0xFDEC, 0xFDF0))
 RESERVED = re.compile("[\ufdd0-\ufdef\0]")
 STAND_IN = re.compile(f"[{''.join(STAND_INS.values())}]")
 
-# Most characters matter only after something: a dot after a digit, a hyphen where a line may begin.
+# Most characters matter only in a certain place: a dot after a digit, a hyphen where a line begins.
 HIDDEN = re.compile(r"[\\`*_\[\]<>&~|!]|(?<=[0-9])[.)]|(?<![^\s=:|-])[#+=-]|#+$")
 BEHIND = {stand_in: char for char, stand_in in STAND_INS.items()}
 
@@ -31,8 +31,8 @@ ANGLE = re.compile(
     rf"<(?:[A-Za-z][A-Za-z0-9-]*(?:{ATTRIBUTE})*\s*/?>|/[A-Za-z][A-Za-z0-9-]*\s*>|!--|\?|![A-Za-z]"
     r"|!\[CDATA\[|[A-Za-z][A-Za-z0-9+.-]{1,31}:[^\s<>]*>|[\w.!#$%&'*+/=?^`{|}~-]{1,64}@[\w.-]+>)"
 )
-CLOSINGS = {"<!--": "-->", "<?": "?>", "<![": "]]>", "<!": ">"}  # of what ANGLE finds the start
-# What begins a block of HTML whatever follows it; CommonMark, section 4.6.
+CLOSINGS = {"<!--": "-->", "<?": "?>", "<![": "]]>", "<!": ">"}  # where ANGLE finds the start
+# What begins a block of HTML whatever follows it (CommonMark, section 4.6).
 HTML_BLOCKS = """address article aside base basefont blockquote body caption center col colgroup dd
 details dialog dir div dl dt fieldset figcaption figure footer form frame frameset h1 h2 h3 h4 h5 h6
 head header hr html iframe legend li link main menu menuitem nav noframes ol optgroup option p param
@@ -57,7 +57,7 @@ LINK_TAIL = re.compile(
     r"\]\(\s*(?:<[^<>\n]*>|[^\s<]\S{0,2000}?)?(?:\s+[\"'(][^\]]{0,2000}?[\"')])?\s*\)"
 )
 RUN = re.compile(r"\*+|_+|~+")
-MOST_RUNS = 500  # beyond which every run that could be a delimiter is escaped, to stay linear
+MOST_RUNS = 500  # beyond this, every run that could be a delimiter is escaped, to stay linear
 PUNCTUATION = set("!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~")
 
 
@@ -67,12 +67,12 @@ def hide(text: str) -> str:
 
 
 def without_reserved(text: str) -> str:
-    """`text` without the code points that the stand-ins take."""
+    """`text` without the code points that the stand-ins use."""
     return RESERVED.sub("\ufffd", text) if RESERVED.search(text) else text
 
 
 def paired_brackets(label: str) -> str:
-    """The text of a link, its brackets escaped unless they pair up."""
+    """The text of a link, with its brackets escaped unless they are balanced."""
     opening, closing = STAND_INS["["], STAND_INS["]"]
     level = lowest = 0
     for char in label:
@@ -84,15 +84,15 @@ def paired_brackets(label: str) -> str:
 
 
 def resolve(text: str, ticks: Collection[int] = ()) -> str:
-    """Markdown in which every stand-in has become its character, escaped where it has to be.
+    """Markdown in which every stand-in is its character again, escaped where necessary.
 
-    `ticks` are the lengths of the runs of backticks in what the marks stand for.
+    `ticks` are the lengths of the backtick runs in the code and formulas that marks stand for.
     """
     return "\n".join(resolve_block(block, ticks) for block in blocks(text))
 
 
 def blocks(text: str) -> Iterator[str]:
-    """The lines of `text` in runs across which no inline markup can reach."""
+    """The lines of `text` in blocks; no inline markup reaches across them."""
     block: list[str] = []
     for line in text.split("\n"):
         bare = line.lstrip(" >")
@@ -126,7 +126,7 @@ def resolve_block(block: str, ticks: Collection[int] = (), starts: bool = True) 
 
 
 def markup_characters(block: str, plain: str) -> Iterator[int]:
-    """Where a character alone makes markup: escapes, entities, tags, links, images, code."""
+    """Where a single character makes markup: escapes, entities, tags, links, images, code."""
     if "\\" in plain:
         for match in re.finditer(r"\\(?=(.|\n)?)", plain):
             if match[1] == "\n" or (match[1] and match[1] in PUNCTUATION):
@@ -148,7 +148,7 @@ def markup_characters(block: str, plain: str) -> Iterator[int]:
 
 
 def tag_starts(plain: str) -> Iterator[int]:
-    """Where a tag begins, or a comment, instruction, declaration or section that has an end."""
+    """Where a tag begins, or a comment, instruction, declaration or section that is closed."""
     ends = {start: plain.rfind(end) for start, end in CLOSINGS.items()}
     for found in ANGLE.finditer(plain):
         opening = next(filter(found[0].startswith, CLOSINGS), None)
@@ -157,7 +157,7 @@ def tag_starts(plain: str) -> Iterator[int]:
 
 
 def link_ends(plain: str) -> Iterator[int]:
-    """Where a bracket closes what would be the text of a link."""
+    """Where a bracket closes what would be read as the text of a link."""
     level = 0
     for match in re.finditer(r"[\[\]]", plain):
         if match[0] == "[":
@@ -171,14 +171,14 @@ def link_ends(plain: str) -> Iterator[int]:
 def code_ticks(
     block: str, plain: str, ticks: Collection[int], escaped: Collection[int]
 ) -> Iterator[int]:
-    """Where backticks would begin code: as many of them come later, or they touch code.
+    """Where backticks would begin code: an equally long run comes later, or they touch code.
 
-    Of a run whose first one is in `escaped`, to begin no fence, the rest is looked at.
+    If the first of a run is in `escaped`, so that it begins no fence, only the rest counts.
     """
     if "`" not in plain:
         return
     last_mark = block.rfind(MARK) if ticks else -1
-    later: set[int] = set()  # lengths of the runs after the one looked at; \\ does not end code
+    later: set[int] = set()  # lengths of the runs after the present one; \\ does not end code
     for run in reversed(list(re.finditer("`+", plain))):
         start, end = run.span()
         at = start + (start in escaped)
@@ -220,13 +220,13 @@ def delimiters(plain: str, hidden: set[int], escaped: set[int]) -> set[int]:
     if not any(plain[at] in "*_~" for at in hidden):
         return found
     for run in RUN.finditer(plain):
-        if hidden.isdisjoint((run.start(), run.end() - 1)):  # between two of markup
+        if hidden.isdisjoint((run.start(), run.end() - 1)):  # between two runs of markup
             found.update(hidden.intersection(range(*run.span())))
     while True:
         runs = [run for run in delimiter_runs(plain, escaped | found) if run[3] or run[4]]
         if len(runs) > MOST_RUNS:
             return found | {at for run in runs for at in range(*run[1:3]) if at in hidden}
-        # Without its opener, a closer is text as well; often one character of it is enough.
+        # Without its opener, a closer is text too; often escaping one character of it is enough.
         pairs = (
             hidden.intersection(one) or hidden.intersection(two) for one, two in pairs_of(runs)
         )
@@ -237,7 +237,7 @@ def delimiters(plain: str, hidden: set[int], escaped: set[int]) -> set[int]:
 
 
 def delimiter_runs(plain: str, escaped: set[int]) -> Iterator[tuple[str, int, int, bool, bool]]:
-    """Character, start, end, can open, can close: the delimiter runs of CommonMark, section 6.2."""
+    """The delimiter runs of CommonMark, section 6.2: character, start, end, can open, can close."""
     for start, end in unescaped(plain, escaped):
         before, after = char_class(plain[start - 1 : start]), char_class(plain[end : end + 1])
         left = after != " " and (after != "." or before != "a")
@@ -253,7 +253,7 @@ def delimiter_runs(plain: str, escaped: set[int]) -> Iterator[tuple[str, int, in
 
 
 def unescaped(plain: str, escaped: set[int]) -> Iterator[tuple[int, int]]:
-    """Where runs of one delimiter stand; a backslash before one of them parts a run."""
+    """Where runs of one delimiter are; an escaped delimiter splits a run."""
     for match in RUN.finditer(plain):
         start = match.start()
         for at in range(*match.span()):
@@ -267,7 +267,7 @@ def unescaped(plain: str, escaped: set[int]) -> Iterator[tuple[int, int]]:
 
 @lru_cache(maxsize=4096)
 def char_class(char: str) -> str:
-    """Space (or nothing), punctuation, or anything else: " ", "." or "a"."""
+    """Its class: " " for space or nothing, "." for punctuation, "a" for anything else."""
     if not char or char.isspace():
         return " "
     return "." if unicodedata.category(char)[0] in "PS" else "a"
@@ -305,7 +305,7 @@ def pairs_of(runs: list[tuple[str, int, int, bool, bool]]) -> Iterator[tuple[ran
 
 
 def fits(opener, closer) -> bool:
-    """The "multiple of 3" rule for runs that could do both; tildes pair by ones or twos."""
+    """The "multiple of 3" rule for runs that both open and close; tildes pair by ones or twos."""
     char, start, end, _, closes = opener
     size, other = end - start, closer[2] - closer[1]
     if char == "~":

@@ -1,8 +1,9 @@
 """ChatGPT's HTML back into the Markdown it was rendered from.
 
-What is no text of the answer goes first (see `chatgpt_html`). markdownify then walks the tree, by
-hooks for each element. The text's own characters travel hidden until it is known where Markdown
-needs a backslash (see `escaping`), and code and formulas, which nothing may touch, go back in last.
+First everything that is not part of the answer is removed (see `chatgpt_html`). Then markdownify
+walks the tree, with a hook for each element. Characters that could be markup stay hidden until it
+is known where Markdown needs a backslash (see `escaping`). Code and formulas, which nothing may
+touch, are put back last.
 """
 
 import re
@@ -39,7 +40,7 @@ __all__ = ["is_chatgpt_html", "to_markdown"]
 
 EMPHASIS = {"em", "i", "strong", "b"}
 HEADINGS = {f"h{level}" for level in range(1, 7)}
-# Between and in these, white space shows nothing.
+# White space between these, and directly in them, is not shown.
 INNER = {"p", "blockquote", "article", "div", "section", "ol", "ul", "li", "dl", "dt", "dd"}
 INNER |= {"table", "thead", "tbody", "tfoot", "tr", "td", "th", *HEADINGS}
 OUTER = INNER | {"pre", "hr"}
@@ -72,7 +73,7 @@ def converter() -> "Converter":
 
 @lru_cache(maxsize=4096)
 def tags_within(name: str, parent_tags: frozenset[str]) -> frozenset[str]:
-    """What markdownify tells the hooks of everything in an element of that name."""
+    """What markdownify tells the hooks of all descendants of an element of that name."""
     inline = {"_inline"} if name in HEADINGS or name in ("td", "th") else set()
     return parent_tags | {name} | inline
 
@@ -98,13 +99,13 @@ class Converter(MarkdownConverter):
         return MARKED.sub(lambda m: self.taken_out[int(m[1])], MARKED_LINE.sub(self.put_back, text))
 
     def mark(self, text: str) -> str:
-        """A mark in the place of `text`."""
+        """A mark that stands for `text`."""
         self.taken_out.append(text)
         self.ticks.update(map(len, RUN_OF_TICKS.findall(text)))
         return f"{MARK}{len(self.taken_out) - 1}{MARK_END}"
 
     def put_back(self, match: re.Match) -> str:
-        """A block in its place: within lists and quotes, all its lines stand in them."""
+        """Put a block back; in a list or quote, each of its lines gets the prefix."""
         first, *rest = self.taken_out[int(match[2])].split("\n")
         under = LIST_MARKER.sub(lambda marker: " " * len(marker[0]), match[1])
         return "\n".join([match[1] + first, *indented(rest, under)])
@@ -112,7 +113,7 @@ class Converter(MarkdownConverter):
     # ------------------------------------------------------------------ markdownify's walk, leaner
 
     def process_tag(self, node, parent_tags=None):
-        """The element as Markdown; ends of lines that meet become two at most."""
+        """The element as Markdown; where line ends meet, at most two are left."""
         inside = tags_within(node.name, parent_tags)
         pieces, ends = [], 0
         for child in node.contents:
@@ -134,7 +135,7 @@ class Converter(MarkdownConverter):
         return text if convert is None else convert(node, text, parent_tags=parent_tags)
 
     def process_text(self, el, parent_tags=None):
-        """The text hidden (see `escaping`), without white space that shows nothing."""
+        """The text, hidden (see `escaping`), without white space that is not shown."""
         before, after = el.previous_sibling, el.next_sibling
         alone = el.parent.name in INNER
         starts = alone if before is None else before.name in OUTER
@@ -192,7 +193,7 @@ class Converter(MarkdownConverter):
     # ------------------------------------------------------------------ blocks
 
     def block(self, el: Tag, text: str, parent_tags) -> str:
-        """`text` as a block: apart by blank lines, but for the items of a tight list."""
+        """`text` as a block between blank lines, except in the items of a tight list."""
         text = text.strip("\n")
         if not text.strip():
             return ""
@@ -210,7 +211,7 @@ class Converter(MarkdownConverter):
     convert_pre = convert_div = convert_section = convert_article = convert_p
 
     def convert_hr(self, el, text, parent_tags):
-        # "- ---" would be a rule and no item.
+        # "- ---" would be a rule, not an item.
         return self.block(el, "***" if "li" in parent_tags else "---", parent_tags)
 
     def convert_hN(self, n, el, text, parent_tags):
@@ -268,9 +269,9 @@ def element_before(el: Tag) -> Tag | None:
 
 
 def number_items(lists: list[Element]) -> None:
-    """Note on every item its marker and whether its list is loose.
+    """Note on every item its marker, and whether its list is loose.
 
-    The second of two lists in a row has other markers, or they would be one list.
+    Two lists in a row get different markers, or they would become one list.
     """
     for items in lists:
         second = follows(items, {items.name}) and "second" not in element_before(items).attrs
@@ -289,17 +290,17 @@ def number_items(lists: list[Element]) -> None:
 
 
 def is_loose(item: Tag) -> bool:
-    """Whether the items of the list stand apart by blank lines."""
+    """Whether blank lines separate the items of the list."""
     return "loose" in item.attrs
 
 
 def indented(lines: list[str], prefix: str) -> list[str]:
-    """The lines after `prefix`; a blank one has no spaces at its end."""
+    """The lines, each after `prefix`; blank ones without trailing spaces."""
     return [prefix + line if line else prefix.rstrip() for line in lines]
 
 
 def emphasised(text: str, mark: str) -> str:
-    """`text` between marks that stand next to what is no white space."""
+    """`text` between emphasis marks; white space at its ends stays outside."""
     inner = text.strip()
     if not inner or "\n\n" in inner:
         return text
@@ -308,7 +309,7 @@ def emphasised(text: str, mark: str) -> str:
 
 
 def underscore_needed(el: Tag, parent_tags) -> bool:
-    """Whether asterisks would run together with those of a neighbour, and underscores would not."""
+    """Whether asterisks would merge with a neighbour's, and underscores would not."""
     before, after = el.previous_sibling, el.next_sibling
     edge = el.parent.name in EMPHASIS and (before is None or after is None)
     neighbours = any(isinstance(tag, Tag) and tag.name in EMPHASIS for tag in (before, after))
@@ -334,7 +335,7 @@ def target(href: str, title: str | None) -> str:
 
 
 def table(el: Tag, rows: list[list[str]]) -> list[str]:
-    """The lines of a table; the first row is its head if it is one in the HTML."""
+    """The lines of a table; its first row is the header if it is one in the HTML."""
     first = first_row(el)
     cells = [cell for cell in first.contents if cell.name in ("th", "td")] if first else []
     width = max(map(len, rows))
@@ -347,7 +348,7 @@ def table(el: Tag, rows: list[list[str]]) -> list[str]:
 
 
 def first_row(el: Tag) -> Tag | None:
-    """The first row in a table, whatever part of it that is in."""
+    """The first row of a table, whichever part of the table it is in."""
     for child in el.contents:
         row = child if child.name == "tr" else child.name and first_row(child)
         if row:
@@ -356,6 +357,6 @@ def first_row(el: Tag) -> Tag | None:
 
 
 def alignment(cell: Tag) -> str:
-    """`left`, `center`, `right` or nothing."""
+    """`left`, `center`, `right` or ""."""
     style = re.search(r"text-align:\s*(\w+)", cell.get("style", ""))
     return style[1] if style else cell.get("align", "")

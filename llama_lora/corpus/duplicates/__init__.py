@@ -1,1 +1,1 @@
-"""Merging files, and finding what is equal or alike in them."""
+"""Merging files, and finding equal and similar conversations in them."""

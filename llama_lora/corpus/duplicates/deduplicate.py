@@ -1,5 +1,4 @@
-"""Duplicates: of conversations that are equal, or alike, one stays; a longer one stands for its
-beginning."""
+"""Duplicates: of equal or similar conversations one stays; a longer one replaces its beginning."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,10 +10,10 @@ from llama_lora.corpus.records.conversation import GPT, HUMAN, SYSTEM, Turn, pre
 
 @dataclass
 class Deduplicator:
-    """Leaves out what equals an earlier conversation, or is how a longer one begins.
+    """Rejects what equals an earlier conversation, or is the beginning of a longer one.
 
-    With `near`, a similarity between 0 and 1, also what is that much alike to a longer one, or to
-    an earlier one of the same length.
+    With `near`, a similarity between 0 and 1, it also rejects what is at least that similar to a
+    longer one, or to an earlier one of the same length.
     """
 
     out: str
@@ -32,7 +31,7 @@ class Deduplicator:
 
 
 def fingerprinter(signed: bool) -> Callable[[list[Turn]], Fingerprint]:
-    """Takes fingerprints by which equal conversations, and alike ones if `signed`, can be told."""
+    """Computes fingerprints that tell equal conversations and, if `signed`, similar ones."""
     if not signed:
         return lambda turns: Fingerprint(digests_of(turns))
     from llama_lora.corpus.duplicates.near_duplicates import MinHasher
@@ -42,7 +41,7 @@ def fingerprinter(signed: bool) -> Callable[[list[Turn]], Fingerprint]:
 
 
 def paired(turns: list[Turn]) -> list[Turn]:
-    """A system turn, and from the first question to the last answer: what cleaning leaves."""
+    """The system turn, and all from the first question to the last answer: what cleaning leaves."""
     roles = [turn["from"] for turn in turns]
     if HUMAN not in roles or GPT not in roles:
         return turns
@@ -51,7 +50,7 @@ def paired(turns: list[Turn]) -> list[Turn]:
 
 
 def digests_of(turns: list[Turn]) -> bytes:
-    """Digests of the conversation up to each answer, and last of the whole."""
+    """Digests of the conversation up to each answer; the last is that of the whole."""
     turns = paired(turns)
     digests = prefix_digests(turns)
     answers = [d for d, turn in zip(digests, turns, strict=False) if turn["from"] == GPT]
@@ -59,9 +58,9 @@ def digests_of(turns: list[Turn]) -> bytes:
 
 
 def exact_duplicates(fingerprints: Fingerprints) -> dict[int, Dropped]:
-    """Which go because they equal an earlier one, or are how a longer one begins."""
+    """Those that equal an earlier one, or are the beginning of a longer one."""
     numbered = fingerprints.numbered()
-    longer: dict[int, int] = {}  # by the first of equal ones, the first that goes on from it
+    longer: dict[int, int] = {}  # the first of equal ones -> the first that continues it
     for owner, beginning in numbered.continued():
         longer.setdefault(beginning, owner)
     gone: dict[int, Dropped] = {}
@@ -74,9 +73,9 @@ def exact_duplicates(fingerprints: Fingerprints) -> dict[int, Dropped]:
 
 
 def near_duplicates(fingerprints: Fingerprints, threshold: float, gone) -> dict[int, Dropped]:
-    """Which others go because one that stays is alike to them, and not shorter.
+    """Those of the others that are similar to one that stays and is not shorter.
 
-    None of those that stay is alike to another.
+    No two of those that stay are similar.
     """
     import numpy as np
 
@@ -97,10 +96,10 @@ def near_duplicates(fingerprints: Fingerprints, threshold: float, gone) -> dict[
 
 
 def groups(fingerprints: Fingerprints, threshold: float) -> list[int]:
-    """For each conversation the number of its group, that of the first in it.
+    """For each conversation, the number of its group, which is the index of the first in it.
 
-    Equal ones, beginnings of longer ones and those at least `threshold` alike are in one group, and
-    so is all that such neighbours link.
+    Conversations are linked if they are equal, at least `threshold` similar, or one is the
+    beginning of the other. All that are linked, directly or through others, are in one group.
     """
     import numpy as np
 

@@ -1,4 +1,4 @@
-"""Merging: every conversation as it is, in the order and the files that are asked for."""
+"""Merging: every conversation as it is, in the order and the files that the flags ask for."""
 
 import argparse
 import os
@@ -12,11 +12,11 @@ from llama_lora.corpus.engine.fingerprints import Fingerprint, Fingerprints
 from llama_lora.corpus.engine.output import Arrangement, Dropped
 from llama_lora.corpus.records.conversation import Conversation, Kept, Rejected, Turn
 
-ALIKE = 0.85  # from this similarity on, two conversations are not torn apart by holding a share out
+ALIKE = 0.85  # from this similarity on, two conversations stay on the same side of a held-out split
 
 
 def build() -> Callable[[Conversation], Kept]:
-    """Merging changes nothing: all that happens to a conversation happens when it is read."""
+    """Merging itself changes nothing: conversations are only repaired when they are read."""
     return as_it_is
 
 
@@ -26,10 +26,10 @@ def as_it_is(conversation: Conversation) -> Kept:
 
 @dataclass
 class Selection:
-    """Shuffles with `seed`, cuts to `limit`, and holds the share `held_out` out.
+    """Shuffles with `seed`, cuts to `limit`, and holds out the share `held_out`.
 
-    Conversations that are equal or alike, or of which one goes on with the other, stay on one side;
-    compared is what cleaning will make of them.
+    Conversations that are equal or similar, or of which one continues the other, stay on one side.
+    What is compared is what cleaning will make of them.
     """
 
     out: str
@@ -79,14 +79,14 @@ def as_cleaned(turns: list[Turn]) -> list[Turn]:
 
 
 def no_fingerprint(turns: list[Turn]) -> Fingerprint:
-    """Of conversations that are not compared."""
+    """The empty fingerprint of conversations that are not compared."""
     return Fingerprint(b"")
 
 
 def choose(group_of: list[int], order: list[int], share: float, rng: random.Random) -> set[int]:
-    """Indices of about `share` of the conversations, but one at least; of a group all or none.
+    """Indices of about `share` of the conversations, at least one; of each group all or none.
 
-    Raises `InputError` where one side would be left with nothing.
+    Raises `InputError` if one side would be empty.
     """
     groups: dict[int, list[int]] = {}
     for index in order:
@@ -102,12 +102,12 @@ def choose(group_of: list[int], order: list[int], share: float, rng: random.Rand
         least = min(map(len, shuffled), default=0)
         raise InputError(
             f"--split-eval {share}: {wanted} of {len(order)} conversations cannot be held out: "
-            f"alike ones stay together, at least {least} here, and neither side may be empty"
+            f"similar ones stay together, at least {least} here, and neither side may be empty"
         )
     return chosen
 
 
 def eval_path(out: str) -> str:
-    """Where the held-out conversations go: `M.json` has `M.eval.json` beside it."""
+    """Where the held-out conversations go: to `M.eval.json` beside `M.json`."""
     stem, ending = os.path.splitext(out)
     return f"{stem}.eval{ending}"

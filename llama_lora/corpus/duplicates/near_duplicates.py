@@ -1,10 +1,9 @@
-"""Near duplicates: signatures of conversations, and which of them are alike.
+"""Near duplicates: signatures of conversations, and which of them are similar.
 
-How alike two conversations are is the Jaccard similarity of their shingles (five words in a row):
-of all the shingles that stand in either, the share that stands in both. A MinHash signature
-estimates it (Broder 1997, "On the resemblance and containment of documents"), and hashing the
-signatures in bands finds the pairs worth comparing (Leskovec, Rajaraman and Ullman, "Mining of
-Massive Datasets", chapter 3).
+Similarity is the Jaccard similarity of two conversations' shingles (five words in a row): of all
+shingles that are in either, the share that is in both. A MinHash signature estimates it (Broder
+1997, "On the resemblance and containment of documents"), and hashing the signatures in bands finds
+the pairs worth comparing (Leskovec, Rajaraman and Ullman, "Mining of Massive Datasets", chapter 3).
 """
 
 import re
@@ -18,7 +17,7 @@ SHINGLE = 5  # words
 PERMUTATIONS = 128  # numbers in a signature; the estimate's standard error is 0.03 at 0.85
 SEED = 1
 BATCH = 2048  # shingles at a time: their hashes under all permutations fill a megabyte
-RECALL = 0.99  # of the pairs that are exactly as alike as the threshold
+RECALL = 0.99  # of the pairs that are exactly as similar as the threshold
 MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)  # 2**64 over the golden ratio: it spreads hashes evenly
 
 # Thai, Lao, Burmese, Khmer, Chinese and Japanese are written without spaces: there, a character
@@ -29,7 +28,7 @@ WORD = re.compile(rf"[{UNSPACED}]|[^\W{UNSPACED}]+")
 
 
 class MinHasher:
-    """Makes signatures: the same for the same text on every machine and in every process."""
+    """Makes signatures, the same for the same text on every machine and in every process."""
 
     def __init__(self):
         from datasketch import MinHash
@@ -37,7 +36,7 @@ class MinHasher:
         self.empty = MinHash(PERMUTATIONS, SEED, hashfunc=int)
 
     def __call__(self, turns: list[Turn]) -> bytes:
-        """The signature of what was asked and answered: `PERMUTATIONS` unsigned 32-bit numbers.
+        """The signature of the questions and answers: `PERMUTATIONS` unsigned 32-bit numbers.
 
         System turns do not count: many conversations with nothing else in common share one.
         """
@@ -50,7 +49,7 @@ class MinHasher:
 
 
 def shingles(words: list[str]) -> np.ndarray:
-    """A 32-bit hash of each `SHINGLE` words in a row; one of all where there are fewer."""
+    """A 32-bit hash of each `SHINGLE` words in a row; a single hash if there are fewer words."""
     hashes = np.fromiter(map(crc32, map(str.encode, words)), np.uint64, len(words))
     span = min(SHINGLE, len(words))
     count = len(words) - span + 1
@@ -61,7 +60,7 @@ def shingles(words: list[str]) -> np.ndarray:
 
 
 class SimilarityIndex:
-    """Finds which of many conversations are alike, by their signatures.
+    """Finds which of many conversations are similar, by their signatures.
 
     datasketch's own index keeps a Python set for each hash of each band, ten times the memory of
     the signatures; here a band is two arrays of row numbers.
@@ -79,9 +78,9 @@ class SimilarityIndex:
         return len(self.signatures)
 
     def to(self, index: int, among: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Which conversations are at least `threshold` alike to `index`, and how much each is.
+        """Which conversations are at least `threshold` similar to `index`, and how similar each is.
 
-        Only those that are true in `among`, one truth value for each conversation, count.
+        Only those that are true in `among`, a boolean for each conversation, count.
         """
         found = np.concatenate([band.beside(index) for band in self.bands])
         found = np.unique(found[among[found]])
@@ -91,7 +90,7 @@ class SimilarityIndex:
 
 
 class Band:
-    """The conversations by what they have in one band of the signatures."""
+    """The conversations, indexed by one band of their signatures."""
 
     def __init__(self, columns: np.ndarray):
         keys = np.ascontiguousarray(columns).view(f"V{4 * columns.shape[1]}").ravel()
@@ -101,15 +100,15 @@ class Band:
         self.order = np.argsort(keys, kind="stable").astype(np.uint32)
 
     def beside(self, index: int) -> np.ndarray:
-        """All that have the same as `index` here, itself among them."""
+        """All that agree with `index` in this band, including itself."""
         key = self.keys[index]
         return self.order[self.ends[key - 1] if key else 0 : self.ends[key]]
 
 
 def band_shape(threshold: float) -> tuple[int, int]:
-    """Rows in a band and number of bands: the longest bands that still find `RECALL`.
+    """Rows per band and number of bands: the longest bands that still reach `RECALL`.
 
-    Two that are `s` alike agree in a band of `r` rows with probability `s ** r`.
+    Two conversations of similarity `s` agree in a band of `r` rows with probability `s ** r`.
     """
     fits = (
         rows

@@ -1,4 +1,4 @@
-"""The books of a stage: what became of everything that was read, in conversations and in pairs."""
+"""The account of a stage: what became of everything it read, in conversations and in pairs."""
 
 import os
 import sys
@@ -13,7 +13,7 @@ from llama_lora.corpus.records.json_values import dump
 
 @dataclass
 class Account:
-    """What became of everything that was read, in conversations and in pairs."""
+    """What became of everything a stage read, in conversations and in pairs."""
 
     read: int = 0
     kept: int = 0
@@ -46,7 +46,7 @@ class Account:
         self.pairs_rejected[reason] += pairs_read
 
     def turn_away(self, pairs: int, reason: str) -> None:
-        """Reject a conversation that was kept at first."""
+        """Reject a conversation that was first counted as kept."""
         self.kept -= 1
         self.written -= 1
         self.pairs_kept -= pairs
@@ -92,9 +92,9 @@ def listed(counts: Counter) -> str:
 def write_account(
     outputs: Outputs, path: str, args, inputs, account: Account, damages: list[str], seconds: float
 ) -> None:
-    """Leave the accounts beside the output `path` as `PATH.account`, for whoever looks at it later.
+    """Write the account beside the output `path`, as `PATH.account`, for later reports.
 
-    They name files relative to the folder that they lie in.
+    It names files relative to its own folder.
     """
     folder = os.path.dirname(path)
     skipped = ("inputs", "out", "rejected", "workers")
@@ -112,6 +112,6 @@ def write_account(
 
 
 def seen_from(folder: str, path: str) -> str:
-    """`path` relative to `folder`, where either may be reached through links."""
+    """`path` relative to `folder`; either may be given through links."""
     place, name = os.path.split(path)
     return os.path.relpath(os.path.join(os.path.realpath(place), name), os.path.realpath(folder))

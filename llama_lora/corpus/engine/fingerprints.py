@@ -1,4 +1,4 @@
-"""What is known of conversations that are set aside, in columns: a few bytes for each of many."""
+"""Fingerprints of conversations that are set aside, in columns: a few bytes for each."""
 
 from array import array
 from dataclasses import dataclass
@@ -8,10 +8,10 @@ DIGEST = 16  # bytes
 
 @dataclass
 class Fingerprint:
-    """What tells equal conversations, and alike ones, without their text.
+    """What equal and similar conversations are recognized by, without their text.
 
-    `digests` are `DIGEST` bytes up to each answer and for the whole, one after the other;
-    `signature` is as `near_duplicates.MinHasher` makes it, or nothing.
+    `digests` are `DIGEST` bytes for the text up to each answer and for the whole, one after the
+    other; `signature` is as `near_duplicates.MinHasher` makes it, or nothing.
     """
 
     digests: bytes
@@ -19,7 +19,7 @@ class Fingerprint:
 
 
 class Fingerprints:
-    """The fingerprints, and the place and length in bytes, of conversations by their index."""
+    """The fingerprints and lengths in bytes of many conversations, by index."""
 
     def __init__(self):
         self.lengths, self.pairs, self.counts = array("I"), array("I"), array("I")
@@ -36,7 +36,7 @@ class Fingerprints:
         self.signatures += fingerprint.signature
 
     def numbered(self) -> "Numbered":
-        """The digests as numbers, equal where the text is."""
+        """The digests as numbers, equal where the texts are equal."""
         import numpy as np
 
         counts = np.frombuffer(self.counts, np.uint32)
@@ -49,24 +49,24 @@ class Fingerprints:
 
 
 class Numbered:
-    """Which conversations are equal, and which go on from which.
+    """Which conversations are equal, and which continue which.
 
-    `whole` has the number of each conversation's text; `begins` the numbers of what conversations
-    go on from, and `owners` the index of the conversation that does.
+    `whole` has the number of each conversation's text; `begins` has the numbers of the texts that
+    conversations continue, and `owners` the index of each continuing conversation.
     """
 
     def __init__(self, whole, begins, owners):
         self.whole, self.begins, self.owners = whole, begins, owners
 
     def first(self):
-        """For each conversation the index of the first that equals it."""
+        """For each conversation, the index of the first one equal to it."""
         import numpy as np
 
         _, first, back = np.unique(self.whole, return_index=True, return_inverse=True)
         return first[back]
 
     def continued(self):
-        """Pairs of an index that goes on and that of the first with the text it goes on from."""
+        """Pairs of indices: a conversation, and the first one with the text that it continues."""
         import numpy as np
 
         texts, first = np.unique(self.whole, return_index=True)

@@ -1,4 +1,4 @@
-"""Where a stage puts its conversations: straight into the output, or aside until all are known."""
+"""Where a stage puts its conversations: straight into the output, or aside until all are read."""
 
 import os
 from array import array
@@ -16,17 +16,17 @@ from llama_lora.corpus.records.json_values import dump, parse
 
 @dataclass
 class Line:
-    """A conversation as it will stand in the output, after its id."""
+    """A conversation as it is written to the output, after its id."""
 
     id: str
     body: bytes
     pairs: int
-    fingerprint: Fingerprint | None  # only where it is asked for
+    fingerprint: Fingerprint | None  # only if an arranger needs it
 
 
 @dataclass
 class Dropped:
-    """Why a stored conversation is rejected, and the index of the one that stays in its place."""
+    """Why a stored conversation is rejected, and the index of the one kept in its place."""
 
     reason: str
     instead: int | None = None
@@ -35,13 +35,13 @@ class Dropped:
 
 @dataclass
 class Arrangement:
-    """Which of the stored conversations go where: indices by output path; what goes, by index."""
+    """Where stored conversations go: indices by output path, and the rejected ones by index."""
 
     outputs: dict[str, list[int]]
     rejected: dict[int, Dropped] = field(default_factory=dict)
 
     def stays(self, gone: Dropped) -> int | None:
-        """The index of what is kept in place of one that goes; a stand-in may go for another."""
+        """The index of what is kept in place of a rejected one; a stand-in may be rejected, too."""
         while (index := gone.instead) in self.rejected:
             gone = self.rejected[index]
         return index
@@ -50,8 +50,8 @@ class Arrangement:
 class Arranger(Protocol):
     """Decides where stored conversations go.
 
-    `fingerprinter` makes, in each worker, the function that takes the fingerprint of turns. The
-    call is given those of all that is stored.
+    `fingerprinter` makes, in each worker, the function that computes the fingerprint of turns. The
+    call gets the fingerprints of all stored conversations.
     """
 
     def fingerprinter(self) -> Callable[[list[Turn]], Fingerprint]: ...
@@ -70,7 +70,7 @@ class DirectOutput:
 
 
 def write_line(out: Writer, name: str, body: bytes, ids: Ids, account: Account) -> str:
-    """Write the conversation under an id that no other has; the id."""
+    """Write the conversation under an id that no other has; returns the id."""
     new = ids.distinct(name)
     account.repairs["equal ids"] += new != name
     out.write(b'{"id":' + dump(new) + body)
@@ -78,7 +78,7 @@ def write_line(out: Writer, name: str, body: bytes, ids: Ids, account: Account) 
 
 
 class SpooledOutput:
-    """Keeps lines in a scratch file until it is known where each goes."""
+    """Keeps lines in a scratch file until it is known where each one goes."""
 
     def __init__(self, file: BinaryIO):
         self.file = file
@@ -94,7 +94,7 @@ class SpooledOutput:
     def arrange(
         self, arrange: Arranger, path, out, rejects, account, outputs: Outputs
     ) -> list[str]:
-        """Write every stored conversation where `arrange` puts it; the paths of the outputs."""
+        """Write every stored conversation where `arrange` puts it; returns the output paths."""
         self.file.flush()
         arrangement = arrange(self.fingerprints)
         wanted = {arrangement.stays(gone) for gone in arrangement.rejected.values()}

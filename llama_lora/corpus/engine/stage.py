@@ -29,9 +29,9 @@ from llama_lora.corpus.records.json_values import dump, parse
 from llama_lora.hardware.device import cores
 from llama_lora.options import Help, between
 
-# Of a chunk: enough that handing it over costs little, and little enough to keep memory flat.
+# Bytes of a chunk: enough that handing it over costs little, and few enough to keep memory flat.
 CHUNK_BYTES = 256 << 10
-WORTH_PROCESSES = 4  # chunks; of a smaller file, their start costs more than they save
+WORTH_PROCESSES = 4  # chunks; for a smaller file, starting processes costs more than it saves
 
 Process = Callable[[Conversation], Kept]
 Fingerprinter = Callable[[list[Turn]], Fingerprint]
@@ -58,9 +58,9 @@ class Result:
 
 
 def parser(doc: str, several: bool = False, writes: bool = True) -> argparse.ArgumentParser:
-    """A parser described by a script's docstring, with the flags that every stage takes.
+    """A parser with a script's docstring as its description, and the flags that every stage takes.
 
-    One that `writes` takes those for its output as well.
+    With `writes`, it also takes the flags for the output.
     """
     parser = argparse.ArgumentParser(description=doc, formatter_class=Help)
     add = parser.add_argument
@@ -71,7 +71,7 @@ def parser(doc: str, several: bool = False, writes: bool = True) -> argparse.Arg
         dest="inputs",
         required=True,
         metavar="FILE",
-        help="conversations to read: a JSON array or JSON Lines, gzipped or not",
+        help="file of conversations: a JSON array or JSON Lines, gzipped or not",
         **many,
     )
     if writes:
@@ -81,13 +81,12 @@ def parser(doc: str, several: bool = False, writes: bool = True) -> argparse.Arg
             dest="out",
             required=True,
             metavar="FILE",
-            help="file to write: a JSON array with one conversation a line; .jsonl for JSON Lines",
+            help="file to write: a JSON array with one conversation per line, or JSON Lines if the "
+            "name ends in .jsonl",
         )
-        add(
-            "--rejected", metavar="FILE", help="file for what was rejected, with the reason of each"
-        )
-    add("--workers", type=between(1, kind=int), default=cores(), help="processes")
-    add("--salvage", action="store_true", help="keep what is complete in a damaged file")
+        add("--rejected", metavar="FILE", help="file for the rejected conversations, with reasons")
+    add("--workers", type=between(1, kind=int), default=cores(), help="number of worker processes")
+    add("--salvage", action="store_true", help="keep the complete conversations of a damaged file")
     add(
         "--begin",
         type=between(0, kind=int),
@@ -112,8 +111,8 @@ def run(
     """Map the function that `build` makes over the conversations of `args.inputs` to `args.out`.
 
     `build` is called once in each worker process, so it and what it holds must be picklable. The
-    function returns `Kept` or raises `Rejected`. With `arrange`, the conversations are kept on
-    disk until all were read; it then decides from their fingerprints where each goes.
+    function returns `Kept` or raises `Rejected`. With `arrange`, the conversations are kept on disk
+    until all have been read; then it decides from their fingerprints where each goes.
     """
     began = time.monotonic()
     inputs = args.inputs if isinstance(args.inputs, list) else [args.inputs]
@@ -159,7 +158,7 @@ def tell(damages: list[str]) -> None:
 
 
 def stop_on_sigterm() -> None:
-    """End on SIGTERM as on Ctrl-C: with the files put back in order."""
+    """End on SIGTERM as on Ctrl-C: with the files cleaned up."""
 
     def stop(number, frame):
         raise Terminated
@@ -168,12 +167,12 @@ def stop_on_sigterm() -> None:
 
 
 def tracked(inputs, args, damages, stack) -> Iterator[tuple[str, reader.Record]]:
-    """The records of all inputs that are asked for, under a progress bar by bytes."""
+    """The records of all inputs from `--begin` to `--end`, with a progress bar in bytes."""
     from tqdm import tqdm
 
     size = sum(os.path.getsize(path) for path in inputs if os.path.isfile(path))
     bar = stack.enter_context(
-        # Without a terminal there is no bar: a log would only fill up with it.
+        # Without a terminal there is no bar: it would only fill up a log.
         tqdm(total=size, unit="B", unit_scale=True, disable=None, leave=False, file=sys.stderr)
     )
     records = (
@@ -198,9 +197,9 @@ def chunked(records: Iterable[tuple[str, reader.Record]], most: int) -> Iterator
 
 
 def mapped(chunks: Iterator[list], build: Callable, workers: int) -> Iterator:
-    """What the function that `build` makes gives for each chunk, in order.
+    """For each chunk, in order, the result of the function that `build` makes.
 
-    The processes that share the work are gone when all results are there.
+    The worker processes have ended when the last result is there.
     """
     first = list(islice(chunks, WORTH_PROCESSES))
     chunks = chain(first, chunks)
@@ -213,7 +212,7 @@ def mapped(chunks: Iterator[list], build: Callable, workers: int) -> Iterator:
 
 
 def named_deaths(results: Iterator) -> Iterator:
-    """`results`; the death of a worker names the conversation that it was at."""
+    """`results`; if a worker dies, the error names the conversation it was working on."""
     try:
         yield from results
     except WorkerDied as death:
@@ -241,7 +240,7 @@ def work(
     chunk: list,
     at: Callable[[int], None],
 ) -> Result:
-    """What `process` makes of a chunk of records; `at` is told which is under way."""
+    """What `process` makes of a chunk of records; `at` gets the number of each as it is begun."""
     result = Result()
     for number, (path, record) in enumerate(chunk):
         at(number)
@@ -259,7 +258,7 @@ def work(
 
 @dataclass
 class Reading:
-    """A record as it was read: a conversation, or why it is none."""
+    """A record as it was read: a conversation, or why it is not one."""
 
     found: Any = None
     conversation: Conversation | None = None
@@ -285,14 +284,14 @@ def reading(record: reader.Record) -> Reading:
 
 
 def processed(process: Process, one: Reading) -> Kept:
-    """What `process` makes of what was read. Raises `Rejected`, also where that is unsound."""
+    """What `process` makes of what was read. Raises `Rejected`, also if the record was unsound."""
     if one.rejected:
         raise one.rejected
     return process(one.conversation)
 
 
 def parsed(raw: bytes) -> tuple[Any, bool]:
-    """`parse` whose failure is a rejection."""
+    """As `parse`, but a failure is a rejection."""
     try:
         return parse(raw)
     except ValueError as error:
@@ -300,7 +299,7 @@ def parsed(raw: bytes) -> tuple[Any, bool]:
 
 
 def as_line(conversation: Conversation, fingerprint_of: Fingerprinter | None) -> Line:
-    """`conversation` as JSON, with the id apart since it may have to be made distinct."""
+    """`conversation` as JSON, with the id kept apart, since it may have to be made distinct."""
     turns = conversation["conversations"]
     body = {key: value for key, value in conversation.items() if key != "id"}
     try:
@@ -312,7 +311,7 @@ def as_line(conversation: Conversation, fingerprint_of: Fingerprinter | None) ->
 
 
 def rejected_line(about: dict, raw: bytes, found: Any) -> bytes:
-    """A line of the `--rejected` file: what was read, as JSON where it is any."""
+    """A line of the `--rejected` file: what was read, as JSON if it is valid JSON."""
     try:
         return dump({**about, "conversation": found})
     except ValueError:

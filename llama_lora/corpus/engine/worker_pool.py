@@ -1,4 +1,4 @@
-"""A small pool of worker processes that keeps order, bounds memory, and knows who died of what."""
+"""A small pool of worker processes that keeps order, bounds memory, and knows what killed whom."""
 
 import multiprocessing
 import os
@@ -13,11 +13,11 @@ from typing import Any
 
 from llama_lora.cli import InputError
 
-AHEAD = 4  # chunks in flight for each worker: one slow chunk must not pile up the results of others
+AHEAD = 4  # chunks in flight for each worker, so that results do not pile up behind one slow chunk
 
-BETWEEN = -1  # what a worker is at while it is at no item
+BETWEEN = -1  # the item of a worker that is between items
 
-# What a worker can say: that it waits for work, what a chunk became, or why it gave up.
+# What a worker can send: that it waits for work, the result of a chunk, or why it gave up.
 READY, DONE, BAD_INPUT, FAULT = "ready", "done", "bad input", "fault"
 
 
@@ -36,17 +36,17 @@ def ending(exit_code: int | None) -> str:
 
 
 class Pool:
-    """Applies the function `build()` makes to chunks: `function(chunk, at) -> result`.
+    """Applies the function that `build()` makes to chunks: `function(chunk, at) -> result`.
 
-    `at(i)` notes that item `i` of the chunk is under way. The processes are spawned: they share
-    nothing but what pickling `build` gives them. Unlike `concurrent.futures` this knows which item
-    killed a worker, and no worker outlives it, even when it is killed itself.
+    `at(i)` notes that item `i` of the chunk is begun. The processes are spawned: they share only
+    what pickling `build` gives them. Unlike `concurrent.futures`, the pool knows which item killed
+    a worker, and no worker outlives it, even if it is killed itself.
     """
 
     def __init__(self, build: Callable[[], Callable], workers: int):
         context = multiprocessing.get_context("spawn")
-        # Ctrl-C reaches every process, but only the parent is to answer it. Blocked now, it is in
-        # a worker from its first moment on; the tracker would unblock it as it starts.
+        # Ctrl-C reaches every process, but only the parent should answer it. It is blocked here, so
+        # that a worker starts with it blocked; the tracker would unblock it as it starts.
         resource_tracker.ensure_running()
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
         seen = []  # by another thread; a half-started worker would print a traceback
@@ -77,7 +77,8 @@ class Pool:
         sent = given = 0
         more = True
         while True:
-            # Only who waits for a chunk is sent one, so sending cannot block on a full pipe.
+            # Only a worker that waits for a chunk is sent one, so sending cannot block on a full
+            # pipe.
             while idle and more and sent - given < AHEAD * len(self.workers):
                 chunk = next(chunks, None)
                 if more := chunk is not None:
@@ -97,7 +98,7 @@ class Pool:
 
 
 class Worker:
-    """One process, the connection to it, and what it is at."""
+    """One process, the connection to it, and the item it is working on."""
 
     def __init__(self, context, build: Callable[[], Callable]):
         self.connection, theirs = context.Pipe()
@@ -115,7 +116,7 @@ class Worker:
             self.bury()
 
     def receive(self) -> dict[int, Any]:
-        """The result by the number of its chunk; nothing when the worker has only started."""
+        """A result by the number of its chunk; empty when the worker has only started."""
         try:
             kind, value = self.connection.recv()
         except (EOFError, ConnectionResetError):

@@ -1,3 +1,3 @@
-"""The language of texts, and the filter by it."""
+"""Detecting the language of texts, and filtering by it."""
 
 UNKNOWN = "unknown"  # of a text too short or too mixed to tell

@@ -1,4 +1,4 @@
-"""Simplified Chinese from traditional, by OpenCC; code and addresses stay as they are."""
+"""Traditional Chinese to simplified, by OpenCC; code and addresses stay as they are."""
 
 import re
 from collections.abc import Callable
@@ -6,7 +6,7 @@ from functools import cache
 
 from llama_lora.corpus.language.prose import ADDRESS, INLINE_CODE, fenced
 
-TRADITIONAL = "zh-Hant"  # as the detector names it
+TRADITIONAL = "zh-Hant"  # the detector's code
 KEPT = re.compile(f"{INLINE_CODE.pattern}|{ADDRESS.pattern}")
 
 
@@ -25,7 +25,7 @@ def line_to_simplified(line: str) -> str:
 
 @cache
 def converter() -> Callable[[str], str]:
-    """OpenCC's conversion of characters, words kept: in other regions too they are Chinese."""
+    """OpenCC's conversion of characters alone: words of other regions are Chinese as well."""
     import opencc
 
     return opencc.OpenCC("t2s").convert

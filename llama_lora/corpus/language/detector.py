@@ -1,8 +1,8 @@
 """Telling the language of a text: polyglot's detector, helped where a text is short.
 
-The detector compares runs of four letters, and a question of forty characters has too few of them:
-one in seven Spanish ones it calls English or Guarani. There the common words of a language, its
-alphabet, and that chats are mostly in a few languages count along with it.
+The detector compares runs of four letters. A question of forty characters has too few of them: it
+calls one in seven Spanish ones English or Guarani. So for short texts three more things count: the
+common words of a language, its alphabet, and that chats are mostly in a few languages.
 """
 
 import re
@@ -14,10 +14,10 @@ from polyglot.detect import base
 
 from llama_lora.corpus.language import UNKNOWN
 
-FEW = 8  # letters, of which one can only take the detector's word
-ENOUGH = 100  # characters, from which on a reliable answer of the detector stands by itself
+FEW = 8  # letters; for fewer, there is only the detector's word
+ENOUGH = 100  # characters; from here on, a reliable answer of the detector is taken
 
-# In the unit of the detector's scores, of which a window of forty letters has about 20.
+# In the unit of the detector's scores; a window of forty letters scores about 20.
 COMMON_WORD, FOREIGN_LETTERS = 6.0, 12.0
 
 HINTS = "en,es,pt", "de,fr,it,nl"  # the detector heeds the last four for a script, hence two lists
@@ -105,9 +105,9 @@ KANA = re.compile("[\u3040-\u30ff\uff66-\uff9f]")
 
 
 class Guess(base.Detector):
-    """polyglot's detector on plain text, at its best effort at once, in favour of some codes.
+    """polyglot's detector on plain text, in best-effort mode, with hints in favour of some codes.
 
-    `score` is how much of the text speaks for `code`; polyglot gives it per 1,024 bytes.
+    `score` is how strongly the text speaks for `code`; polyglot gives it per 1,024 bytes.
     """
 
     def __init__(self, text: str, hints: str = ""):
@@ -129,13 +129,13 @@ def detect(text: str) -> str:
     """The code of the language of `text`, or `UNKNOWN`."""
     try:
         guess = Guess(text)
-    except base.cld2.error:  # it reads only what may be exchanged as Unicode text
+    except base.cld2.error:  # it reads only valid interchange Unicode
         text = NOT_TEXT.sub(" ", text)
         guess = Guess(text)
     code = guess.code
     if not guess.reliable or len(text) < ENOUGH:
         code = weighed(text, guess)
-    if code in CHINESE or code == "ja" and not KANA.search(text):  # no Japanese is without kana
+    if code in CHINESE or code == "ja" and not KANA.search(text):  # Japanese always has kana
         code = chinese(text)
     return code.replace("_", "-")
 
@@ -150,7 +150,7 @@ def languages_by_word() -> dict[str, list[str]]:
 
 
 def weighed(text: str, guess: Guess) -> str:
-    """The language for which the detector, common words and the alphabet together say most."""
+    """The language that the detector, common words and the alphabet together speak for most."""
     words = WORD.findall(text.lower())
     if sum(map(len, words)) < FEW:
         return guess.code if guess.reliable else UNKNOWN
@@ -162,7 +162,7 @@ def weighed(text: str, guess: Guess) -> str:
         scores = {}
     elif mostly(CYRILLIC, words):
         guesses = [guess]
-        scores = dict.fromkeys(CYRILLIC_LANGUAGES, 0.0)  # hints do nothing for these
+        scores = dict.fromkeys(CYRILLIC_LANGUAGES, 0.0)  # hints have no effect on these
     else:
         return guess.code
     for one in guesses:
@@ -180,7 +180,7 @@ def mostly(letter: re.Pattern, words: list[str]) -> bool:
 
 
 def misspelled(words: list[str], name: str) -> int:
-    """How many of `words` have letters that are not in the alphabet of a language."""
+    """How many of `words` have letters outside the alphabet of a language."""
     return sum(not alphabet(name).issuperset(word) for word in words)
 
 

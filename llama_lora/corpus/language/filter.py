@@ -1,4 +1,4 @@
-"""The language filter: keeps or skips conversations by what most of their prose is written in."""
+"""The language filter: keeps or skips conversations by the language of most of their prose."""
 
 import argparse
 import re
@@ -17,18 +17,18 @@ ALIASES = {
     "zh-tw": "zh-Hant",
     "zh-hk": "zh-Hant",
 }
-SIMPLIFIED = "zh-cn", "zh-sg", "zh-hans"  # which have no code of their own
+SIMPLIFIED = "zh-cn", "zh-sg", "zh-hans"  # codes that the detector does not have
 REJECTED = "language "
-EXCERPT = 170  # characters of a turn's prose in each of the three places that are looked at
+EXCERPT = 170  # characters of a turn's prose looked at in each of three places
 REPEATED_DIGIT = re.compile(r"(\d)\1{8}")
 
 
 @dataclass
 class Filter:
-    """Keeps the conversations in the languages of `keep` (all if empty) and not of `skip`.
+    """Keeps conversations whose language is in `keep` (any if empty) and not in `skip`.
 
-    `zh` is simplified and traditional Chinese, `zh-Hant` the latter alone. What cannot be told is
-    kept. With `reduce_rep` nine equal digits in a row are a reason to reject.
+    `zh` is simplified and traditional Chinese, `zh-Hant` only traditional. Conversations whose
+    language cannot be told are kept. With `reduce_rep`, nine equal digits in a row are rejected.
     """
 
     keep: list[str] = field(default_factory=list)
@@ -45,7 +45,7 @@ class Filter:
         return Kept([conversation], seen=Counter([language]))
 
     def wants(self, language: str) -> bool:
-        """Whether a conversation in `language` stays."""
+        """Whether a conversation in `language` is kept."""
         names = {language, language.partition("-")[0]}
         return names.isdisjoint(self.skip) and not (self.keep and names.isdisjoint(self.keep))
 
@@ -61,9 +61,10 @@ def languages_read(account: Account) -> Counter:
 
 
 def language_of(turns: list[Turn]) -> str:
-    """The language in which most of the prose of the turns is written.
+    """The language of most of the turns' prose.
 
-    Each turn votes with its size; where none can be told by itself, all are read as one.
+    Each turn votes with its size. If the language of none can be told by itself, all are read as
+    one.
     """
     votes: Counter = Counter()
     values = sorted((turn["value"] for turn in turns), key=len, reverse=True)
@@ -83,19 +84,19 @@ def language_of(turns: list[Turn]) -> str:
 def detect(text: str) -> str:
     """The code of the language of `text`, or `UNKNOWN`."""
     from llama_lora.corpus.language import (
-        detector,  # imports polyglot, which `--help` can do without
+        detector,  # imports polyglot, which `--help` does not need
     )
 
     return detector.detect(text)
 
 
 def size(text: str) -> int:
-    """The bytes of `text`: a Chinese character says as much as three letters, and has three."""
+    """The bytes of `text`: a Chinese character says as much as three letters, and takes three."""
     return len(text.encode())
 
 
 def excerpts(text: str) -> str:
-    """The beginning, middle and end of `text`: a task and its subject may differ in language."""
+    """The beginning, middle and end of `text`: a task and its subject may be in two languages."""
     if len(text) <= 3 * EXCERPT:
         return text
     middle = len(text) // 2
@@ -110,7 +111,7 @@ def is_decided(votes: Counter, left: int) -> bool:
 
 @cache
 def known_codes() -> list[str]:
-    """The codes of all languages that the detector can tell."""
+    """The codes of all languages that the detector knows."""
     from icu import Locale
     from pycld2 import LANGUAGES
 
@@ -123,13 +124,13 @@ def language_code(text: str) -> str:
     name = text.lower().replace("_", "-")
     if name in SIMPLIFIED:
         raise argparse.ArgumentTypeError(
-            f"{text!r} has no code of its own: zh is simplified and traditional Chinese, zh-Hant "
-            "the latter alone; keep the one and skip the other"
+            f"{text!r} cannot be named alone: zh is all Chinese, zh-Hant only traditional; for "
+            "simplified Chinese, keep zh and skip zh-Hant"
         )
     wanted = ALIASES.get(name, name)
     for known in known_codes():
         if known.lower() == wanted.lower():
             return known
     raise argparse.ArgumentTypeError(
-        f"{text!r} is no language the detector knows: {' '.join(known_codes())}"
+        f"{text!r} is not a language the detector knows: {' '.join(known_codes())}"
     )

@@ -1,10 +1,10 @@
-"""The prose of a text: what is left when code, formulas and addresses are set aside."""
+"""The prose of a text: what is left without code, formulas and addresses."""
 
 import re
 from collections.abc import Iterator
 
 FENCE = re.compile(r"[ \t>]*(?:[-*+] +|\d{1,9}[.)] +)*(`{3,}|~{3,})")
-# It begins with a literal, which the search for it skips to.
+# It begins with a literal, so that the search can skip to it.
 INLINE_CODE = re.compile(r"`(?<!``)(`{0,2})(?!`)[^`\n]+`\1(?!`)")
 FORMULA = re.compile(
     r"\$\$[^$]+\$\$|\$(?! )[^$\n]+(?<! )\$(?!\d)|\\\(.{1,500}?\\\)|\\\[.{1,2000}?\\\]", re.S
@@ -27,7 +27,7 @@ def without_fences(text: str) -> str:
 
 
 def fenced(text: str) -> Iterator[tuple[str, bool]]:
-    """Each line, and whether it is one of fenced code; an open fence reaches to the end."""
+    """Each line, and whether it belongs to fenced code; an open fence reaches to the end."""
     fence = ""
     for line in text.split("\n"):
         found = FENCE.match(line) if "```" in line or "~~~" in line else None

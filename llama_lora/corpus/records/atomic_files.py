@@ -14,10 +14,11 @@ BLOCK = 1 << 20  # bytes written at a time
 
 
 class Outputs:
-    """Files that take the places of those at their paths when the block ends well.
+    """Files that replace those at their paths when the block ends well.
 
-    All of them are on disk before the first is put in its place; whatever fails before leaves
-    every old file as it was. They may be read meanwhile, so a stage can write over its own input.
+    All of them are on disk before the first is put in its place; a failure before that leaves every
+    old file as it was. Until then the old files can be read, so a stage can overwrite its own
+    input.
     """
 
     def __init__(self):
@@ -29,7 +30,7 @@ class Outputs:
         return self
 
     def open(self, path: str) -> BinaryIO:
-        """A file to write that will stand at `path`. Raises `InputError` where that cannot be."""
+        """A new file for `path`. Raises `InputError` if it cannot be written there."""
         if os.path.realpath(path) in (output.target for _, output in self.files):
             raise InputError(f"{path}: two outputs cannot be written to one file")
         output = Output(path)
@@ -38,13 +39,13 @@ class Outputs:
         return file
 
     def corpus(self, path: str) -> "Writer":
-        """A `Writer` for the corpus file that will stand at `path`."""
+        """A `Writer` of a new corpus file for `path`."""
         writer = Writer(self.open(path), path)
         self.writers.append(writer)
         return writer
 
     def scratch(self, path: str) -> BinaryIO:
-        """A file beside `path` that is gone when the block ends."""
+        """A temporary file beside `path`, which is removed when the block ends."""
         output = Output(path, ".scratch")
         self.scratch_files.append(output)
         return io.BufferedWriter(output, BLOCK)
@@ -66,23 +67,23 @@ class Outputs:
 
 @contextmanager
 def replacing(path: str) -> Iterator[BinaryIO]:
-    """A file to write that takes the place of the one at `path` when the block ends well."""
+    """A file to write that replaces the one at `path` when the block ends well."""
     with Outputs() as outputs:
         yield outputs.open(path)
 
 
 class Output(io.FileIO):
-    """A file that has no name until it is put in its place, so a killed run leaves none behind.
+    """A file without a name until it is put in its place, so a killed run leaves nothing behind.
 
-    Where the file system has no nameless files it stands beside its place as `NAME.part`; what a
-    killed run leaves is taken over by the next. What the disk refuses is an `InputError`.
+    If the file system has no nameless files, it lies beside its place as `NAME.part`; the next run
+    reuses what a killed run left. What the system refuses becomes an `InputError`.
     """
 
     def __init__(self, path: str, ending: str = ".part"):
         self.path, self.target = path, os.path.realpath(path)
         self.folder, self.part = os.path.dirname(self.target), self.target + ending
         if os.path.exists(self.target) and not os.path.isfile(self.target):
-            raise InputError(f"{path}: cannot write there, it is not a regular file")
+            raise InputError(f"{path}: cannot be written: it is not a regular file")
         with self.refusals("cannot write there"):
             descriptor = nameless(self.folder)
             self.has_name = descriptor is None
@@ -93,12 +94,12 @@ class Output(io.FileIO):
             return super().write(data)
 
     def sync(self) -> None:
-        """Return when all that was written is on the disk."""
+        """Return once everything written is on the disk."""
         with self.refusals("nothing was changed"):
             os.fsync(self.fileno())
 
     def put_in_place(self) -> None:
-        """Take the place of the file at `path`, at once and for good."""
+        """Replace the file at `path`, atomically and durably."""
         with self.refusals("cannot be put in its place"), locked(self.folder) as folder:
             if not self.has_name:
                 with suppress(FileNotFoundError):  # of a run that was killed right here
@@ -108,7 +109,7 @@ class Output(io.FileIO):
                 os.link(f"/proc/self/fd/{self.fileno()}", self.part, src_dir_fd=folder)
             os.replace(self.part, self.target)
             self.has_name = False
-            with suppress(OSError):  # some file systems cannot make a rename last
+            with suppress(OSError):  # some file systems cannot make a rename durable
                 os.fsync(folder)
 
     def close(self) -> None:
@@ -119,14 +120,14 @@ class Output(io.FileIO):
 
     @contextmanager
     def refusals(self, consequence: str) -> Iterator[None]:
-        """Make what the system refuses an `InputError` that names the file."""
+        """Turn what the system refuses into an `InputError` that names the file."""
         try:
             yield
         except OSError as error:
             raise InputError(f"{self.path}: {error.strerror}; {consequence}") from None
 
     def locked_part(self) -> int:
-        """A descriptor of the emptied `NAME.part`, which no other run is writing."""
+        """A descriptor of `NAME.part`, emptied and locked against other runs."""
         while True:
             descriptor = os.open(self.part, os.O_RDWR | os.O_CREAT, 0o666)
             try:
@@ -145,7 +146,7 @@ class Output(io.FileIO):
 
 
 def nameless(folder: str) -> int | None:
-    """A descriptor of a new file in `folder` that has no name; None where there are no such."""
+    """A descriptor of a new nameless file in `folder`; None if the file system has none."""
     if not hasattr(os, "O_TMPFILE"):
         return None
     try:
@@ -158,7 +159,7 @@ def nameless(folder: str) -> int | None:
 
 @contextmanager
 def locked(folder: str) -> Iterator[int]:
-    """A descriptor of `folder`, while no other run puts a file in its place there."""
+    """A descriptor of `folder`, locked so that no other run puts a file in place there."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         with suppress(OSError):  # a file system without locks
@@ -169,7 +170,7 @@ def locked(folder: str) -> Iterator[int]:
 
 
 class Writer:
-    """Writes lines of JSON as an array with one item a line or, for `.jsonl` names, bare."""
+    """Writes lines of JSON: as an array with one item per line or, for `.jsonl` names, bare."""
 
     def __init__(self, file: BinaryIO, path: str):
         self.file = file
@@ -186,5 +187,5 @@ class Writer:
         self.count += 1
 
     def finish(self) -> None:
-        """Write what ends the file; nothing may follow."""
+        """Write the end of the file; nothing may follow."""
         self.file.write(self.closing if self.count else self.empty)

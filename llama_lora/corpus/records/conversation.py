@@ -14,7 +14,7 @@ from llama_lora.text import sound_text
 
 HUMAN, GPT, SYSTEM = ROLES = ("human", "gpt", "system")
 
-# The names under which datasets and chat exports store the three roles.
+# The names that datasets and chat exports use for the three roles.
 ROLE_NAMES = {
     **dict.fromkeys(("human", "user", "prompter", "question"), HUMAN),
     **dict.fromkeys(
@@ -34,7 +34,7 @@ PIECE_KEYS = "label_from", "unfinished"  # of a conversation that is a piece of 
 
 
 class Rejected(Exception):
-    """This conversation cannot be used: `reason` is the account it is booked on."""
+    """This conversation cannot be used; the account counts it under `reason`."""
 
     def __init__(self, reason: str, detail: str = ""):
         super().__init__(reason, detail)
@@ -45,9 +45,9 @@ class Rejected(Exception):
 class Kept:
     """What a stage made of one conversation.
 
-    `dropped` counts the pairs that were left out, by reason; `repairs` what was put right;
-    `seen` what the stage wants told at the end (languages, formats). `pairs` is how many pairs
-    live on in `conversations`; a stage that spreads one pair over several says so itself.
+    `dropped` counts the pairs that were left out, by reason; `repairs` what was repaired; `seen`
+    what the stage reports at the end (such as languages). `pairs` is how many pairs are left in
+    `conversations`; a stage that spreads one pair over several sets it itself.
     """
 
     conversations: list[Conversation]
@@ -68,11 +68,11 @@ def count_pairs(turns: list[Turn]) -> int:
 
 
 def check(conversation: Any) -> tuple[Conversation, Counter]:
-    """`conversation` in the schema above, and what had to be put right for it.
+    """`conversation` in the schema above, and what had to be repaired.
 
     An integer id becomes text, a missing one is made from the content (so it stays the same from
     run to run), role names become those of `ROLES`, a null value becomes empty text, a number
-    becomes its digits, and half surrogate pairs become U+FFFD. Raises `Rejected` for the rest.
+    becomes its digits, and lone surrogates become U+FFFD. Raises `Rejected` for the rest.
     """
     if not isinstance(conversation, dict):
         raise Rejected("not an object", f"found {kind(conversation)}")
@@ -86,7 +86,7 @@ def check(conversation: Any) -> tuple[Conversation, Counter]:
 
 
 def check_turn(turn: Any, number: int, repairs: Counter) -> Turn:
-    """One turn in the schema; repairs are counted on `repairs`."""
+    """One turn in the schema; repairs are counted in `repairs`."""
     if not isinstance(turn, dict):
         raise Rejected("a turn is not an object", f"turn {number} is {kind(turn)}")
     role = turn.get("from")
@@ -99,7 +99,7 @@ def check_turn(turn: Any, number: int, repairs: Counter) -> Turn:
         text = ""
     elif isinstance(value, str):
         text = sound_text(value)
-        repairs["half surrogate pairs"] += text != value
+        repairs["lone surrogates"] += text != value
     elif isinstance(value, int | float) and not isinstance(value, bool):
         repairs["numbers as values"] += 1
         text = str(value)
@@ -110,10 +110,10 @@ def check_turn(turn: Any, number: int, repairs: Counter) -> Turn:
 
 
 def check_id(name: Any, turns: list[Turn], repairs: Counter) -> str:
-    """The id as text; one made from the turns where there is none."""
+    """The id as text; if there is none, one made from the turns."""
     if isinstance(name, str) and name.strip():
         sound = sound_text(name)
-        repairs["half surrogate pairs"] += sound != name
+        repairs["lone surrogates"] += sound != name
         return sound
     if isinstance(name, int) and not isinstance(name, bool):
         repairs["integer ids"] += 1
@@ -123,11 +123,11 @@ def check_id(name: Any, turns: list[Turn], repairs: Counter) -> str:
 
 
 def put_in_order(turns: list[Turn], repairs: Counter) -> list[Turn]:
-    """A system turn if there is one, then questions and answers in turn.
+    """A system turn if there is one, then alternating questions and answers.
 
-    Answers before the first question and questions after the last answer belong to no pair: they
-    are dropped and counted. Raises `Rejected` where roles do not alternate in between, and where
-    no pair is left.
+    Answers before the first question and questions after the last answer belong to no pair; they
+    are dropped and counted. Raises `Rejected` if roles do not alternate in between, or if no pair
+    is left.
     """
     head = turns[:1] if turns and turns[0]["from"] == SYSTEM else []
     body = turns[len(head) :]
@@ -146,22 +146,22 @@ def put_in_order(turns: list[Turn], repairs: Counter) -> list[Turn]:
 
 
 def piece_keys_of(conversation: Conversation, turns: list[Turn]) -> dict:
-    """What splitting said of the last answer; raises `Rejected` where that cannot be."""
+    """What splitting has noted about the last answer; raises `Rejected` if that is impossible."""
     label_from, length = conversation.get("label_from", 0), len(turns[-1]["value"])
     if not isinstance(label_from, int) or not 0 <= label_from <= length:
         found = label_from if kind(label_from) == "a number" else kind(label_from)
         detail = f"it is {found}, and the answer has {length} characters"
-        raise Rejected("label_from is no place in the answer", detail)
+        raise Rejected("label_from is outside the answer", detail)
     return {name: conversation[name] for name in PIECE_KEYS if name in conversation}
 
 
 def digest(turns: list[Turn]) -> bytes:
-    """16 bytes that are equal for conversations that differ in white space at most."""
+    """16 bytes, equal for conversations that differ at most in white space."""
     return prefix_digests(turns)[-1]
 
 
 def prefix_digests(turns: list[Turn]) -> list[bytes]:
-    """The `digest` of the first turn, of the first two, …; of no turn where there is none."""
+    """The `digest` of the first turn, of the first two, …; of an empty list if there is none."""
     running, digests = blake2b(digest_size=16), []
     if not turns:
         return [running.digest()]
@@ -173,14 +173,14 @@ def prefix_digests(turns: list[Turn]) -> list[bytes]:
 
 
 def kind(value: Any) -> str:
-    """What `value` is, in JSON's words."""
-    names = {dict: "an object", list: "an array", str: "text", bool: "a truth value"}
+    """The type of `value` in JSON's words."""
+    names = {dict: "an object", list: "an array", str: "text", bool: "a boolean"}
     if value is None:
         return "missing or null"
     return names.get(type(value), "a number")
 
 
 def show(value: Any) -> str:
-    """`value` for a message, cut to a readable length."""
+    """`value` as shown in a message, cut to a readable length."""
     text = sound_text(value) if isinstance(value, str) else kind(value)
     return repr(text if len(text) <= 40 else text[:40] + "…")

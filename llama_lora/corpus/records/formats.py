@@ -1,4 +1,4 @@
-"""The formats conversations come in, told apart by content: ShareGPT, Alpaca, OpenAI messages."""
+"""The formats of conversations, recognized by content: ShareGPT, Alpaca, OpenAI messages."""
 
 from collections import Counter
 from typing import Any
@@ -16,7 +16,7 @@ from llama_lora.corpus.records.conversation import (
 
 
 def read(record: Any) -> tuple[Conversation, Counter, str]:
-    """`record` as a checked conversation, its repairs, and the name of the format it came in."""
+    """`record` as a checked conversation, its repairs, and the name of its format."""
     if not isinstance(record, dict):
         raise Rejected("not an object", f"found {kind(record)}")
     for name, (is_one, convert) in FORMATS.items():
@@ -26,7 +26,7 @@ def read(record: Any) -> tuple[Conversation, Counter, str]:
 
 
 def from_turns(record: dict, key: str) -> Conversation:
-    """A list of turns under `key`, each with `from` and `value` or `role` and `content`."""
+    """A list of turns under `key`, each with `from` and `value`, or `role` and `content`."""
     turns = record[key]
     if isinstance(turns, list):
         turns = [turn_from_message(turn) for turn in turns]
@@ -43,7 +43,7 @@ def turn_from_message(turn: Any) -> Any:
 
 
 def joined(content: Any) -> Any:
-    """The text of a message; parts that are not text leave it as it is, to be rejected."""
+    """The text of a message; if some parts are not text, the message itself, to be rejected."""
     if isinstance(content, list) and all(
         isinstance(part, dict) and isinstance(part.get("text"), str) for part in content
     ):
@@ -52,7 +52,7 @@ def joined(content: Any) -> Any:
 
 
 def from_alpaca(record: dict) -> Conversation:
-    """`instruction` and `input` are the question, `output` the answer, `system` what it says."""
+    """`instruction` and `input` are the question, `output` the answer, `system` the system turn."""
     question, given = record["instruction"], record.get("input")
     if isinstance(question, str) and isinstance(given, str) and given.strip():
         question = f"{question}\n\n{given}"

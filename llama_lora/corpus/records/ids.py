@@ -7,13 +7,13 @@ from hashlib import blake2b
 class Ids:
     """Makes ids distinct: the second `a` becomes `a-2`.
 
-    Of each only 8 bytes are held, for there is one in memory for every conversation of a corpus.
-    That two ids share those would do no more than to make one of them `a-2` as well.
+    Only 8 bytes of each are held, since memory holds one for every conversation of a corpus. If two
+    different ids share them, the second merely becomes `a-2` as well.
     """
 
     def __init__(self):
         self.used = UInt64Set()
-        self.numbers: dict[str, int] = {}  # the last one given to an id that came again
+        self.numbers: dict[str, int] = {}  # the last number given to an id that came again
 
     def distinct(self, name: str) -> str:
         if self.is_new(name):
@@ -25,7 +25,7 @@ class Ids:
         return new
 
     def is_new(self, name: str) -> bool:
-        """Whether `name` was not used before; it is from now on."""
+        """Whether `name` is new; from now on it is not."""
         return self.used.add(id_hash(name))
 
 
@@ -35,13 +35,13 @@ def id_hash(name: str) -> int:
 
 
 class UInt64Set:
-    """A set of numbers of 64 bits that takes 16 to 32 bytes for each; Python's takes a hundred."""
+    """A set of 64-bit numbers that takes 16 to 32 bytes for each; Python's takes a hundred."""
 
     def __init__(self):
         self.slots, self.count = array("Q", bytes(8 * 1024)), 0
 
     def add(self, number: int) -> bool:
-        """Whether `number` was not in it before."""
+        """Add `number`; whether it is new."""
         if 2 * self.count >= len(self.slots):
             self._grow()
         at = self._place(number)

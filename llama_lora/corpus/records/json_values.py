@@ -19,10 +19,10 @@ def parses(raw: bytes) -> bool:
 
 
 def parse(raw: bytes) -> tuple[Any, bool]:
-    """The JSON value in `raw`, and whether it took leniency.
+    """The JSON value in `raw`, and whether leniency was needed.
 
-    Lenient is: NaN and infinite numbers are null, raw control characters may stand in strings, and
-    halves of surrogate pairs come out as they are. Raises `ValueError` for what is no JSON.
+    Leniency means: NaN and infinite numbers become null, strings may hold raw control characters,
+    and lone surrogates are kept as they are. Raises `ValueError` for what is not JSON.
     """
     try:
         value = orjson.loads(raw)
@@ -58,13 +58,13 @@ def holds_huge_number(value: Any) -> bool:
 
 
 def finite(digits: str) -> float | None:
-    """The number, or None where it is too large for one."""
+    """The number, or None if it is too large for a float."""
     number = float(digits)
     return number if math.isfinite(number) else None
 
 
 def dump(value: Any) -> bytes:
-    """`value` as one line of JSON in UTF-8. Raises `ValueError` where it is nested too deeply."""
+    """`value` as one line of JSON in UTF-8. Raises `ValueError` if it is nested too deeply."""
     try:
         return orjson.dumps(value)
     except TypeError:

@@ -1,4 +1,4 @@
-"""Results that take long to come by, each kept from the moment it is there."""
+"""Results that take long to compute, each kept as soon as it is there."""
 
 import fcntl
 import os
@@ -11,10 +11,10 @@ from llama_lora.corpus.records.json_values import dump, parse
 
 
 class PartialResults(UserDict):
-    """Results by key, JSON's types both, which lie in `PATH.partial` until `PATH` is complete.
+    """Results by key, both of JSON's types, which lie in `PATH.partial` until `PATH` is complete.
 
     A run that ends early loses none: the first line says what they depend on, and the next run with
-    the same goes on behind the last.
+    the same settings continues after the last.
     """
 
     def __init__(self, path: str, settings: dict[str, Any], results: str):
@@ -22,7 +22,7 @@ class PartialResults(UserDict):
 
         Args:
             settings: what the results depend on.
-            results: what they are called in messages.
+            results: their name in messages.
 
         Raises:
             InputError: `path` cannot be written; what lies there depends on something else; or
@@ -31,7 +31,7 @@ class PartialResults(UserDict):
         super().__init__()
         self.path, self.results = f"{path}.partial", results
         if os.path.exists(path) and not os.path.isfile(path):
-            raise InputError(f"{path}: cannot write there, it is not a regular file")
+            raise InputError(f"{path}: cannot be written: it is not a regular file")
         try:
             self._file = open(self.path, "a+b")  # noqa: SIM115  (closed in __exit__)
         except OSError as error:
@@ -50,7 +50,7 @@ class PartialResults(UserDict):
         self._file.close()
         if kind and self:
             print(
-                f"{self.path}: {len(self):,} {self.results} are kept; the same command goes on "
+                f"{self.path}: {len(self):,} {self.results} are kept; the same command continues "
                 "from there",
                 file=sys.stderr,
             )
@@ -62,7 +62,7 @@ class PartialResults(UserDict):
         self.data[key] = value
 
     def remove(self) -> None:
-        """Remove the file, when what was made of the results is in its place."""
+        """Remove the file, once the output made from the results is in its place."""
         os.unlink(self.path)
 
     def _write(self, record: dict) -> None:
@@ -81,7 +81,7 @@ class PartialResults(UserDict):
             pass  # a file system without locks
 
     def _go_on(self, settings: dict) -> None:
-        """Take over the results that lie there, up to a line that was not written to its end."""
+        """Take over the results in the file, up to a line that was cut off."""
         self._file.seek(0)
         whole, found = 0, {}
         for line in self._file:
@@ -114,6 +114,6 @@ class PartialResults(UserDict):
     def _check(self, found: dict, settings: dict) -> None:
         if differing := [key for key in settings if found.get(key) != settings[key]]:
             raise InputError(
-                f"{self.path}: unfinished {self.results} with other {', '.join(differing)}; "
-                "remove it to begin anew"
+                f"{self.path}: holds {self.results} of a run that differs in "
+                f"{', '.join(differing)}; remove it to start over"
             )

@@ -1,4 +1,4 @@
-"""Files of prompts: what to ask a model, one conversation a record."""
+"""Files of prompts: what to ask a model, one conversation per record."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,9 +24,9 @@ from llama_lora.text import sound_text
 
 @dataclass(frozen=True)
 class PromptRecord:
-    """A conversation to hold: the turns before, and what to ask then, one after the other.
+    """A conversation to hold: the given turns, then the questions to ask one after the other.
 
-    `about` are the other keys of its record.
+    `about` holds the other keys of its record.
     """
 
     id: str
@@ -36,13 +36,13 @@ class PromptRecord:
 
 
 def read_prompts(path: str, system: str | None = None) -> list[PromptRecord]:
-    """The conversations to hold that the file at `path` asks for, with distinct ids.
+    """The conversations that the file at `path` asks for, with distinct ids.
 
-    Those without a system message get `system`, where it is given.
+    Those without a system message get `system`, if it is given.
 
-    A record is a conversation of a corpus, or of OpenAI's messages, whose last turn is a question;
-    or FastChat's `{"question_id": …, "turns": ["…", …]}`; or it has its question under one of
-    "prompt", "question" and "text", and may have a "system" message.
+    A record is a conversation, of a corpus or of OpenAI's messages, whose last turn is a question;
+    or FastChat's `{"question_id": …, "turns": ["…", …]}`; or an object with the question under
+    "prompt", "question" or "text", and perhaps a "system" message.
 
     Raises:
         InputError: a record is none of these.
@@ -66,7 +66,7 @@ def read_prompts(path: str, system: str | None = None) -> list[PromptRecord]:
 
 
 def read_record(record: Record) -> PromptRecord:
-    """One record; its id is "" where it has none. Raises `Rejected` for what is no prompt."""
+    """One record; its id is "" if it has none. Raises `Rejected` if it is not a prompt."""
     try:
         value, _ = parse(record.raw)
     except ValueError as error:
@@ -92,9 +92,9 @@ def read_record(record: Record) -> PromptRecord:
 
 
 def in_turn(turns: list[Turn]) -> list[Turn]:
-    """`turns`, if they are a system message or none, then questions and answers, last a question.
+    """`turns`: perhaps a system message, then alternating questions and answers, last a question.
 
-    Raises `Rejected` where they are not.
+    Raises `Rejected` if they are anything else.
     """
     body = turns[turns[:1] != [] and turns[0]["from"] == SYSTEM :]
     for number, turn in enumerate(body):
@@ -107,7 +107,7 @@ def in_turn(turns: list[Turn]) -> list[Turn]:
 
 
 def head(about: dict) -> list[Turn]:
-    """The system message that a record has under that key, which is taken out, or none."""
+    """Take out the system message that a record has under that key, if any."""
     if "system" not in about:
         return []
     if not isinstance(text := about.pop("system"), str):

@@ -1,7 +1,7 @@
 """Corpus files: their records stream in with flat memory.
 
-A file is a JSON array or JSON Lines, gzipped or not, with or without a byte-order mark; which of
-them is told by its content.
+A file is a JSON array or JSON Lines, gzipped or not, with or without a byte-order mark; its content
+tells which.
 """
 
 import json
@@ -21,16 +21,16 @@ PACKED = BLOCK >> 4  # and of gzipped ones
 
 UTF8_MARK = b"\xef\xbb\xbf"
 UTF16_MARKS = b"\xff\xfe", b"\xfe\xff"
-GZIP_MARK, GZIP = b"\x1f\x8b", 31  # 31 is zlib's word for it
-RECORD_KEYS = "conversations", "items", "messages", "instruction"  # one of them is in a record
+GZIP_MARK, GZIP = b"\x1f\x8b", 31  # 31 means gzip to zlib
+RECORD_KEYS = "conversations", "items", "messages", "instruction"  # a record holds one of these
 PROMPT_KEYS = "turns", "prompt", "question", "text"  # or one of these, in a file of prompts
 FIRST_KEY = re.compile(rb'\{\s*"([^"]{1,40})"\s*:')
 
 
 class Record(NamedTuple):
-    """The `index`-th record of a file, from 0, which begins `offset` bytes into its text.
+    """The `index`-th record of a file, from 0; it begins `offset` bytes into the text.
 
-    It is `lenient` if the commas before it are not as in JSON.
+    It is `lenient` if the commas before it are not valid JSON.
     """
 
     index: int
@@ -54,9 +54,9 @@ def read(
 ) -> Iterator[Record]:
     """The records of the file at `path`, in order.
 
-    `advance` is told how many bytes were taken from disk. What is no corpus file at all raises
-    `InputError`. A damaged one does too or, with `salvage`, gives every complete record before
-    and after the damage, and `report` is told what was cut and where.
+    `advance` gets the number of bytes read from disk. A file that is no corpus file raises
+    `InputError`. So does a damaged one; but with `salvage` it gives every complete record before
+    and after the damage, and `report` gets what was cut and where.
     """
     try:
         with open(path, "rb") as file:
@@ -79,13 +79,13 @@ def read(
                         raise InputError(where + keeps) from None
                     report(where)
             if salvage and not index:
-                raise InputError(f"{path}: not one complete conversation is left in it")
+                raise InputError(f"{path}: no complete conversation is left in it")
     except OSError as error:
         raise InputError(f"{path}: {error.strerror or error}") from None
 
 
 def blocks_of(file: BinaryIO, advance: Callable[[int], None]) -> Iterator[bytes]:
-    """The text of `file` in blocks, unpacked where it is gzipped.
+    """The text of `file` in blocks, unpacked if it is gzipped.
 
     No block ends between a backslash and what it escapes, so each can be searched for quotes.
     """
@@ -134,7 +134,7 @@ def unpacked(packed: Iterator[bytes]) -> Iterator[bytes]:
 
 
 def sound_part(inflater, piece: bytes) -> Iterator[bytes]:
-    """What `inflater` makes of the bytes of `piece` before the one it fails at."""
+    """What `inflater` makes of `piece` up to the byte at which it fails."""
     with suppress(zlib.error):
         for byte in piece:
             yield inflater.decompress(bytes([byte]))
@@ -174,9 +174,9 @@ def recognised(path: str, blocks: Blocks) -> tuple[Cut, int]:
 
 
 def record_start(first: bytes, other: bytes = b"") -> re.Pattern:
-    """What a record starts with in a file whose first one is `first`, or `other`.
+    """A pattern of how records start in a file whose first one is `first`, or else `other`.
 
-    That is a brace and a key. No string holds them, since quotes are escaped there.
+    That is a brace and a key. No string holds them, since quotes are escaped in strings.
     """
     key = FIRST_KEY.match(first)
     keys = {b"id", *map(str.encode, RECORD_KEYS), *([key[1]] if key else [])}
@@ -192,7 +192,7 @@ def may_be_record(line: bytes) -> bool:
 
 
 def beginning(blocks: Blocks) -> tuple[bytes, int]:
-    """The text from its first character on, and how many bytes stand before that."""
+    """The text from its first visible character on, and how many bytes come before it."""
     offset = 0
     for block in blocks:
         text = block.removeprefix(UTF8_MARK) if offset == 0 else block

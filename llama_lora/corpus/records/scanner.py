@@ -1,6 +1,6 @@
-"""A corpus text is cut into records by its brackets, without being parsed.
+"""Cuts a corpus text into records by its brackets, without parsing it.
 
-So one bad record stays one bad record, and the parsing can happen in other processes.
+So one bad record stays one bad record, and other processes can do the parsing.
 """
 
 import re
@@ -9,17 +9,17 @@ from typing import NamedTuple
 
 from llama_lora.corpus.records.json_values import dump, parse, parses
 
-LONGEST = 64 << 20  # bytes of one record; what is longer was never closed
-# Of a text that was put back, at a time: where much is damaged, much is put back again and again.
+LONGEST = 64 << 20  # bytes of one record; a longer one was never closed
+# bytes scanned at a time of a text that was put back: damage may put much back again and again
 PIECE = 16 << 10
 BLANK = b" \t\r\n"
 OBJECT = b"{}"  # stands for any
 
 
 class Damage(Exception):
-    """The text does not hold together from byte `offset` on.
+    """The text is damaged from byte `offset` on.
 
-    `rest` is what was read of the text from the damaged record on, and `rest_offset` its place.
+    `rest` is the text read so far from the damaged record on, and `rest_offset` its place.
     """
 
     def __init__(self, offset: int, reason: str, rest: bytes = b"", rest_offset: int = 0):
@@ -28,7 +28,7 @@ class Damage(Exception):
 
 
 class Item(NamedTuple):
-    """The text of a record and its place; `lenient` if the commas before it are not as in JSON."""
+    """The text of a record and its place; `lenient` if the commas before it are not valid JSON."""
 
     offset: int
     raw: bytes
@@ -43,7 +43,7 @@ class Blocks:
 
     def __init__(self, blocks: Iterable[bytes]):
         self.blocks = iter(blocks)
-        self.back: list[tuple[bytes, int]] = []  # texts, and from where on; the last comes first
+        self.back: list[tuple[bytes, int]] = []  # texts, and where to start; the last comes first
 
     def __iter__(self) -> "Blocks":
         return self
@@ -67,16 +67,16 @@ class Blocks:
 def array_items(blocks: Blocks, offset: int, strict: bool) -> Iterator[Item]:
     """The items of a JSON array whose text, after its opening bracket, is in `blocks`.
 
-    With `strict` an item that is not JSON is damage, too. A comma may be missing, be doubled, or
-    stand after the last item. A bracket counts where an even number of quotes stands before it,
-    escaped ones left out; all of it is done on whole blocks, so the text is never stepped through
-    in Python. `depth` is the number of open brackets, the array's own included.
+    With `strict`, an item that is not JSON is damage too. A comma may be missing, be doubled, or
+    follow the last item. A bracket counts if the number of unescaped quotes before it is even. All
+    this works on whole blocks, so Python never steps through the text. `depth` is the number of
+    open brackets, including the array's own.
     """
     import numpy as np
 
     depth, inside, quote = 1, False, offset
-    before, lenient = b"", False  # whether an object came before, and how the commas then were
-    held: list[bytes] = []  # what earlier blocks hold of the text from byte `start` on
+    before, lenient = b"", False  # whether an object came before, and bad commas after it
+    held: list[bytes] = []  # the text of earlier blocks from byte `start` on
     held_size, start = 0, offset
     for block in blocks:
         text = np.frombuffer(block, np.uint8)
@@ -128,7 +128,7 @@ def array_items(blocks: Blocks, offset: int, strict: bool) -> Iterator[Item]:
 
 
 def unescaped_quotes(text):
-    """The places of the quotes in `text`, an array of bytes, that begin or end a string."""
+    """Where `text`, an array of bytes, has quotes that begin or end a string."""
     import numpy as np
 
     is_quote = text == ord('"')
@@ -142,8 +142,10 @@ def unescaped_quotes(text):
 
 
 def scalars(before: bytes, text: bytes, after: bytes) -> tuple[list[bytes], bool]:
-    """The items in the text between two objects of an array, and whether its commas are not as in
-    JSON; `before` and `after` are `OBJECT`, or nothing at the ends of the array."""
+    """The items in the text between two objects of an array, and whether its commas are invalid.
+
+    `before` and `after` are `OBJECT`, or nothing at the ends of the array.
+    """
     if text == (b"," if before and after else b""):
         return [], False
     try:
@@ -163,7 +165,7 @@ def expect_end(blocks: Blocks, offset: int) -> None:
 
 
 def lines(blocks: Blocks, offset: int, strict: bool) -> Iterator[Item]:
-    """The lines of JSON Lines that are not blank; the last must be whole, with `strict` all."""
+    """The lines of JSON Lines that are not blank; the last must be complete, with `strict` all."""
     held: list[bytes] = []
     for block in blocks:
         begin = 0
@@ -192,7 +194,7 @@ def resume(damage: Damage, blocks: Blocks, start: re.Pattern) -> int | None:
     while not (found := start.search(text)):
         if not (block := next(blocks, b"")):
             return None
-        kept = text[-100:]  # a start may be cut by the end of the block
+        kept = text[-100:]  # the end of the block may cut a start in two
         offset, text = offset + len(text) - len(kept), kept + block
     blocks.put_back(text[found.start() :])
     return offset + found.start()

@@ -1,1 +1,1 @@
-"""Cutting conversations to a window, counted in tokens."""
+"""Cutting conversations into pieces that fit a window of tokens."""

@@ -1,9 +1,9 @@
 """Splitting: every piece fits the window as the trainer renders it, and no answer token is lost.
 
 What fits stays whole. A longer conversation is cut between pairs, and an answer that is longer than
-the window goes on in further pieces. Each of those repeats the question and the end of what came
-before as context; its `label_from` is the character of its last answer where new text begins. All
-but the last have `"unfinished": true`: the answer does not end there, so no end is to be learned.
+the window continues in further pieces. Each of those repeats, as context, the question and the end
+of the text before; its `label_from` is the character of its last answer at which new text begins.
+All but the last have `"unfinished": true`: the answer does not end there, so no end is learned.
 """
 
 import re
@@ -29,28 +29,28 @@ from llama_lora.corpus.split.token_counter import MeasuredText, TokenCounter
 from llama_lora.model.template import Template, load_tokenizer
 
 CONTINUE, TRUNCATE, DROP = ("continue", "truncate", "drop")
-# Tokens of new answer for which every piece has room. With much fewer, an answer would go on in
-# pieces of a few characters, and new text that begins inside a token has nothing left to learn.
+# Every piece has room for this many tokens of new answer. With far fewer, an answer would be cut
+# into pieces of a few characters, and new text that begins inside a token leaves nothing to learn.
 LEAST_ANSWER = 24
-GAP = " … "  # in the place of the middle of a question
-# Where an answer may be cut, the best places first; all lie before the white space.
+GAP = " … "  # replaces the middle of a question
+# Where an answer may be cut, the best places first; each cut is before the white space.
 BOUNDARIES = [
     re.compile(r"\n[^\S\n]*\n"),
     re.compile(r"(?<=[.!?…:;])(?=\s)|(?<=[。！？；])|\n"),
     re.compile(r"(?=\s)|(?<=[，、])"),
 ]
 
-# Texts that are tokenized apart can have other tokens at their ends than where they meet. What by
-# such reckoning comes this many tokens over the window may yet fit, and is rendered to see.
+# Texts tokenized apart can have other tokens at their ends than when they are joined. So a sum that
+# is up to this many tokens over the window may still fit, and is rendered to find out.
 SEAM = 8
 
 
 @dataclass
 class Splitter:
-    """Splits conversations to at most `max_length` tokens.
+    """Splits conversations into pieces of at most `max_length` tokens.
 
     They are counted with the tokenizer in the folder `model` and the template named `template`.
-    `overlong` says what becomes of a pair that is longer than the window by itself.
+    `overlong` says what happens to a pair that is longer than the window by itself.
     """
 
     model: str
@@ -78,7 +78,7 @@ class Splitter:
             )
 
     def length(self, turns: list[Turn]) -> int:
-        """How many tokens the turns have as they are rendered."""
+        """How many tokens the turns have when rendered."""
         return self.counter.length(self.renderer.text(turns))
 
     # ------------------------------------------------------------------ one conversation
@@ -89,7 +89,7 @@ class Splitter:
         keys = piece_keys_of(conversation, turns)
         head = [turn for turn in turns if turn["from"] == SYSTEM]
         if head and not self.takes_system:
-            raise Rejected("the template takes no system turn")
+            raise Rejected("the template takes no system message")
         head, shared = self.fitting_head(head, repairs)
         body = [turn for turn in turns if turn["from"] != SYSTEM]
         pairs = [self.pair(*body[at : at + 2]) for at in range(0, len(body), 2)]
@@ -116,8 +116,10 @@ class Splitter:
     def runs(
         self, head: list[Turn], pairs: list["Pair"], shared: int
     ) -> Iterator[tuple[int, int, bool]]:
-        """Ranges `[first, last)` of pairs that go together, and whether they fit: a pair that does
-        not stands alone. `shared` is the length of what stands once before them."""
+        """Ranges `[first, last)` of pairs for one piece each, and whether they fit in it.
+
+        A pair that does not fit is alone. `shared` is the length of what comes once before them.
+        """
         first = 0
         while first < len(pairs):
             last, total = first, shared
@@ -137,8 +139,10 @@ class Splitter:
             first = last
 
     def fitting_head(self, head: list[Turn], repairs: Counter) -> tuple[list[Turn], int]:
-        """The system turn, without its middle if it takes more than a third of the window, and the
-        length of what it makes the template put before the first pair."""
+        """The system turn, without its middle if it takes more than a third of the window.
+
+        Also the length of what the template then puts before the first pair.
+        """
         if not head:
             return head, self.shared
 
@@ -157,7 +161,7 @@ class Splitter:
     def parts(
         self, head: list[Turn], one: "Pair", shared: int, keys: dict, repairs: Counter
     ) -> list[dict]:
-        """Pieces that together hold the whole answer, each after as much context as fits."""
+        """Pieces that together hold the whole answer, each with as much context as fits."""
 
         def asked(text: str) -> list[Turn]:
             return [*head, {**one.question, "value": text}, {**one.answer, "value": ""}]
@@ -195,9 +199,9 @@ class Splitter:
     def end(
         self, before: list[Turn], length: int, measured: MeasuredText, context: int, at: int
     ) -> int:
-        """The character up to which the answer fits, if it is given from `context` on.
+        """The character up to which the answer fits, if the piece has it from `context` on.
 
-        `length` is that of a piece with what is `before` it and an empty answer.
+        `length` is that of a piece with the turns `before` it and an empty answer.
         """
         text = measured.text
         first, new = measured.before(context), measured.before(at)
@@ -227,8 +231,10 @@ class Splitter:
         frame: int,
         around: Callable[[str], list[Turn]],
     ) -> tuple[str, int]:
-        """A text without its middle, so that what `around` makes of it has at most `limit` tokens,
-        and how many it has; `frame` is how many it makes of nothing."""
+        """A text without its middle, so that the turns `around` it have at most `limit` tokens.
+
+        Also how many they then have. `frame` is how many they have around an empty text.
+        """
         text, count = measured.text, len(measured)
         kept = min(limit - frame - self.gap, count - 1)
         while kept > 1:
@@ -268,7 +274,7 @@ def boundary(text: str, at: int, end: int) -> int:
 
 
 def named(conversation: Conversation, pieces: list[tuple[int, dict]]) -> Iterator[Conversation]:
-    """Conversations of the pieces: `ID_4` starts with turn 4, `ID_4_1` goes on with its answer."""
+    """Conversations of the pieces: `ID_4` starts with turn 4, `ID_4_1` continues its answer."""
     rest = {name: value for name, value in conversation.items() if name not in PIECE_KEYS}
     parts: Counter = Counter()
     for first, piece in pieces:

@@ -1,9 +1,9 @@
-"""Measuring texts in tokens, several times as fast as by tokenizing them.
+"""Counting the tokens of texts several times as fast as by tokenizing them.
 
-Texts say few words often. Where no token of the vocabulary can stretch from one word into the next
-each is tokenized once and its length remembered: byte-pair merges and the Unigram model never look
-across a place that no token spans. In the vocabularies in use that is so between what can be seen
-and a space, and in most between a letter or digit and the sign after it.
+Texts repeat a few words often. If no token of the vocabulary reaches from one word into the next,
+each word is tokenized once and its length remembered: byte-pair merges and the Unigram model never
+look across a place that no token spans. In the vocabularies in use this holds between a visible
+character and a space, and in most between a letter or digit and the punctuation after it.
 """
 
 import re
@@ -15,11 +15,12 @@ import numpy as np
 from tokenizers import Encoding, Tokenizer
 
 KNOWN = 200_000  # words whose length is remembered, about 30 MB
-LONGEST = 40  # characters of a word worth remembering; a longer one hardly comes again
+LONGEST = 40  # characters of a word worth remembering; a longer one rarely comes again
 
-# Tokens that reach over the end of a word, and a word. A word here ends before a space after a
-# visible character of ASCII and, in the first of the two, after a letter or digit of ASCII before
-# one of its other characters, but for the apostrophe, since there are tokens like "n't".
+# Two ways to cut words, each with a pattern for tokens that reach over the end of a word and one
+# for a word. A word ends between a visible ASCII character and a space. In the first way it also
+# ends between an ASCII letter or digit and another ASCII character, except the apostrophe, since
+# there are tokens like "n't".
 RUN = r"[^ A-Za-z0-9]*[A-Za-z0-9]*"
 CUTS = [
     (
@@ -29,8 +30,8 @@ CUTS = [
     (re.compile(r"[!-~] "), r" *[^ ]*(?:(?<=[^!-~]) +[^ ]*)*"),
 ]
 
-# Texts are not cut by their vocabulary alone, so a tokenizer has to show that it counts the words
-# of this one as it counts the whole.
+# The vocabulary alone does not decide how texts are cut, so a tokenizer has to prove that for this
+# text the words add up to the whole.
 SAMPLE = (
     "It's naïve,  isn't it?\n\nYes;\tdo_that(x, 12345)  # “quoted” …\n    return a[1:-1]\r\n"
     "你好，世界。Hello 世界 and 12 naïve cafés! \n \n* <b>été</b>: https://a.b/c?d=e&f ÀÉ 👍🏽 ok\n"
@@ -38,7 +39,7 @@ SAMPLE = (
 
 
 class TokenCounter:
-    """Measures texts as `tokenizer` tokenizes them without adding special tokens."""
+    """Counts the tokens that `tokenizer` makes of texts, without added special tokens."""
 
     def __init__(self, tokenizer: Tokenizer):
         self.tokenizer = tokenizer
@@ -48,7 +49,7 @@ class TokenCounter:
         names = sorted((token.content for token in added), key=len, reverse=True)
         self.added = re.compile("|".join(map(re.escape, names)) or "(?!)")
         self.first_lengths = WordLengths(lambda word: len(self.encode(word)))
-        # A letter before it keeps a word from being tokenized as the first of a text.
+        # With a letter before it, a word is not tokenized like the first of a text.
         alone = len(self.encode("a"))
         self.lengths = WordLengths(lambda word: len(self.encode("a" + word)) - alone)
         self.by_words = not any(
@@ -56,7 +57,7 @@ class TokenCounter:
         ) and any(self.choose_word(over, word) for over, word in CUTS)
 
     def choose_word(self, over: re.Pattern, word: str) -> bool:
-        """Measure texts by words that match `word` from now on; whether that is exact."""
+        """From now on count by words that match `word`; returns whether that is exact."""
         self.first_word = re.compile(f"(?:{self.added.pattern})?{word}")
         self.word = re.compile(word)
         if any(map(over.search, vocabulary(self.tokenizer))):
@@ -68,7 +69,7 @@ class TokenCounter:
         return self.sum_of_words(text) if self.by_words else len(self.encode(text))
 
     def measure(self, text: str) -> "MeasuredText":
-        """Where the tokens of `text` stand."""
+        """The places of the tokens of `text`."""
         if not self.by_words:
             return MeasuredText(text, [text], [len(self.encode(text))], self.starts)
         words: list[str] = []
@@ -85,10 +86,10 @@ class TokenCounter:
         )
 
     def stretches(self, text: str) -> Iterator[tuple[str, list[str]]]:
-        """The first and the other words of each stretch of `text`.
+        """The first word and the other words of each stretch of `text`.
 
-        A stretch begins with an added token, such as that for the end of an answer: text is cut
-        there before all else.
+        A stretch begins with an added token, such as the one that ends an answer: text is cut there
+        before anything else.
         """
         begin = 0
         for end in [*(found.start() for found in self.added.finditer(text)), len(text)]:
@@ -98,7 +99,7 @@ class TokenCounter:
             begin = end
 
     def starts(self, word: str, number: int) -> list[int]:
-        """At which of its characters the tokens of the `number`-th word of a text start."""
+        """The characters at which the tokens of the `number`-th word of a text start."""
         before = "" if number == 0 or self.added.match(word) else "a"
         offsets = self.encode(before + word).offsets[len(self.encode(before)) :]
         return [start - len(before) for start, _ in offsets]
@@ -108,7 +109,7 @@ class TokenCounter:
 
 
 class WordLengths(dict[str, int]):
-    """The lengths of words, found when they are first asked for."""
+    """The lengths of words, each counted when it is first asked for."""
 
     def __init__(self, find: Callable[[str], int]):
         super().__init__()
@@ -124,11 +125,11 @@ class WordLengths(dict[str, int]):
 
 
 class MeasuredText:
-    """A text of words, and where its tokens stand."""
+    """A text in words, and the places of its tokens."""
 
     def __init__(self, text: str, words: list[str], lengths: list[int], starts: Callable):
         self.text, self.words = text, words
-        self.starts = lru_cache(8)(starts)  # cuts fall where others fell
+        self.starts = lru_cache(8)(starts)  # cuts fall close to each other
         self.places = np.cumsum([0, *map(len, words)])  # the character at which each word begins
         self.totals = np.cumsum([0, *lengths])  # and the tokens before it
 
@@ -137,7 +138,7 @@ class MeasuredText:
         return int(self.totals[-1])
 
     def place(self, token: int) -> int:
-        """The character at which the `token`-th token starts, from 0; the end for one too many."""
+        """The character at which the `token`-th token starts, from 0; the end if there is none."""
         if token >= len(self):
             return len(self.text)
         number = int(np.searchsorted(self.totals, token, "right")) - 1
@@ -154,7 +155,7 @@ class MeasuredText:
 
 
 def vocabulary(tokenizer: Tokenizer) -> Iterator[str]:
-    """The tokens as the text they stand for, without the added ones."""
+    """The text of each token in the vocabulary, without the added ones."""
     added = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
     decoder = tokenizer.decoder
     for token in tokenizer.get_vocab(with_added_tokens=False):

@@ -1,1 +1,1 @@
-"""What lies in the folder of a model: config, tensors, codes of quantized weights."""
+"""What a model folder holds: config, tensors, quantized weights."""

@@ -1,6 +1,6 @@
-"""A few of its base's weights, kept with an adapter: what tells bases of one shape apart.
+"""A few of a base's weights, kept with its adapter: they tell bases of one shape apart.
 
-A name does not: of two folders called ./base, one may be a fine-tune of the other.
+A name is not enough: of two folders called ./base, one may be a fine-tune of the other.
 """
 
 import json
@@ -11,26 +11,26 @@ from llama_lora.hardware.device import dtype_name
 from llama_lora.model.folder.tensors import FLOATS, StoredTensors
 
 KEY = "base_values"  # in the metadata of a safetensors file, which other readers ignore
-LAYERS, VALUES = 8, 8  # of so many layers so many values, the first of the weight
-ROUNDING = 2**-7  # what a value may be off that is stored in bfloat16 here and in float16 there
-SMALL = 1e-7  # the same for what is near zero
+LAYERS, VALUES = 8, 8  # from so many layers, so many values, the first of each weight
+ROUNDING = 2**-7  # tolerance for a value stored as bfloat16 here and as float16 there
+SMALL = 1e-7  # the same, for values near zero
 
 
 def keep(weights: Path, layers: list[str], base: Path) -> None:
-    """Write values of the base's weights of some of those layers into an adapter's `weights`."""
+    """Write a few values of the base's weights in some of those layers into the file `weights`."""
     from safetensors.torch import load_file, save_file
 
     chosen = random.Random(0).sample(sorted(layers), min(LAYERS, len(layers)))
     values = _read(base, chosen)
-    partial = weights.with_suffix(".partial")  # what is loaded is still the file's own memory
+    partial = weights.with_suffix(".partial")  # the loaded tensors still share the file's memory
     save_file(load_file(weights), partial, {"format": "pt", KEY: json.dumps(values)})
     partial.replace(weights)
 
 
 def same(weights: Path, base: Path) -> bool | None:
-    """Whether `base` has the values that are kept in `weights`; None without any to compare.
+    """Whether `base` has the values kept in `weights`; None if there are none to compare.
 
-    It has them in another 16 bits, too.
+    Values in the other 16-bit dtype also count as the same.
     """
     import torch
     from safetensors import safe_open
@@ -47,7 +47,7 @@ def same(weights: Path, base: Path) -> bool | None:
 
 
 def _read(base: Path, layers: list[str]) -> dict[str, list[float]]:
-    """By layer; without those that `base` has not, or quantized."""
+    """Values by layer, without layers that `base` lacks or holds quantized."""
     stored = StoredTensors(base)
     names = {layer: stored.name_of(f"{layer}.weight") for layer in layers}
     weights = {layer: stored.load(name) for layer, name in names.items() if name}

@@ -1,4 +1,4 @@
-"""The folder of a base: its config, which the tensors beside it overrule, and its precision."""
+"""The config of a base, which the tensors in the folder overrule, and its precision."""
 
 import json
 import sys
@@ -14,11 +14,11 @@ EMBEDDINGS, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 def check_folder(folder: Path) -> None:
-    """Raise `InputError` unless `folder` holds a base model's config, and no adapter beside it."""
+    """Raise `InputError` unless `folder` holds the config of a base, and no adapter."""
     config, adapter = folder / "config.json", (folder / "adapter_config.json").is_file()
     if not config.is_file():
         if adapter:
-            raise InputError(f"{folder}: an adapter, expected the folder of its base model")
+            raise InputError(f"{folder}: expected the folder of a base model, found an adapter")
         missing = "" if folder.exists() else ", but the folder does not exist"
         raise InputError(f"{folder}: not a model folder: expected config.json in it{missing}")
     if adapter:  # transformers would load both
@@ -29,10 +29,10 @@ def check_folder(folder: Path) -> None:
 
 
 def read_config(folder: Path):
-    """The config of the base in `folder`, as transformers has it, whatever tensors lie beside it.
+    """The config of the base in `folder` as transformers reads it, whatever the tensors there.
 
     Raises:
-        InputError: no base there, or one that needs code of its own; or settings that make none.
+        InputError: there is no base, it needs code of its own, or its settings make no model.
     """
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
@@ -48,15 +48,15 @@ def read_config(folder: Path):
 
 
 def load_config(folder):
-    """The config of the base in `folder`, as transformers has it, put right by its tensors.
+    """The config of the base in `folder` as transformers reads it, corrected by its tensors.
 
-    An output layer that is stored is not the embeddings, whatever config.json says, unless it
-    equals them; quantized weights are quantized where it says nothing of it; and a padding token
-    beyond the embeddings is none.
+    A stored output layer is not tied to the embeddings, whatever config.json says, unless it equals
+    them. Quantized weights count as quantized even if it does not say so. A padding token beyond
+    the embeddings is dropped.
 
     Raises:
-        InputError: no base there, or one that needs code of its own, or is quantized in a way that
-            is not read here; or tensors that are not quantized as it says, or no floats of ours.
+        InputError: there is no base, it needs code of its own, or it is quantized in a way that is
+            not read here; or its tensors are not quantized as it says, or have an unknown dtype.
     """
     folder = Path(folder)
     config = read_config(folder)
@@ -71,8 +71,8 @@ def load_config(folder):
     _check_dtypes(folder, stored, in_codes)
     if getattr(config, "tie_word_embeddings", False) and not _tied(stored):
         warn_once(
-            f"({folder}: config.json says that the output layer is the embeddings, but another "
-            "one is stored: that is used)"
+            f"({folder}: config.json says that the output layer is the embeddings, but the folder "
+            "stores another one: that one is used)"
         )
         config.tie_word_embeddings = False
     text = config.get_text_config()
@@ -82,7 +82,7 @@ def load_config(folder):
 
 
 def without_values(config, attention: str = "eager", dtype=None):
-    """The model of `config` on the meta device, where it has names and shapes and takes no memory.
+    """The model of `config` on the meta device: with names and shapes, but without memory.
 
     Args:
         attention: the implementation; the config may ask for one that is not installed.
@@ -98,15 +98,15 @@ def without_values(config, attention: str = "eager", dtype=None):
 
 
 def embedding_rows(config) -> int:
-    """How many tokens have a row of the embeddings: ids from 0 up."""
+    """How many token ids, from 0 up, have a row in the embeddings."""
     return config.get_text_config().vocab_size
 
 
 def positions(config, packed: bool = False) -> int:
-    """The most tokens in a row that a base is made for; any number if its config does not say.
+    """The longest example that a base is made for, in tokens; unlimited if its config does not say.
 
-    `packed` asks for the most of an example that is computed beside others: some kinds of rope
-    choose the angles of all of them by the longest.
+    `packed` asks for the longest one that may share a row with others: some kinds of rope choose
+    the angles of all examples in a row by the longest.
     """
     config = config.get_text_config()
     trained = getattr(config, "max_position_embeddings", None) or sys.maxsize
@@ -116,7 +116,7 @@ def positions(config, packed: bool = False) -> int:
         return rope.get("original_max_position_embeddings", trained)
     if packed and kind == "dynamic":
         return trained
-    # Angles that are stretched afterwards: these kinds leave the number before that in the config.
+    # These kinds stretch the angles, and the config has the number from before stretching.
     if kind in ("linear", "dynamic"):
         return int(trained * factor)
     if kind == "yarn":
@@ -125,10 +125,10 @@ def positions(config, packed: bool = False) -> int:
 
 
 def beyond_positions(folder, flag: str, tokens: int) -> str | None:
-    """The line to say if `flag` asks for longer examples than the base in `folder` is made for.
+    """What to say if `flag` asks for longer examples than the base in `folder` takes; else None.
 
     Raises:
-        InputError: the base there cannot be read; a tokenizer alone is made for any number.
+        InputError: the base cannot be read; a folder with only a tokenizer has no limit.
     """
     if not Path(folder, "config.json").is_file():
         return None
@@ -137,19 +137,19 @@ def beyond_positions(folder, flag: str, tokens: int) -> str | None:
     if tokens <= limit:
         return None
     made_for = (
-        f"is made for {limit:,} tokens in a row (max_position_embeddings in its config.json, with "
+        f"is made for {limit:,} tokens at most (max_position_embeddings in its config.json, with "
         "any rope_scaling)"
     )
     changes = (
-        f"has rotary angles that examples of over {limit:,} tokens would change for all others of "
-        "their micro-batch (rope_type in its config.json)"
+        f"has rotary angles that an example of over {limit:,} tokens would change for all others "
+        "in its micro-batch (rope_type in its config.json)"
     )
     what = changes if limit < most else made_for
     return f"{flag} {tokens}: the base in {folder} {what}; use {flag} {limit}, or less"
 
 
 def quantized_as(folder) -> str | None:
-    """ "8bit" or "4bit" where the folder's weights are stored as bitsandbytes' codes, else None.
+    """ "8bit" or "4bit" if the folder's weights are stored as bitsandbytes' codes, else None.
 
     Raises:
         InputError: they are quantized in another way.
@@ -168,10 +168,10 @@ def quantized_as(folder) -> str | None:
 
 
 def resolve_precision(folder, wanted: str, card=None) -> tuple[str, str]:
-    """The precision to load the base in `folder` in, and the reason.
+    """The precision in which to load the base in `folder`, and the reason.
 
-    A base that is stored quantized is loaded as what it is; of another, `resolve_quantization`
-    decides for `card` (default: the device here).
+    A base that is stored quantized is loaded as it is. For any other, `resolve_quantization`
+    decides for `card` (default: this machine's device).
 
     Raises:
         InputError: the card cannot compute in it.
@@ -186,7 +186,7 @@ def resolve_precision(folder, wanted: str, card=None) -> tuple[str, str]:
             f"found {card.shown}; use the base that they were made from, with --quantization 4bit"
         )
     instead = "" if wanted in ("auto", stored) else f", which --quantization {wanted} cannot change"
-    return stored, f"{stored} base, as its folder holds it{instead}"
+    return stored, f"{stored} base, as it is stored{instead}"
 
 
 def _settings(folder: Path) -> dict:
@@ -200,12 +200,12 @@ def _settings(folder: Path) -> dict:
 
 
 def _quantization(folder: Path, precision: str) -> dict:
-    """What config.json says of it, or ought to."""
+    """What config.json says about quantization, or ought to."""
     return _told(folder) or {"quant_method": "bitsandbytes", f"load_in_{precision}": True}
 
 
 def _told(folder: Path) -> dict:
-    """What config.json says of how the weights are quantized; raises `InputError`: no object."""
+    """The "quantization_config" of config.json; raises `InputError` if it is not an object."""
     told = _settings(folder).get("quantization_config") or {}
     if not isinstance(told, dict):
         raise InputError(
@@ -216,9 +216,9 @@ def _told(folder: Path) -> dict:
 
 
 def _check_dtypes(folder: Path, stored: StoredTensors, in_codes: set[str]) -> None:
-    """Every weight is of one of the `FLOATS`, apart from those of layers `in_codes`.
+    """Check that every weight has a dtype in `FLOATS`, except those of layers `in_codes`.
 
-    Integers under other names are counts and positions, which are no weights.
+    Integers under other names are counts and positions, not weights.
     """
     for name, tensor in stored.headers.items():
         dtype, weight = dtype_name(tensor.dtype), name.endswith(".weight")
@@ -230,9 +230,9 @@ def _check_dtypes(folder: Path, stored: StoredTensors, in_codes: set[str]) -> No
 
 
 def _tied(stored: StoredTensors) -> bool:
-    """Whether the output layer is the embeddings: one of them alone is stored, or they are equal.
+    """Whether the output layer is the embeddings: only one of them is stored, or they are equal.
 
-    Pickles hold both in any case.
+    Pickles always hold both.
     """
     names = [stored.name_of(parameter) for parameter in (EMBEDDINGS, HEAD)]
     return None in names or stored.equal(*names)

@@ -1,7 +1,7 @@
-"""What readers older than the pinned libraries look for in a folder, beside what those write.
+"""What readers older than the pinned libraries look for in a folder, besides what those write.
 
-transformers 4 and converters such as Ollama's look for the rotary base in `rope_theta`, and take
-10,000 in silence where they find none. transformers 4 has no tokenizer class `TokenizersBackend`,
+transformers 4 and converters such as Ollama's look for the rotary base in `rope_theta`, and
+silently use 10,000 if it is not there. transformers 4 has no tokenizer class `TokenizersBackend`,
 and no list of `extra_special_tokens`. peft 0.13 and older refuse keys that they do not know.
 """
 
@@ -14,8 +14,8 @@ MODEL, TOKENIZER, ADAPTER = "config.json", "tokenizer_config.json", "adapter_con
 ROTARY = re.compile("rope_|rotary_|partial_rotary_factor")
 # Kinds of scaling from before "type" was called "rope_type".
 FIRST_KINDS = "linear", "dynamic"
-# These are read from `tokenizer.json` as it is under a name that both generations know. A
-# LlamaTokenizer would be built anew from settings, of which `legacy` is not saved, and with
+# Under a name that both generations know, these are read from `tokenizer.json` as it is. A
+# LlamaTokenizer would be rebuilt from settings, of which `legacy` is not saved, and with
 # `add_prefix_space` from a file that is not there.
 BY_FILE = "TokenizersBackend", "LlamaTokenizer"
 PEFT_0_13 = {  # the keys of its LoraConfig
@@ -49,12 +49,12 @@ PEFT_0_13 = {  # the keys of its LoraConfig
 def amend(folder: Path, base: Path | None = None) -> None:
     """Add what older readers need to the JSON files that the libraries have written in `folder`.
 
-    Newer readers find the same in them as before.
+    For newer readers the files mean the same as before.
 
     Args:
         folder: a model's or an adapter's.
-        base: a folder with a model of the same config; how its own `config.json` spells the
-            rotary parameters is kept.
+        base: a folder with a model of the same config; its spelling of the rotary parameters is
+            kept.
     """
     own = json.loads((base / MODEL).read_text(encoding="utf-8")) if base else {}
     kept = {key: value for key, value in own.items() if ROTARY.match(key)}
@@ -74,9 +74,9 @@ def _rewrite(path: Path, change: Callable[[dict], dict]) -> None:
 
 
 def _older_rope(parameters: dict) -> dict:
-    """`rope_parameters` as the keys it was made of; none where layers differ in it.
+    """`rope_parameters` as the keys it was made of; nothing if layers differ in it.
 
-    How a model with several kinds of layers spelled that is its own matter.
+    Each model with several kinds of layers spelled that in its own way.
     """
     if "rope_theta" not in parameters:
         return {}
@@ -101,7 +101,7 @@ def _older_tokenizer(settings: dict) -> dict:
 
 
 def _older_adapter(settings: dict) -> dict:
-    """Without keys that peft 0.13 does not know, unless they say something."""
+    """The config without keys that peft 0.13 does not know, unless they are in use."""
     from peft import LoraConfig
 
     usual = json.loads(json.dumps(LoraConfig().to_dict(), default=list))

@@ -1,4 +1,4 @@
-"""Weights that a folder stores as bitsandbytes' codes, with what is needed to read them."""
+"""Weights that a folder stores as bitsandbytes' codes, and what is needed to read them."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,7 +7,7 @@ from llama_lora.cli import InputError
 from llama_lora.model.folder.tensors import StoredTensors
 from llama_lora.text import named
 
-# What bitsandbytes stores beside the codes of a weight, by the name of the layer and this.
+# What bitsandbytes stores with the codes of a weight: tensors named after the layer, plus this.
 SCALES = ".SCB"
 STATES = ".weight.quant_state.bitsandbytes__"  # and "nf4" or "fp4"
 ENDINGS = {"8bit": SCALES, "4bit": STATES}
@@ -15,25 +15,25 @@ ENDINGS = {"8bit": SCALES, "4bit": STATES}
 
 @dataclass(frozen=True)
 class QuantizedWeights:
-    """How many weights a folder stores as codes, and their bytes with all that belongs to them."""
+    """How many weights a folder stores as codes, and how many bytes they and their scales take."""
 
     weights: int
     bytes: int
 
 
 def precision_of(stored: StoredTensors) -> str | None:
-    """ "8bit" or "4bit" where some weights are stored as codes, else None."""
+    """ "8bit" or "4bit" if some weights are stored as codes, else None."""
     return next((precision for precision in ENDINGS if layers(stored, precision)), None)
 
 
 def layers(stored: StoredTensors, precision: str) -> set[str]:
-    """The layers for whose codes something is stored to read them with."""
+    """The layers with something stored to read their codes with."""
     ending = ENDINGS[precision]
     return {name.partition(ending)[0] for name in stored.headers if ending in name}
 
 
 def measure(stored: StoredTensors, precision: str) -> QuantizedWeights:
-    """What there is of them."""
+    """How many weights are stored as codes, and in how many bytes."""
     readable = layers(stored, precision)
     parts = {
         name: tensor
@@ -46,9 +46,9 @@ def measure(stored: StoredTensors, precision: str) -> QuantizedWeights:
 
 
 def check(folder: Path, stored: StoredTensors, precision: str) -> None:
-    """Check that every weight in codes has what is needed to read them, and that there are some.
+    """Check that there are weights in codes, and that each has what is needed to read it.
 
-    Of a folder without weights, whose plan alone can be wanted, nothing is checked.
+    A folder without weights is not checked: it is enough for a memory plan.
 
     Raises:
         InputError: a tensor is missing, or no weight is in codes.
@@ -70,7 +70,7 @@ def check(folder: Path, stored: StoredTensors, precision: str) -> None:
     parts = {f"{layer}.weight" for layer in readable}
     if precision == "4bit":
         parts |= {f"{weight}.{part}" for weight in parts for part in ("absmax", "quant_map")}
-        # Scales that are codes themselves: double quantization.
+        # Double quantization: the scales are codes themselves.
         parts |= {
             name.removesuffix("absmax") + part
             for name in parts & stored.headers.keys()
@@ -86,9 +86,9 @@ def check(folder: Path, stored: StoredTensors, precision: str) -> None:
 
 
 def misshapen(model) -> set[tuple[str, tuple, tuple]]:
-    """Quantized weights that a loaded `model` has no place for.
+    """Quantized weights whose shape does not fit the loaded `model`.
 
-    Each with the shape stored and the one expected; transformers compares those of all others.
+    Each with its stored and its expected shape; transformers compares the shapes of all others.
     """
     from bitsandbytes.nn import Linear4bit, Linear8bitLt, Params4bit
 

@@ -1,4 +1,4 @@
-"""What a base model consists of, from its config: no weights are read, none are allocated."""
+"""What a base consists of, from its config: no weights are read or allocated."""
 
 import math
 from dataclasses import dataclass
@@ -9,32 +9,32 @@ from llama_lora.model.folder.quantized_weights import QuantizedWeights, measure
 from llama_lora.model.folder.tensors import StoredTensors
 from llama_lora.text import brief
 
-NF4_BYTES = 1 / 2 + (1 + 4 / 256) / 64  # blocks of 64 share a scale, 256 scales share another
-PLAIN_NF4_BYTES = 1 / 2 + 4 / 64  # of a folder without that: scales are fp32
+NF4_BYTES = 1 / 2 + (1 + 4 / 256) / 64  # 64 weights share a scale, and 256 scales share another
+PLAIN_NF4_BYTES = 1 / 2 + 4 / 64  # in a folder without double quantization: scales are fp32
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A Llama-architecture base: its linear layers and the number of all its other weights.
+    """A base of Llama's architecture: its linear layers, and how many other weights it has.
 
-    `linears` are those of one decoder layer, each name with its outputs and inputs.
+    `linears` are the linear layers of one decoder layer, by name, with outputs and inputs.
     """
 
     config: object  # of transformers
     linears: dict[str, tuple[int, int]]
     layers: int
-    other: int  # weights that stay in the compute dtype: embeddings, head, norms, biases
-    head: int  # weights of the output layer, shared with the embeddings or not
-    codes: QuantizedWeights | None = None  # of a folder that stores some
+    other: int  # weights in the compute dtype: embeddings, head, norms, biases
+    head: int  # weights of the output layer, tied to the embeddings or not
+    codes: QuantizedWeights | None = None  # if the folder stores some
 
     @property
     def linear(self) -> int:
-        """Weights of all decoder layers' linear layers."""
+        """Weights in the linear layers of all decoder layers."""
         return self.layers * sum(math.prod(size) for size in self.linears.values())
 
     @property
     def quantized(self) -> int:
-        """Weights that are quantized, where some are: those of linear layers, or as stored."""
+        """Weights that quantization affects: those stored as codes, else all in linear layers."""
         return self.codes.weights if self.codes else self.linear
 
     @property
@@ -43,11 +43,11 @@ class Shape:
 
     @property
     def stored_quantized(self) -> bool:
-        """Whether its folder holds codes already, so that no flag changes its precision."""
+        """Whether its folder already holds codes, so that no flag changes its precision."""
         return bool(getattr(self.config, "quantization_config", None))
 
     def weight_bytes(self, quantization: str, itemsize: int) -> float:
-        """Bytes of the loaded weights; `itemsize` of an unquantized one."""
+        """Bytes of the loaded weights; an unquantized one takes `itemsize`."""
         if self.codes:
             return self.codes.bytes + (self.parameters - self.codes.weights) * itemsize
         told = getattr(self.config, "quantization_config", None) or {}
@@ -64,7 +64,7 @@ class Shape:
         """The linear layers of a decoder layer that `--lora_target_modules` names.
 
         Raises:
-            InputError: a name that is none of them.
+            InputError: a name is not one of them.
         """
         if names == ["all-linear"]:
             return self.linears
@@ -76,22 +76,22 @@ class Shape:
         return {name: self.linears[name] for name in names}
 
     def lora_parameters(self, targets: dict[str, tuple[int, int]], r: int, dora: bool) -> int:
-        """Trainable parameters: A and B of each target, and DoRA's norm of each output."""
+        """Trainable parameters: A and B of each target, and DoRA's magnitude of each output."""
         one_layer = sum(r * (out + into) + dora * out for out, into in targets.values())
         return self.layers * one_layer
 
 
 def head_size(config) -> int:
-    """Numbers of a query of one attention head, by a config of transformers."""
-    own = getattr(config, "head_dim", None)  # absent or None: the hidden size is shared out
+    """The size of one attention head, from a config of transformers."""
+    own = getattr(config, "head_dim", None)  # absent or None: the hidden size is divided up
     return own or config.hidden_size // config.num_attention_heads
 
 
 def shape_of(folder) -> Shape:
-    """The shape of the base model in `folder`, read from its config.json and its codes.
+    """The shape of the base in `folder`, from its config.json and its codes.
 
     Raises:
-        InputError: no base model there, or not one of Llama's architecture.
+        InputError: there is no base, or it is not of Llama's architecture.
     """
     import torch
 

@@ -1,4 +1,4 @@
-"""The tensors that a model folder stores, in safetensors or pickled, read one at a time."""
+"""The tensors that a model folder stores, as safetensors or pickles, read one at a time."""
 
 import json
 import pickle
@@ -11,7 +11,7 @@ from zipfile import is_zipfile
 from llama_lora.cli import InputError
 from llama_lora.text import brief, named
 
-PREFIX = "model."  # of all but the output layer; transformers takes names without it as well
+PREFIX = "model."  # of all names but the output layer's; transformers also takes names without it
 SAFETENSORS = ".safetensors"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLED, PICKLED_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
@@ -20,7 +20,7 @@ FLOATS = "float16", "bfloat16", "float32"  # the dtypes of weights that are not 
 
 @dataclass(frozen=True)
 class _File:
-    """A file as it was found: another one once it is written anew."""
+    """A file as it was found; it counts as another one once it is rewritten."""
 
     path: Path
     changed: int
@@ -35,7 +35,7 @@ class _File:
         return cls(path, found.st_mtime_ns, found.st_size)
 
 
-# All stages of a run look at the base: what is found is kept as long as the files stay the same.
+# Many parts of a run look at the base: what is found is kept as long as the files stay the same.
 _EQUAL: dict[tuple, bool] = {}
 
 
@@ -45,16 +45,19 @@ def _headers(file: _File) -> dict:
 
 
 class StoredTensors:
-    """The tensors of a model folder by name, which stay on disk until asked for.
+    """The tensors of a model folder by name; they stay on disk until asked for.
 
     Attributes:
-        headers: every tensor on the meta device: its shape and dtype. None where the folder has no
-            weights.
+        headers: every tensor on the meta device, for its shape and dtype; empty if the folder has
+            no weights.
     """
 
     def __init__(self, folder):
-        """Raises `InputError`: a file that cannot be read, or holds other than tensors; a tensor
-        that is stored twice, with the prefix and without.
+        """Read the headers.
+
+        Raises:
+            InputError: a file cannot be read or holds more than tensors, or a tensor is stored
+                twice, with the prefix and without.
         """
         self._in_memory: tuple[Path | None, dict] = None, {}
         self._files, self.headers = {}, {}
@@ -70,7 +73,7 @@ class StoredTensors:
             )
 
     def name_of(self, parameter: str) -> str | None:
-        """The name under which a parameter is stored, if it is: with or without the prefix."""
+        """The name a parameter is stored under, with or without the prefix; None if it is not."""
         names = parameter, parameter.removeprefix(PREFIX), PREFIX + parameter
         return next((name for name in names if name in self.headers), None)
 
@@ -83,17 +86,17 @@ class StoredTensors:
         path = self._files[name].path
         if self._in_memory[0] == path:
             return self._in_memory[1][name]
-        # Opened again each time: an open file keeps every page that was read of it.
+        # Reopened each time: an open file keeps every page that was read from it.
         tensors = _tensors(path, [name])
         if path.suffix != SAFETENSORS and not is_zipfile(path):  # read, not mapped
             self._in_memory = path, tensors
         return tensors[name]
 
     def equal(self, first: str, second: str) -> bool:
-        """Whether the tensors of these names are of one dtype and have the same values.
+        """Whether the tensors of these names have the same dtype and values.
 
         Raises:
-            InputError: a file of theirs cannot be read.
+            InputError: one of their files cannot be read.
         """
         import torch
 
@@ -105,7 +108,7 @@ class StoredTensors:
 
 
 def _tensors(path: Path, names: list[str] | None = None) -> dict:
-    """Those tensors of a file, or all; of a pickle all in any case."""
+    """Those tensors of a file, or all of them; a pickle always gives all."""
     from safetensors import safe_open
 
     if path.suffix != SAFETENSORS:
@@ -113,12 +116,12 @@ def _tensors(path: Path, names: list[str] | None = None) -> dict:
     try:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in names or file.keys()}
-    except Exception as error:  # safetensors raises its own kinds, and Rust's
+    except Exception as error:  # safetensors raises its own errors, and Rust's
         raise InputError(f"{path}: cannot be read: {brief(error)}") from error
 
 
 def _pickled(path: Path) -> dict:
-    """All tensors of a pickle: those of torch 1.6 and later are mapped, older ones read."""
+    """All tensors of a pickle: files of torch 1.6 and later are mapped, older ones read."""
     import torch
 
     try:
@@ -134,14 +137,14 @@ def _pickled(path: Path) -> dict:
 
 
 def not_only_tensors(path: Path, error: pickle.UnpicklingError) -> InputError:
-    """What to say of a pickle that torch has not loaded as tensors alone."""
+    """What to say about a pickle that torch cannot load as tensors alone."""
     forbidden = re.search(r"GLOBAL (\S+)", str(error))
     found = f"the code {forbidden[1]}" if forbidden else "another pickle"
     return InputError(f"{path}: not loaded: expected tensors alone, found {found}")
 
 
 def _files(folder: Path) -> list[Path]:
-    """The files that transformers loads the model in `folder` from; none if it has none."""
+    """The files that transformers loads the model in `folder` from, if any."""
     for name, index in ((WEIGHTS, INDEX), (PICKLED, PICKLED_INDEX)):
         if (folder / name).is_file():
             return [folder / name]
@@ -153,7 +156,7 @@ def _files(folder: Path) -> list[Path]:
 def _shards(index: Path) -> list[Path]:
     try:
         found = json.loads(index.read_text(encoding="utf-8"))
-        found["metadata"]  # transformers wants it, and all scripts are to take the same folders
+        found["metadata"]  # transformers needs it, and all scripts should take the same folders
         names = set(found["weight_map"].values())
         return [index.parent / name for name in sorted(names)]
     except (ValueError, KeyError, TypeError, AttributeError) as error:

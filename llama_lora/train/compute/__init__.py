@@ -1,1 +1,1 @@
-"""What is computed otherwise than the libraries do: attention in packed rows, the loss."""
+"""What is computed differently from the libraries: attention in packed rows, and the loss."""

@@ -1,6 +1,6 @@
-"""Whether attention within examples is what a base asks for.
+"""Checks that attention within examples is what a base computes.
 
-By its config before any weights are loaded, and by its numbers before the first step.
+First by its config, before any weights are loaded; then by its numbers, before the first step.
 """
 
 import inspect
@@ -18,24 +18,24 @@ from llama_lora.text import brief
 from llama_lora.train.compute.packed_attention import BY_EXAMPLE, attend_within_examples
 
 ON_TRIAL, COMPARED = "by_example_on_trial", "by_example_compared"
-WINDOW = 16  # tokens of windows in a comparison
+WINDOW = 16  # tokens of a window during a comparison
 
 
 def windows(folder) -> list[int | None]:
-    """The window of each layer of the base in `folder`, None where it sees all that came before.
+    """The window of each layer of the base in `folder`; None if a layer sees all earlier tokens.
 
-    Found by running the layers on tensors without values, so that it takes no weights, no memory
-    and a fraction of a second.
+    The layers are run on tensors without values, which takes no weights, no memory and a fraction
+    of a second.
 
     Raises:
-        InputError: no base there, or one that asks for more than `attend_within_examples` computes.
+        InputError: there is no base, or it needs more than `attend_within_examples` computes.
     """
     found, lengths = {}, [1, 1]
 
     def record(module, query, key, value, attention_mask, **others):
         if others.get("example_lengths") != lengths:
             raise InputError(
-                "its layers are not told where the examples of a row end; take another base"
+                "its layers are not told where the examples of a row end; use another base"
             )
         found[module] = attention_mask
         return attend_within_examples(module, query, key, value, attention_mask, **others)
@@ -45,7 +45,7 @@ def windows(folder) -> list[int | None]:
     try:
         model = without_values(config, ON_TRIAL, torch.bfloat16)
         ids = torch.zeros((1, 2), dtype=torch.long, device="meta")
-        # With a mask, since whether positions restart cannot be seen without values.
+        # With a mask: without values, transformers cannot see whether positions restart.
         model(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
@@ -60,12 +60,12 @@ def windows(folder) -> list[int | None]:
     ) as error:
         raise InputError(f"{folder}: cannot see how its layers attend: {brief(error)}") from error
     if len(found) != config.get_text_config().num_hidden_layers:
-        raise InputError(f"{folder}: not all of its layers attend; take another base")
+        raise InputError(f"{folder}: some of its layers have no attention; use another base")
     return list(found.values())
 
 
 def _window_if_that_is_all(*, mask_function, local_size: int | None = None, **_):
-    """As `packed_attention.window`; what makes the mask if that would hide or show other keys."""
+    """As `packed_attention.window`; but the mask function if the mask is more than a window."""
     size = local_size or 4
     queries = torch.tensor([0, size - 1, size, size + 1, 2 * size])[:, None]
     keys = torch.arange(2 * size + 2)[None]
@@ -73,7 +73,7 @@ def _window_if_that_is_all(*, mask_function, local_size: int | None = None, **_)
     zero = torch.tensor(0)
     try:
         same = torch.equal(mask_function(zero, zero, queries, keys).expand_as(seen), seen)
-    except RuntimeError:  # it depends on what has no values
+    except RuntimeError:  # it depends on tensors without values
         same = False
     return local_size if same else mask_function
 
@@ -83,12 +83,12 @@ AttentionMaskInterface.register(ON_TRIAL, _window_if_that_is_all)
 
 @torch.no_grad()
 def check(model) -> None:
-    """Check that `attend_within_examples` gives each layer of `model` what its eager one does.
+    """Check that `attend_within_examples` equals the eager attention of each layer of `model`.
 
     Both are computed in fp32 from the same queries and keys, for an example that is longer than a
-    window: that is of `WINDOW` tokens meanwhile, so that few more do. (Logits would not tell. With
-    a window so short a base is far from what it was trained for, and rounding alone may change them
-    by half as much as all else.)
+    window. Windows are cut to `WINDOW` tokens meanwhile, so that a short example is enough.
+    (Comparing logits would tell little: with so short a window, a base is far from what it was
+    trained for, and rounding alone may change them half as much as everything else.)
 
     Raises:
         InputError: they differ.
@@ -113,8 +113,8 @@ def check(model) -> None:
     for number, difference in enumerate(differences):
         if not difference <= 0.01:  # so that NaN fails, too
             raise InputError(
-                f"{model.config.model_type}: what layer {number} attends to is off by "
-                f"{difference:.2g} of what its own attention gives; take another base"
+                f"{model.config.model_type}: the attention of layer {number} is off by "
+                f"{difference:.2g} from its own eager attention; use another base"
             )
 
 
@@ -127,7 +127,7 @@ AttentionMaskInterface.register(COMPARED, _compared_masks)
 
 @contextmanager
 def _attending(model, implementation: str, window: int) -> Iterator[None]:
-    """The model answers by that implementation, and windows, where it has any, are of that size."""
+    """Meanwhile the model attends by that implementation, and its windows have that size."""
     before, was_training = model.config._attn_implementation, model.training
     places = [model.config.get_text_config(), *model.modules()]
     places = [place for place in places if getattr(place, "sliding_window", None)]

@@ -1,9 +1,9 @@
-"""Cross-entropy over the labelled tokens alone, a chunk of logits at a time.
+"""Cross-entropy over the labelled tokens only, a chunk of logits at a time.
 
-The logits of 28,672 tokens over 32,000 words are 3.7 GB in fp32, and their gradient as much again.
-Here the gradient of the hidden states is computed together with the loss, as Liger's fused kernel
-does (Hsu et al. 2024), so that no chunk's logits outlive it, and in plain PyTorch: every card and
-every CPU runs it.
+The logits of 28,672 tokens over a vocabulary of 32,000 take 3.7 GB in fp32, and their gradient as
+much again. Here the gradient of the hidden states is computed together with the loss, as in Liger's
+fused kernel (Hsu et al. 2024), so that no chunk's logits outlive the chunk. It is plain PyTorch,
+which runs on every card and every CPU.
 """
 
 import torch
@@ -13,13 +13,13 @@ from transformers.modeling_outputs import CausalLMOutput
 from llama_lora.cli import InputError
 from llama_lora.model.labels import IGNORE
 
-CHUNK_BYTES = 64 << 20  # of fp32 logits; larger ones are no faster
+CHUNK_BYTES = 64 << 20  # of fp32 logits; larger chunks are no faster
 
 
 class LinearCrossEntropy(torch.autograd.Function):
     """Summed cross-entropy (fp32) of `hidden @ weight.T` at the labelled rows.
 
-    hidden: [tokens, size]; weight: [words, size], frozen; labels: int64 [tokens] or `IGNORE`.
+    hidden: [tokens, size]; weight: [vocabulary, size], frozen; labels: int64 [tokens] or `IGNORE`.
     """
 
     @staticmethod
@@ -42,7 +42,7 @@ class LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, upstream):
         (gradient,) = ctx.saved_tensors
-        # In place: nobody else has it, and it is as large as the hidden states.
+        # In place: nothing else uses it, and it is as large as the hidden states.
         return gradient.mul_(upstream.to(gradient.dtype)), None, None
 
 
@@ -56,9 +56,9 @@ def summed_loss(model, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tens
 
 
 def compute_in_chunks(model) -> None:
-    """Let `model`, a causal language model of transformers, return its loss without its logits.
+    """Make `model`, a causal language model of transformers, return its loss without logits.
 
-    Where labels are given it returns the loss alone: the sum over the labelled tokens, divided by
+    With labels it returns only the loss: the sum over the labelled tokens, divided by
     `num_items_in_batch` or by their number. The head stays frozen.
     """
     whole = model.forward
@@ -77,10 +77,10 @@ def compute_in_chunks(model) -> None:
 
 @torch.no_grad()
 def check(model) -> None:
-    """Check that the loss in chunks is the one that the model's own logits come to.
+    """Check that the loss in chunks equals the loss from the model's own logits.
 
     Raises:
-        InputError: it is not: the head does more than to multiply.
+        InputError: it does not, because the head does more than multiply.
     """
     was_training = model.training
     model.eval()
@@ -91,6 +91,6 @@ def check(model) -> None:
     model.train(was_training)
     if not abs(own - chunked) <= 0.01 * abs(own):  # so that NaN fails, too
         raise InputError(
-            f"{model.config.model_type}: this model's loss is {own:.4f}, and {chunked:.4f} by the "
-            "weights of its head alone; only heads without bias, scale or cap can be trained"
+            f"{model.config.model_type}: this model's loss is {own:.4f}, but {chunked:.4f} from "
+            "the weights of its head alone; only heads without bias, scale or cap can be trained"
         )

@@ -1,9 +1,9 @@
-"""Attention that keeps the examples of a row apart: each attends to itself alone.
+"""Attention that keeps the examples of a row apart: each one attends only to itself.
 
-Nothing is padded to another's length, and nothing is masked but where a base has a window. A mask
-of tokens × tokens would make the kernels of older cards compute all that it then throws away, and
-at 40,000 tokens it takes 1.6 GB. transformers has a mask made once for all layers of a kind; in its
-place they are handed what `attend_within_examples` needs to know of it: the window.
+Nothing is padded, and nothing is masked unless a base has windows. With a mask of tokens × tokens,
+the kernels of older cards would compute everything that it hides, and at 40,000 tokens it takes 1.6
+GB. transformers makes one mask for all layers of a kind; here the layers get the only thing that
+`attend_within_examples` needs to know instead: the window.
 """
 
 import functools
@@ -16,9 +16,9 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from llama_lora.cli import InputError
 
 BY_EXAMPLE = "by_example"
-STEP = 32  # tokens: queries in a block of torch's kernel for CPUs
-BLOCK = 1024  # queries that share a mask, of their own and of a window's keys
-ALIGNED = 8  # numbers; the memory-efficient kernel copies masks whose rows begin elsewhere
+STEP = 32  # tokens: the queries in a block of torch's kernel for CPUs
+BLOCK = 1024  # queries that share a mask over their own and a window's keys
+ALIGNED = 8  # elements; the memory-efficient kernel copies masks with other row starts
 IMMATERIAL = {"position_ids", "use_cache", "output_router_logits"}  # to what a query attends to
 
 
@@ -34,19 +34,19 @@ def attend_within_examples(
     example_lengths: list[int] | None = None,
     **others,
 ) -> tuple[torch.Tensor, None]:
-    """Causal attention within each example, as transformers calls it.
+    """Causal attention within each example, with the signature that transformers calls.
 
     Args:
-        query: [rows, heads, tokens, size]; key and value with as many heads or a divisor of them.
+        query: [rows, heads, tokens, size]; key and value have as many heads, or a divisor of that.
         attention_mask: the window, see `window`.
-        sliding_window: the same, from those models that tell it twice.
-        example_lengths: tokens of each example, in their order along the rows; None: a row is one.
+        sliding_window: the same, from models that pass it twice.
+        example_lengths: tokens of each example, in order along the rows; None: each row is one.
 
     Returns:
-        [rows, tokens, heads, size], and no attention weights.
+        [rows, tokens, heads, size], and None for the attention weights.
 
     Raises:
-        InputError: the layer asks for more than that.
+        InputError: the layer needs more than that.
     """
     _check(attention_mask, sliding_window, others)
     groups = query.shape[1] // key.shape[1]
@@ -56,7 +56,7 @@ def attend_within_examples(
         for q, k, v in zip(*(whole.split(lengths, 2) for whole in (query, key, value)), strict=True)
         for block in _blocks(
             q,
-            # Grouped queries are spelled out: the memory-efficient kernel takes none.
+            # Keys and values are repeated: the memory-efficient kernel takes no grouped queries.
             k.repeat_interleave(groups, 1) if groups > 1 else k,
             v.repeat_interleave(groups, 1) if groups > 1 else v,
             attention_mask,
@@ -71,25 +71,25 @@ def _check(attention_mask, sliding_window, others: dict) -> None:
     asked = [name for name, value in others.items() if value is not None]
     if unknown := sorted(set(asked) - IMMATERIAL):
         raise InputError(
-            f"its layers attend with {', '.join(unknown)}; training and evaluation know windows, "
-            "but no sinks (s_aux), soft caps (softcap) or others; take another base"
+            f"its layers attend with {', '.join(unknown)}; training and evaluation support "
+            "windows, but not sinks (s_aux), soft caps (softcap) or others; use another base"
         )
     if not isinstance(attention_mask, int | None):
         raise InputError(
-            "its layers attend by a mask that is neither causal nor a window; take another base"
+            "its layers attend by a mask that is neither causal nor a window; use another base"
         )
     if sliding_window not in (None, attention_mask):
         raise InputError(
-            f"its layers attend with a window of {sliding_window}, and a mask for one of "
-            f"{attention_mask}; take another base"
+            f"its layers attend with a window of {sliding_window}, but a mask for one of "
+            f"{attention_mask}; use another base"
         )
 
 
 def _blocks(query, key, value, window: int | None, **options) -> Iterator[torch.Tensor]:
-    """What the queries of one example attend to, in their order: [rows, heads, some, size] each.
+    """The attention of one example, in blocks of queries in order: [rows, heads, some, size] each.
 
-    Within a window's length of the first token all are seen; later queries go with the keys of
-    their windows alone.
+    The first window of queries sees all earlier tokens; each later block of queries gets only the
+    keys of its windows.
     """
     tokens = query.shape[2]
     plain = min(tokens, window or tokens)
@@ -107,10 +107,10 @@ def _blocks(query, key, value, window: int | None, **options) -> Iterator[torch.
 
 
 def _filled_up(example: torch.Tensor) -> torch.Tensor:
-    """With zeros after the last token, on a CPU in 16 bits; what comes later no token attends to.
+    """The example, on a CPU in 16 bits with zeros after the last token; no token attends to them.
 
-    There oneDNN makes several products for each length and each rest of a block, and keeps them:
-    with lengths in steps there are few. The blocks are not computed faster for being cut short.
+    There oneDNN compiles several products for each length and each remainder of a block, and keeps
+    them; with rounded lengths they are few. Shorter blocks would not be computed faster.
 
     Args:
         example: [rows, heads, tokens, size].
@@ -125,8 +125,8 @@ def _filled_up(example: torch.Tensor) -> torch.Tensor:
 def _band(window: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """What is added to the scores of a block: 0 in each query's window, else minus infinity.
 
-    One for all blocks, layers and steps, of [`BLOCK`, `window` + `BLOCK` - 1]. A mask of booleans
-    would be made into one of these by every call, and kept for its backward pass.
+    One serves all blocks, layers and steps: [`BLOCK`, `window` + `BLOCK` - 1]. Every call would
+    turn a boolean mask into one of these, and keep it for the backward pass.
     """
     width = -(-(window + BLOCK) // ALIGNED) * ALIGNED
     with torch.inference_mode(False):
@@ -135,10 +135,10 @@ def _band(window: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor
 
 
 def window(*, local_size: int | None = None, **_) -> int | None:
-    """How many keys a query sees, itself and those right before it; None: all before it.
+    """How many keys a query sees, up to and including its own; None: all of them.
 
-    transformers calls it where others make a mask; `attention_check` sees to it that a window is
-    all of it.
+    transformers calls it where other implementations make a mask; `attention_check.windows` makes
+    sure that the mask would be nothing but a window.
     """
     return local_size
 

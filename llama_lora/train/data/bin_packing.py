@@ -1,4 +1,4 @@
-"""Bin packing, apart from all that needs torch: a report counts packs without it."""
+"""Bin packing, apart from everything that needs torch: a report counts rows without it."""
 
 
 def best_fit_decreasing(lengths: list[int], capacity: int) -> list[list[int]]:

@@ -19,13 +19,13 @@ from llama_lora.train.data.example import Example
 
 BATCH_BYTES = 1 << 20  # of conversations tokenized in one call: enough to keep all cores busy
 READ_AT_ONCE = 4096  # examples
-MOST_CUT = 0.05  # of the answer tokens, beyond which truncation has to be asked for
+MOST_CUT = 0.05  # of the answer tokens; if more is truncated, the user has to ask for it
 
 
 class Examples:
-    """A sequence of examples that stay on disk until each is asked for.
+    """A sequence of examples, each of which stays on disk until it is asked for.
 
-    `lengths` are their tokens, int64, and `sources` the conversations that they are pieces of.
+    `lengths` are their lengths in tokens, int64; `sources` the conversations they are pieces of.
     """
 
     def __init__(self, rows, lengths: np.ndarray, sources: list[str]):
@@ -33,7 +33,7 @@ class Examples:
 
     @classmethod
     def of(cls, rows) -> "Examples":
-        """All that a `token_cache.Entry` holds."""
+        """All examples that a `token_cache.Entry` holds."""
         import pyarrow.compute
 
         lengths = pyarrow.compute.list_value_length(rows.data["ids"]).to_numpy()
@@ -50,17 +50,17 @@ class Examples:
         return Example(id.as_py(), source.as_py(), ids, labels)
 
     def labelled(self) -> int:
-        """Tokens to learn, over all examples; they are read."""
+        """The labelled tokens of all examples; this reads them all."""
         import pyarrow.compute as compute
 
         tables = self.rows.select_columns("labelled").iter(READ_AT_ONCE)
         return sum(compute.sum(compute.list_flatten(t["labelled"])).as_py() for t in tables)
 
     def check_ids(self, template: Template, rows: int, base) -> None:
-        """Check that `base` has embeddings, of so many rows, for all tokens; they are read.
+        """Check that the `rows` of embeddings of `base` cover all tokens; this reads them all.
 
         Raises:
-            InputError: the template uses one that it has none for, or a conversation holds one.
+            InputError: the template or a conversation has a token beyond them.
         """
         import pyarrow.compute as compute
 
@@ -72,7 +72,7 @@ class Examples:
             template.check_ids(example.ids, rows, f"conversation {example.id}")
 
     def select(self, indices: list[int]) -> "Examples":
-        """Those at `indices`; no token is copied."""
+        """The examples at `indices`; no token is copied."""
         return Examples(
             self.rows.select(indices), self.lengths[indices], [self.sources[i] for i in indices]
         )
@@ -82,8 +82,8 @@ class Examples:
 class Audit:
     """What became of a corpus file: counts of examples and of their tokens.
 
-    `cut` are the answer tokens beyond the length, of the `truncated` examples; `special` the
-    examples in whose texts a special token is spelled.
+    `cut` counts the answer tokens beyond the length in the `truncated` examples, `special` the
+    examples whose text spells out a special token.
     """
 
     conversations: int = 0
@@ -95,7 +95,7 @@ class Audit:
     special: int = 0
 
     def add(self, labels: np.ndarray, max_length: int) -> bool:
-        """Count an example of which `max_length` tokens are read; whether some is learned."""
+        """Count an example, of which `max_length` tokens are read; whether any is labelled."""
         learned = labels != IGNORE
         labelled = int(np.count_nonzero(learned[:max_length]))
         self.truncated += len(labels) > max_length
@@ -110,7 +110,7 @@ class Audit:
 
     @property
     def cut_share(self) -> float:
-        """Of all answer tokens."""
+        """The share of all answer tokens that are cut off."""
         return self.cut / max(self.labelled + self.cut, 1)
 
     def __str__(self) -> str:
@@ -126,8 +126,8 @@ class Audit:
 
     def _of_special(self) -> str:
         return (
-            f" · {self.special:,} with a special token spelled in a text, which is trained as that "
-            "token: where it ends answers, as their end"
+            f" · {self.special:,} with a special token spelled out in the text; it is trained as "
+            "that token, even as the end of an answer"
         )
 
 
@@ -138,15 +138,15 @@ def load_examples(
     folder: str | None = None,
     allow_truncation: bool = False,
 ) -> tuple[Examples, Audit]:
-    """Tokenize a corpus file, or find that an earlier run has.
+    """Tokenize a corpus file, or reuse the tokens of an earlier run.
 
     Args:
-        max_length: in tokens; what is beyond is cut off, and counted.
+        max_length: in tokens; what is beyond is cut off and counted.
         folder: where tokens are kept; None for `token_cache.default_folder()`.
         allow_truncation: whether more than `MOST_CUT` of the answer tokens may be cut off.
 
     Raises:
-        InputError: not a corpus file, no labelled token in it, or too many cut off.
+        InputError: it is not a corpus file, no token in it is labelled, or too many are cut off.
     """
     folder = Path(folder) if folder else token_cache.default_folder()
     entry = token_cache.Entry(folder, token_cache.key_of(path, template, max_length))
@@ -161,9 +161,9 @@ def load_examples(
 
 
 def hold_out(examples: Examples, ratio: float, seed: int) -> tuple[Examples, Examples]:
-    """Split into examples to train on and those of at least one conversation to measure on.
+    """Split into examples to train on and, of at least one conversation, examples to measure on.
 
-    Pieces of one conversation repeat some of each other, so they stay on one side.
+    Pieces of one conversation repeat parts of each other, so they stay on the same side.
     """
     sources = list(dict.fromkeys(examples.sources))
     count = max(1, round(len(sources) * ratio))
@@ -177,7 +177,7 @@ def hold_out(examples: Examples, ratio: float, seed: int) -> tuple[Examples, Exa
 
 
 def _tokenized(path: str, template: Template, max_length: int, audit: Audit) -> Iterator[dict]:
-    """The examples in columns, some at a time; `audit` counts them.
+    """The examples in columns, a batch at a time; `audit` counts them.
 
     The tokenizer itself keeps all cores busy, unless TOKENIZERS_PARALLELISM says "false".
     """
@@ -234,7 +234,7 @@ def _batches(sized: Iterable[tuple[int, dict]]) -> Iterator[list[dict]]:
 
 
 def _too_much_cut(path: str, template: Template, max_length: int, audit: Audit) -> str:
-    """Why the corpus is refused, and the command that splits it."""
+    """The error that refuses the corpus, with the command that splits it."""
     file = Path(path)
     command = ["python3", "fastchat/data/split_long_conversation.py", "--in", str(file), "--out"]
     command += [str(file.with_name(f"{file.name.split('.')[0]}_split.json"))]
@@ -242,7 +242,7 @@ def _too_much_cut(path: str, template: Template, max_length: int, audit: Audit) 
     command += [] if template.jinja.endswith(VICUNA_V1_1) else ["--template", "model"]
     return (
         f"{path}: {audit.cut_share:.1%} of the answer tokens ({audit.cut:,} of "
-        f"{audit.labelled + audit.cut:,}) would fall beyond --model_max_length {max_length}, at "
-        f"most {MOST_CUT:.0%} may: split the conversations with {shlex.join(command)}, or lose "
-        "them with --allow_truncation True"
+        f"{audit.labelled + audit.cut:,}) are beyond --model_max_length {max_length}, at most "
+        f"{MOST_CUT:.0%} may be: split the conversations with {shlex.join(command)}, or lose them "
+        "with --allow_truncation True"
     )

@@ -8,19 +8,19 @@ from llama_lora.train.data.packing import MicroBatches
 
 
 def load(data, args, template: Template, tell: Callable[[str], None]) -> tuple[list, list]:
-    """The examples to train on, and those held out, none if neither flag asks for them.
+    """The examples to train on, and those held out (None if no flag asks for them).
 
     Args:
         data: `DataArguments`; `args` the `TrainingArguments`.
-        tell: is given a line on what each file holds.
+        tell: gets a line about what each file holds.
 
     Raises:
-        InputError: a file that is no corpus, or in which nothing can be learned.
+        InputError: a file is not a corpus file, or nothing in it can be learned.
     """
 
     def read(path: str):
         settings = data.model_max_length, data.token_cache, data.allow_truncation
-        with args.main_process_first(local=True):  # it tokenizes, the others read what it wrote
+        with args.main_process_first(local=True):  # one tokenizes, the others read what it wrote
             examples, audit = load_examples(path, template, *settings)
         tell(f"{path}: {audit}")
         return examples
@@ -32,7 +32,7 @@ def load(data, args, template: Template, tell: Callable[[str], None]) -> tuple[l
 
 
 def training_batches(examples, data, args) -> MicroBatches:
-    """Of the examples to train on; from here on `args` counts micro-batches one at a time."""
+    """The micro-batches to train on; from here on, `args` has a batch size of one micro-batch."""
     training = MicroBatches(
         examples,
         data.model_max_length,
@@ -51,7 +51,7 @@ def training_batches(examples, data, args) -> MicroBatches:
 
 
 def held_out_batches(examples, data, args) -> MicroBatches | None:
-    """Of the examples to measure on, None if there are none."""
+    """The micro-batches to measure on; None if there are none."""
     if not examples:
         return None
     size = args.per_device_eval_batch_size

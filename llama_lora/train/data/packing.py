@@ -1,4 +1,4 @@
-"""Micro-batches of whole examples with no padding: what is computed is what is learned from."""
+"""Micro-batches of whole examples without padding: no computation is wasted."""
 
 import random
 
@@ -19,8 +19,8 @@ EPOCH_STRIDE = 1_000_003  # so that neighbouring seeds do not share epochs
 class MicroBatches(torch.utils.data.Dataset):
     """The micro-batches of an epoch, each a list of examples, in the order of training.
 
-    Each epoch has its own packing and order, which depend on the seed and the epoch alone, so that
-    a resumed run sees what the uninterrupted one would have.
+    Each epoch has its own packing and order. They depend only on the seed and the epoch, so a
+    resumed run sees what the uninterrupted one would have seen.
     """
 
     def __init__(
@@ -37,11 +37,11 @@ class MicroBatches(torch.utils.data.Dataset):
         Args:
             examples: a sequence of `Example`, with their `lengths` in tokens.
             size: a micro-batch holds up to `size` × `max_length` tokens.
-            packing: whether examples share that room freely; otherwise a micro-batch is `size`
-                examples, and those of an optimizer step are of about the same length.
-            processes: that train at the same time. Empty micro-batches even them out, so that each
-                makes as many steps and none repeats an example.
-            accumulation: micro-batches of an optimizer step in each process.
+            packing: whether examples share that room freely; if not, a micro-batch is `size`
+                examples, and all those of an optimizer step have about the same length.
+            processes: how many train at the same time. Empty micro-batches even them out, so that
+                all take the same number of steps and none repeats an example.
+            accumulation: micro-batches per optimizer step in each process.
         """
         self.examples, self.capacity = examples, size * max_length
         self.size, self.packing, self.seed, self.processes = size, packing, seed, processes
@@ -77,12 +77,12 @@ class MicroBatches(torch.utils.data.Dataset):
 
     @property
     def fullest(self) -> int:
-        """Tokens of the largest micro-batch of this epoch."""
+        """Tokens in the fullest micro-batch of this epoch."""
         return max(int(self.lengths[members].sum()) for members in self.members if members)
 
     @property
     def fill(self) -> float:
-        """Share of the micro-batches' room that holds tokens; the rest costs nothing."""
+        """The share of the micro-batches' room that holds tokens; the rest costs nothing."""
         used = sum(members != [] for members in self.members)
         return int(self.lengths.sum()) / (used * self.capacity)
 
@@ -91,8 +91,10 @@ EMPTY = Example("", "", np.zeros(1, np.int32), np.full(1, IGNORE, np.int32))
 
 
 def collate(micro_batches: list[list[Example]]) -> dict:
-    """The examples of a micro-batch (a list of one, as the loader hands it over) one after the
-    other in a single row, with no padding.
+    """The examples of a micro-batch in a single row, one after the other, without padding.
+
+    Args:
+        micro_batches: one micro-batch in a list, as the loader passes it.
 
     Returns:
         int64 `input_ids`, `labels` and `position_ids` of [1, tokens]; `example_lengths`, by which
@@ -100,7 +102,7 @@ def collate(micro_batches: list[list[Example]]) -> dict:
     """
     (examples,) = micro_batches
     examples = examples or [EMPTY]
-    # What an example begins with follows on nothing, so it is nothing to learn.
+    # Nothing comes before an example's first token, so that token is not learned.
     labels = [np.concatenate(([IGNORE], example.labels[1:])) for example in examples]
     positions = [np.arange(len(example.ids)) for example in examples]
     return {
@@ -118,16 +120,16 @@ def _as_row(parts: list[np.ndarray]) -> torch.Tensor:
 
 @torch.no_grad()
 def check_isolation(model) -> None:
-    """Check that in this model an example of a packed row is computed as if it were alone.
+    """Check that in this model an example in a packed row is computed as if it were alone.
 
-    Several settings (an attention implementation, a cache, a mask) turn isolation off in silence.
+    Several settings (an attention implementation, a cache, a mask) silently turn isolation off.
 
     Args:
-        model: of transformers, with LoRA matrices inside or without.
+        model: a transformers model, with or without LoRA matrices.
 
     Raises:
         InputError: what comes first in a row changes what follows, or a layer does not attend as
-            the base asks for.
+            the base does.
     """
     attention_check.check(model)
     was_training = model.training
@@ -141,7 +143,8 @@ def check_isolation(model) -> None:
         ids = torch.cat(examples)[None]
         return model(input_ids=ids, use_cache=False, **kwargs).logits[0, -12:]
 
-    # Of rows of one shape, since kernels for another round differently, and by much in 16 bits.
+    # With rows of one shape, since kernels for other shapes round differently, and a lot in 16
+    # bits.
     packed = logits(first, last, **packing)
     leaked = _largest(packed - logits(other, last, **packing))
     apart = _largest(logits(first, last) - logits(other, last))
@@ -151,7 +154,7 @@ def check_isolation(model) -> None:
     if not leaked <= apart / (2 if is_int8(model) else 10):  # so that NaN fails, too
         raise InputError(
             f"packed examples are not kept apart in this model: its logits change by {leaked:.3g} "
-            f"with what comes before, and by {apart:.3g} where all is attended"
+            f"with what comes before, and by {apart:.3g} if all of it is attended to"
         )
     if not misplaced <= apart / 2:
         raise InputError(

@@ -1,4 +1,4 @@
-"""Tokens on disk: kept from run to run, and read from there by all processes of a machine.
+"""Tokens on disk: kept from run to run, and read by all processes on a machine.
 
 An entry is two files: `KEY.arrow` with the examples, `KEY.N.json` with the account of them. The
 account is put in place last, so its existence means that the entry is complete.
@@ -14,21 +14,21 @@ from llama_lora.cli import InputError
 from llama_lora.corpus.records.atomic_files import Outputs
 from llama_lora.model.template import Template
 
-FORMAT = 1  # to be raised when the same corpus and settings come to other tokens or other files
-ACCOUNT = 2  # to be raised when the account holds something else
+FORMAT = 1  # to be raised when the same corpus and settings give other tokens or other files
+ACCOUNT = 2  # to be raised when the account's contents change
 
 
 def default_folder() -> Path:
-    """On the machine's own disk and shared by all runs.
+    """The default folder, on the machine's own disk and shared by all runs.
 
-    Not the output folder, which is often on a network drive, where reading token by token is slow.
+    The output folder would be slow: it is often on a network drive, and tokens are read bit by bit.
     """
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(os.environ.get("LLAMA_LORA_CACHE") or Path(home, "llama_lora"))
 
 
 def key_of(path: str, template: Template, max_length: int) -> str:
-    """A hash of all that the tokens of the corpus at `path` depend on."""
+    """A hash of everything that the tokens of the corpus at `path` depend on."""
     tokenizer = template.tokenizer
     settings = [
         FORMAT,
@@ -47,7 +47,7 @@ def key_of(path: str, template: Template, max_length: int) -> str:
 
 
 class Entry:
-    """The examples of one corpus under one key; they may not have been written yet."""
+    """The examples of one corpus under one key; they may not be written yet."""
 
     def __init__(self, folder: Path, key: str):
         self.tokens, self.account = folder / f"{key}.arrow", folder / f"{key}.{ACCOUNT}.json"
@@ -56,11 +56,11 @@ class Entry:
         return self.account.is_file() and self.tokens.is_file()
 
     def write(self, batches: Iterable[dict[str, list]], account: dict) -> None:
-        """Write both files whole or not at all.
+        """Write both files completely, or not at all.
 
         Args:
-            batches: columns of `schema()`, of some rows each.
-            account: of numbers; is looked at when `batches` has come to its end.
+            batches: columns of `schema()`, with some rows each.
+            account: numbers; it is read after the last of `batches`.
 
         Raises:
             InputError: the folder cannot be written to.
@@ -81,7 +81,7 @@ class Entry:
             outputs.open(str(self.account)).write(json.dumps(account).encode())
 
     def read(self):
-        """The examples, memory-mapped, in Arrow's own form, and the account."""
+        """The examples, memory-mapped as Arrow tables, and the account."""
         import datasets
 
         rows = datasets.Dataset.from_file(str(self.tokens)).with_format("arrow")
@@ -89,7 +89,7 @@ class Entry:
 
 
 def schema():
-    """Labels are ids where `labelled`, so that a token takes 33 bits."""
+    """The columns: where `labelled` is set, the label is the id, so a token takes 33 bits."""
     import pyarrow
 
     return pyarrow.schema(

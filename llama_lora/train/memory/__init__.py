@@ -1,1 +1,1 @@
-"""What keeps a training within its memory."""
+"""What keeps training within its memory."""

@@ -1,8 +1,8 @@
-"""What checkpointing keeps, each layer's input, in the host's memory until its backward pass.
+"""Keeps each checkpointed layer's input in the host's memory until its backward pass.
 
 It leaves the card on a stream of its own while the next layers compute, and comes back one layer
 before it is needed. transformers' `activation_checkpointing_enable(offload=True)`, which is torch's
-`save_on_cpu`, copies on the stream that computes, which waits meanwhile.
+`save_on_cpu`, copies on the computing stream, which has to wait.
 """
 
 import weakref
@@ -11,17 +11,16 @@ from collections import deque
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 
-LEAST = 1 << 20  # bytes; what is smaller stays
+LEAST = 1 << 20  # bytes; smaller tensors stay
 BLOCK = 16 << 20  # bytes of pinned memory
 ON_THE_WAY = 2  # tensors that leave or come back at the same time
 
 
 class Offload(saved_tensors_hooks):
-    """Context in which large contiguous tensors that autograd saves are kept on the host.
+    """Context in which the large contiguous tensors that autograd saves are kept on the host.
 
-    Enter it around the call of a checkpointed layer: of what happens inside, checkpointing's own
-    hooks see to it that only the layer's inputs are saved. On a CPU all is done as on a card, but
-    to no avail.
+    Enter it around the call of a checkpointed layer; checkpointing's own hooks make sure that only
+    the layer's inputs are saved. On a CPU it does the same as on a card, but saves no memory.
     """
 
     def __init__(self, device: torch.device):
@@ -30,7 +29,7 @@ class Offload(saved_tensors_hooks):
         self.copying = self.torch_device.Stream()
         self.host = HostMemory(pinned=device.type == "cuda")
         self.waiting = weakref.WeakValueDictionary()  # OnHost by number
-        self.on_the_way = deque()  # OnHost whose copy the computing stream did not wait for yet
+        self.on_the_way = deque()  # OnHost whose copy the computing stream has not waited for yet
         self.count = 0
 
     @torch.no_grad()
@@ -58,15 +57,15 @@ class Offload(saved_tensors_hooks):
         return tensor
 
     def _fetch(self, packed) -> None:
-        """Let it come, unless it has not left yet or is on the way."""
+        """Start copying it back, unless it is still on the card or already on its way."""
         if packed.on_card is None:
             self._wait_for_all_but(ON_THE_WAY - 1)
-            # Allocated for the computing stream, which frees it when it has used it.
+            # Allocated for the computing stream, which frees it after using it.
             packed.on_card = torch.empty(packed.shape, dtype=packed.dtype, device=packed.device)
             self._copy(packed, packed.copy_back)
 
     def _copy(self, packed, copy) -> None:
-        """Start it once all is computed that is under way now."""
+        """Start the copy once the computations queued so far are done."""
         self.copying.wait_stream(self._computing())
         with self.torch_device.stream(self.copying):
             copy()
@@ -76,7 +75,7 @@ class Offload(saved_tensors_hooks):
     def _wait_for_all_but(self, most: int) -> None:
         """Take the oldest off the card; memory that a copy still reads or writes is not freed.
 
-        So does what an aborted backward pass had ordered, when the next pass begins.
+        When a new pass begins, this also clears what an aborted backward pass had ordered.
         """
         while len(self.on_the_way) > most:
             packed = self.on_the_way.popleft()
@@ -88,7 +87,7 @@ class Offload(saved_tensors_hooks):
 
 
 class OnHost:
-    """A tensor in the host's memory; `on_card` as long as it is there, too, or comes back."""
+    """A tensor in the host's memory; `on_card` while it is still there or on its way back."""
 
     def __init__(self, number: int, tensor: torch.Tensor, host: "HostMemory"):
         self.number, self.on_card, self.copied = number, tensor, None
@@ -112,19 +111,19 @@ class OnHost:
 
 
 class HostMemory:
-    """Blocks of one size, used again and again: what one tensor leaves fits any other.
+    """Blocks of one size, used again and again: those of one tensor fit any other.
 
-    Pinned memory is slow to get, and torch rounds each piece of it up to a power of two.
+    Pinned memory is slow to allocate, and torch rounds each piece of it up to a power of two.
     """
 
     def __init__(self, pinned: bool):
         self.pinned, self.free = pinned, []
 
     def take(self, size: int) -> list[torch.Tensor]:
-        """Blocks with room for `size` bytes; whoever takes them puts them back into `free`.
+        """Blocks with room for `size` bytes; whoever takes them must put them back into `free`.
 
-        All copies are made on one stream, so a block can be written to before what it held before
-        has arrived elsewhere.
+        All copies are made on one stream, so a block can be reused before its old content has been
+        copied out.
         """
         count = -(-size // BLOCK)
         while len(self.free) < count:

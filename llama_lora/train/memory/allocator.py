@@ -1,4 +1,4 @@
-"""The allocators that activations come from: CUDA's of torch, or without a card the C library's."""
+"""The allocators of activations: torch's for CUDA or, without a card, the C library's."""
 
 import contextlib
 import ctypes
@@ -7,20 +7,21 @@ import platform
 
 MMAP_THRESHOLD = -3  # M_MMAP_THRESHOLD of glibc's malloc.h
 LARGE = 1 << 20  # bytes
-RAISED = 32 << 20  # bytes: to where glibc raises the bound by itself
+RAISED = 32 << 20  # bytes: glibc raises the bound to this by itself
 
-# Of what comes and goes on a CPU, the share that glibc's heap keeps besides as holes, by bytes of a
-# number: in 16 bits oneDNN's products lie between the blocks. By benchmarks.training.plan_accuracy.
+# How much glibc's heap keeps as holes, as a share of what comes and goes on a CPU, by bytes per
+# element: in 16 bits, oneDNN's products lie between the blocks. From
+# benchmarks.training.plan_accuracy.
 HOLES = {2: 0.65, 4: 0.4}
 
-_bound = RAISED  # of the large blocks: glibc can be told, but not asked
+_bound = RAISED  # of large blocks: glibc lets it be set, but not read
 
 
 def give_back_large_blocks() -> None:
-    """Let the system have large blocks back as soon as they are freed, from now on.
+    """From now on, return large blocks to the system as soon as they are freed.
 
-    glibc raises the bound for that to 32 MiB by itself, and where layers recompute, the holes in
-    its heap come to several times what is held. New blocks cost page faults instead.
+    glibc raises the bound for that to 32 MiB by itself. If layers recompute, the holes in its heap
+    then grow to several times what is held. The price of returning blocks is page faults.
     """
     global _bound
     _bound = LARGE
@@ -29,7 +30,7 @@ def give_back_large_blocks() -> None:
 
 @contextlib.contextmanager
 def large_blocks_given_back():
-    """The same meanwhile: where nothing is kept for a backward pass, the holes are as large."""
+    """The same within a context: without a backward pass, the holes are just as large."""
     _tell_glibc(LARGE)
     try:
         yield
@@ -41,13 +42,13 @@ def _tell_glibc(bound: int) -> None:
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
         libc.mallopt(MMAP_THRESHOLD, bound)
-        libc.malloc_trim(0)  # of what is free by now
+        libc.malloc_trim(0)  # of what is already free
 
 
 def expect_all_sizes() -> None:
-    """Let CUDA's blocks grow instead of laying aside one of each size; before the first of them.
+    """Let CUDA's blocks grow, instead of keeping one of each size; call it before the first one.
 
-    Micro-batches have hardly ever the same number of tokens, and blocks of one serve no other.
+    Micro-batches hardly ever have the same number of tokens, and blocks of one do not fit another.
     """
     if not os.environ.keys() & {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"}:
         os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"

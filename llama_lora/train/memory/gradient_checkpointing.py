@@ -1,7 +1,6 @@
-"""Activation checkpointing (Chen et al. 2016): which layers keep their activations for backward.
+"""Activation checkpointing (Chen et al. 2016): which layers keep activations for backward.
 
-Recomputing a layer costs a third of its training time again, so no more of them do it than memory
-asks for.
+Recomputing a layer adds a third to its training time, so only as many do it as memory requires.
 """
 
 import weakref
@@ -28,15 +27,15 @@ TILE = 2048  # tokens that keep any card busy
 def set_up(
     model, wanted: str, tokens: int, offload="auto", mlp_tiles="auto", reserved: float = 0
 ) -> str:
-    """Turn checkpointing on for the layers that need it, and say for how many.
+    """Turn checkpointing on for the layers that need it; returns a line that says how many.
 
     Args:
         wanted: "True" for all layers, "False" for none, "auto" for as few as memory allows.
-        tokens: the most that a micro-batch holds.
-        offload: whether what checkpointed layers keep waits in the host's memory; "auto": if they
-            all are and it does not fit otherwise.
-        mlp_tiles: in how many pieces the MLPs of checkpointed layers take that many tokens; "auto":
-            pieces of `TILE`.
+        tokens: in the fullest micro-batch.
+        offload: whether inputs of checkpointed layers wait in the host's memory; "auto": if all
+            layers are checkpointed and it does not fit otherwise.
+        mlp_tiles: into how many tiles the MLPs of checkpointed layers cut that many tokens; "auto":
+            tiles of `TILE` tokens.
         reserved: bytes that training will allocate besides.
 
     Raises:
@@ -58,14 +57,14 @@ def set_up(
     tiled = tiled_mlp.set_up(model, layers[:count], tile) and tile < tokens
     said = f"gradient checkpointing in {count} of {every} layers"
     if host:
-        said += ", their inputs in the host's memory meanwhile"
+        said += ", with their inputs in the host's memory"
     if tiled:
         said += f", their MLPs in tiles of {tile:,} tokens"
     return said
 
 
 def _offload(model, vectors: int, wanted: str, crowded: bool) -> Offload | None:
-    """To the host, where it has room for so many hidden states, if `wanted` or, "auto", needed."""
+    """Offloading of so many hidden states to the host, if `wanted`, or needed with "auto"."""
     on_card = model.device.type == "cuda"
     if not (on_card and vectors and {"auto": crowded}.get(wanted, wanted == "True")):
         return None
@@ -76,12 +75,12 @@ def _offload(model, vectors: int, wanted: str, crowded: bool) -> Offload | None:
         return None
     raise InputError(
         f"--offload_activations True: needs {size / GIB:.1f} GiB of the host's memory, "
-        f"{room / GIB:.1f} GiB are free; use a shorter --model_max_length"
+        f"only {room / GIB:.1f} GiB are free; use a shorter --model_max_length"
     )
 
 
 def checkpoint(model, chosen: list, offload: Offload | None = None) -> None:
-    """Let the `chosen` layers of `model` recompute, from inputs kept on the host if so wanted."""
+    """Let the `chosen` layers of `model` recompute; with `offload`, from inputs on the host."""
     if chosen:
         # Reentrant checkpointing needs inputs that require gradients, which a frozen base lacks.
         model.activation_checkpointing_enable({"use_reentrant": False})
@@ -104,10 +103,10 @@ def _within(offload: Offload, checkpoint):
 
 
 def forget_inputs(model) -> None:
-    """Let int8 layers go of their inputs, which only the gradient of a trained weight would need.
+    """Make int8 layers drop their inputs, which only the gradient of a trained weight would need.
 
-    bitsandbytes holds them by other means than autograd's, so that checkpointing a layer would not
-    free them; at 7B they are almost six times what it keeps.
+    bitsandbytes holds them outside of autograd, so that checkpointing a layer would not free them;
+    at 7B they are almost six times what checkpointing keeps.
     """
     for module in model.modules():
         if isinstance(module, Linear8bitLt):
@@ -121,9 +120,9 @@ def _forget_input(module, args, output) -> None:
 
 
 def _needed(model, layers: list, tokens: int, reserved: float) -> int:
-    """How many layers have to recompute for a micro-batch of `tokens` to fit.
+    """How many layers have to recompute so that a micro-batch of `tokens` fits.
 
-    More than there are if it does not fit even then.
+    If even all are not enough, it is more than there are.
     """
     per_token, fixed = layer_bytes(model, layers)
     per_layer = per_token * tokens + fixed
@@ -134,9 +133,9 @@ def _needed(model, layers: list, tokens: int, reserved: float) -> int:
 
 
 def layer_bytes(model, layers: list) -> tuple[float, float]:
-    """Bytes that a layer keeps for the backward pass, per token and whatever the tokens; measured.
+    """Bytes that a layer keeps for the backward pass, per token and in addition; measured.
 
-    One layer at a time keeps them: DoRA unfolds weights, of which there is room for few.
+    It is measured with one layer at a time: DoRA unfolds weights, and few of them fit into memory.
     """
     lengths = PROBE_TOKENS, 2 * PROBE_TOKENS
     checkpoint(model, layers)
@@ -150,7 +149,7 @@ def layer_bytes(model, layers: list) -> tuple[float, float]:
 
 
 def _kept(model, tokens: int) -> int:
-    """Bytes that wait for the backward pass of so many tokens."""
+    """Bytes that wait for the backward pass of that many tokens."""
     ids = torch.zeros((1, tokens), dtype=torch.long, device=model.device)
     cards = [model.device] if model.device.type == "cuda" else []
     with torch.random.fork_rng(cards), LiveBytes() as live:
@@ -162,9 +161,9 @@ def _kept(model, tokens: int) -> int:
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of what is computed under it and still held, on any device; and their peak.
+    """Counts the bytes of what is computed under it and still held, on any device, and their peak.
 
-    Hooks on saved tensors would miss what quantized layers keep by their own means.
+    Hooks on saved tensors would miss what quantized layers keep outside of autograd.
     """
 
     def __init__(self):
@@ -196,7 +195,7 @@ class LiveBytes(TorchDispatchMode):
 
 
 def free_memory() -> int:
-    """Bytes that can still be allocated on the card, or without one on the host."""
+    """Bytes that can still be allocated on the card or, without a card, on the host."""
     if torch.cuda.is_available():
         idle = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
         return torch.cuda.mem_get_info()[0] + idle

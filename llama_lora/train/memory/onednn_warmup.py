@@ -1,8 +1,9 @@
-"""Products compiled before a micro-batch fills the heap, in 16 bits on a CPU.
+"""Compiles products before a micro-batch fills the heap, in 16 bits on a CPU.
 
-oneDNN compiles each product for the number of its tokens and keeps it for a while. One compiled
-while activations are there lies between them, where the heap has a hole when they are gone, and the
-holes grow with each step until they take more than what is held. One layer has the shapes of all.
+oneDNN compiles each product for its number of tokens and keeps it for a while. A product compiled
+while activations are there lies between them, and leaves a hole in the heap when they are gone.
+With each step there are more holes, until they take more memory than what is held. The rehearsal
+runs one layer, which has the shapes of all.
 """
 
 import torch
@@ -11,12 +12,12 @@ from llama_lora.model.adapter import trainable
 
 
 def before(loss_of, model):
-    """`loss_of`, a function of a micro-batch, with a warm-up before it where that saves memory.
+    """`loss_of`, a function of a micro-batch, preceded by a warm-up where that saves memory.
 
-    Not where layers recompute: large blocks are not in the heap then, see `allocator`.
+    It does not if layers recompute, since large blocks are not in the heap then, see `allocator`.
 
     Args:
-        model: a peft model, which `loss_of` computes with.
+        model: the peft model that `loss_of` computes with.
     """
     decoder = model.get_base_model().base_model
     layers = decoder.layers

@@ -1,8 +1,8 @@
-"""The gradients of a micro-batch, as a transaction: running out of memory leaves no trace.
+"""The gradients of a micro-batch as a transaction: running out of memory leaves no trace.
 
 A backward pass that breaks off has added to the gradients of some matrices and not of others, and
-under ZeRO has filled buffers that nobody empties. So the gradients are computed apart from the
-optimizer, in as many parts as memory asks for, and handed over when all of them are there.
+under ZeRO it has filled buffers that nothing empties. So the gradients are computed apart from the
+optimizer, in as many parts as memory requires, and handed over when all of them are complete.
 """
 
 import torch
@@ -12,9 +12,9 @@ from llama_lora.hardware.device import out_of_memory
 
 
 def split(batch: dict, parts: int) -> list[dict]:
-    """A micro-batch of `packing.collate` in up to `parts` of about as many tokens each.
+    """A micro-batch of `packing.collate` in up to `parts` parts with about as many tokens each.
 
-    With as many parts as examples, each is one by itself.
+    With as many parts as examples, each part is one example.
     """
     lengths = batch["example_lengths"]
     parts = len(lengths) if parts >= len(lengths) else parts
@@ -35,7 +35,7 @@ def split(batch: dict, parts: int) -> list[dict]:
 
 
 class Gradients:
-    """Computes the gradients of all trainable parameters, in the parts that fit into memory."""
+    """Computes the gradients of all trainable parameters, in parts that fit into memory."""
 
     def __init__(self, parameters: list[torch.nn.Parameter], tell, parts: int = 1):
         self.parameters, self.tell, self.parts = parameters, tell, parts
@@ -44,12 +44,13 @@ class Gradients:
         """The loss of `batch` and the fp32 gradients of all parameters.
 
         Args:
-            loss_of: gives the loss of a part; the losses of the parts add up to that of the whole.
-            scale: multiplies the loss before, and divides the gradients after the backward pass, so
-                that small ones are not lost in fp16.
+            loss_of: returns the loss of a part; the losses of the parts add up to that of the
+                whole.
+            scale: multiplies the loss before the backward pass, and divides the gradients after it,
+                so that small ones are not lost in fp16.
 
         Raises:
-            LocalError: one example alone does not fit.
+            LocalError: a single example does not fit.
         """
         while True:
             try:
@@ -68,7 +69,7 @@ class Gradients:
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
             self.tell(
-                f"out of memory: every micro-batch is from now on computed in {self.parts} parts; "
+                f"out of memory: from now on, every micro-batch is computed in {self.parts} parts; "
                 "the effective batch stays the same"
             )
 
@@ -86,6 +87,6 @@ class Gradients:
         return total, gradients
 
     def as_loss(self, gradients: list[torch.Tensor]) -> torch.Tensor:
-        """A scalar whose gradients are `gradients`, for an engine that wants to go backward."""
+        """A scalar whose gradients are `gradients`, for an engine that calls backward itself."""
         pairs = zip(self.parameters, gradients, strict=True)
         return sum((parameter.float() * gradient).sum() for parameter, gradient in pairs)

@@ -7,9 +7,9 @@ import torch
 
 
 def peak_memory() -> int:
-    """Most bytes this process held so far: of the card's memory, or without one of the host's."""
+    """The most bytes this process has held, of the card's memory or, without a card, the host's."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_reserved()
-    # Not `ru_maxrss`, which begins with what the process held that started this one.
+    # Not `ru_maxrss`, which begins with the memory of the parent process.
     status = Path("/proc/self/status").read_text()
     return int(re.search(r"^VmHWM:\s+(\d+) kB$", status, re.MULTILINE)[1]) << 10

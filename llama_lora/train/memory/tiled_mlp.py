@@ -1,9 +1,10 @@
-"""An MLP that takes the tokens a tile at a time: what is inside it is never there for all of them.
+"""An MLP that takes the tokens a tile at a time, so that its activations exist for one tile only.
 
 Between its products an MLP is several times as wide as the hidden states, and its LoRA matrices
-keep their dropped inputs besides. Arctic Long Sequence Training (Bekman et al. 2025) recomputes it
-tile by tile in the backward pass. DeepSpeed's `TiledMLP` does that by a backward pass that adds to
-`.grad` of the parameters; here their gradients are returned, as `torch.autograd.grad` wants them.
+also keep their inputs after dropout. Arctic Long Sequence Training (Bekman et al. 2025) recomputes
+it tile by tile in the backward pass. DeepSpeed's `TiledMLP` does that with a backward pass that
+adds to the parameters' `.grad`; here their gradients are returned, as `torch.autograd.grad` needs
+them.
 """
 
 import contextlib
@@ -11,18 +12,18 @@ import contextlib
 import torch
 from torch.utils.checkpoint import get_device_states, set_device_states
 
-# Where a layer's MLP takes what the norm before it gives, and nobody else does.
+# Layers in which only the MLP uses the output of the norm before it.
 NORM_BEFORE_MLP = ("llama", "mistral", "qwen2", "qwen3")
 
 
 def set_up(model, layers: list, size: int) -> bool:
     """Let the MLPs of `layers`, with the norms before them, take `size` tokens at a time.
 
-    Tokens do not depend on each other there, so the result is the same but for the order in which
-    the gradients of weights are summed. (int8 kernels find the outlier columns of each tile.)
+    Tokens do not depend on each other there, so the result is the same, except for the order in
+    which the weights' gradients are summed. (int8 kernels find the outlier columns of each tile.)
 
     Returns:
-        Whether some layers do so now: not where it is unknown what else the norm is for.
+        Whether any layer does so now; a layer is left out if its norm may have other uses.
     """
     if model.config.model_type not in NORM_BEFORE_MLP:
         return False
@@ -38,7 +39,7 @@ def _pass(hidden: torch.Tensor) -> torch.Tensor:
 
 
 class _Tiles:
-    """`steps` one after the other, a tile at a time: [rows, tokens, hidden] -> the same."""
+    """`steps` one after the other, a tile at a time: [rows, tokens, hidden] -> the same shape."""
 
     def __init__(self, steps: list, mlp, size: int):
         self.steps, self.size = steps, size
@@ -61,8 +62,8 @@ class _Tiles:
 class _Keep(torch.autograd.Function):
     """Saves what `_Tiled` recomputes from, before it computes.
 
-    A checkpointed layer stops recomputing when the last tensor is there that it had saved, and so
-    does not compute the tiles in vain.
+    A checkpointed layer stops recomputing once it has the last tensor that it had saved, so it does
+    not compute the tiles in vain.
     """
 
     @staticmethod
@@ -101,7 +102,7 @@ class _Tiled(torch.autograd.Function):
 
 
 def _add_gradients(ctx, tile, above, place, sums: list) -> None:
-    """Recompute a tile; put its gradient in `place`, and add those of the weights to `sums`."""
+    """Recompute a tile; put its gradient in `place`, and add the weights' gradients to `sums`."""
     tile = tile.detach().requires_grad_()
     with torch.enable_grad():
         result = ctx.tiles.run(tile)
@@ -112,7 +113,7 @@ def _add_gradients(ctx, tile, above, place, sums: list) -> None:
 
 
 class _Circumstances:
-    """The random numbers to come and the autocast of now, to compute something again later."""
+    """The present random state and autocast, to compute something again later."""
 
     def __init__(self, tensor: torch.Tensor):
         self.device = tensor.device.type
@@ -128,6 +129,6 @@ class _Circumstances:
         with torch.random.fork_rng(devices):
             torch.set_rng_state(self.on_host)
             set_device_states(devices, states)
-            # Without its cache, which would hand a tile the cast weights of another one's graph.
+            # Without its cache, which would give a tile the cast weights of another tile's graph.
             with torch.autocast(self.device, cache_enabled=False, **self.autocast):
                 yield

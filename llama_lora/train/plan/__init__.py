@@ -1,1 +1,1 @@
-"""Whether a training fits, and how long it takes, before it starts."""
+"""Whether a training fits, and how long it will take, told before it starts."""

@@ -1,8 +1,8 @@
-"""Bytes of activations that LoRA training of a Llama takes, from its config alone.
+"""Bytes of activations in LoRA training of a Llama, from its config alone.
 
-What transformers, peft and bitsandbytes keep for the backward pass and hold besides was read in
-their sources; tests hold it against what torch really holds. All figures are per token of a
-micro-batch; what does not grow with its tokens has functions of its own.
+What transformers, peft and bitsandbytes keep for the backward pass, and what else they hold, was
+read in their sources; tests compare it with what torch really holds. All figures are per token of a
+micro-batch; what does not grow with the tokens has functions of its own.
 """
 
 from dataclasses import dataclass
@@ -20,11 +20,12 @@ class Layer:
     """One decoder layer in training.
 
     Attributes:
-        query, key: numbers of all its heads' queries, and of its keys or values.
+        query, key: size of the queries of all heads, and of the keys or the values.
         targets: names of the linear layers with LoRA matrices.
         quantization: of the frozen weights: "8bit", "4bit" or "none".
-        size: bytes of a number of the activations: 2 in fp16 and bf16, 4 in fp32.
-        on_card: where a dropout mask takes a byte a number; on a CPU it is a tensor like others.
+        size: bytes per element of the activations: 2 in fp16 and bf16, 4 in fp32.
+        on_card: on a card, a dropout mask takes a byte per element; on a CPU it is an ordinary
+            tensor.
     """
 
     hidden: int
@@ -41,7 +42,7 @@ class Layer:
 
     @classmethod
     def of(cls, config, targets, *others) -> "Layer":
-        """Of a transformers config."""
+        """The layer of a transformers config."""
         heads, head = config.num_attention_heads, head_size(config)
         kv_heads = config.num_key_value_heads or heads
         targets = ATTENTION + MLP if "all-linear" in targets else tuple(targets)
@@ -56,13 +57,13 @@ class Layer:
         )
 
     def width(self, name: str) -> int:
-        """Numbers that a linear layer takes in."""
+        """The input size of a linear layer."""
         return {"o_proj": self.query, "down_proj": self.intermediate}.get(name, self.hidden)
 
     # What the backward pass needs.
 
     def of_lora(self, *names: str) -> int:
-        """Their dropped inputs with their masks, and what A makes of them."""
+        """The inputs after dropout with the masks, and the outputs of A."""
         adapted = [name for name in names if name in self.targets]
         dropped = self.size if self.dropout else 0
         return sum(
@@ -71,7 +72,7 @@ class Layer:
         )
 
     def of_input(self, *names: str) -> int:
-        """The input that linear layers share: without dropout it is what A multiplies."""
+        """The input that linear layers share; without dropout, A multiplies it as it is."""
         adapted = any(name in self.targets for name in names)
         return self.size * self.width(names[0]) if adapted and not self.dropout else 0
 
@@ -80,7 +81,7 @@ class Layer:
         return FP32 * self.hidden + FP32
 
     def of_attention(self) -> int:
-        """With each head's own queries, keys and values, the result and the softmax's log-sums."""
+        """Among others, queries, keys and values of each head, the result, and the log-sums."""
         return (
             self.of_norm()
             + self.of_input("q_proj", "k_proj", "v_proj")
@@ -91,7 +92,7 @@ class Layer:
         )
 
     def of_mlp(self) -> int:
-        """With what gate and up give and the gate's SiLU."""
+        """Among others, the outputs of gate and up, and the gate's SiLU."""
         return (
             self.of_norm()
             + self.of_input("gate_proj", "up_proj")
@@ -100,7 +101,7 @@ class Layer:
             + self.of_lora(*MLP)
         )
 
-    # What there is at most while the layer recomputes and goes backward, beside its input.
+    # The most it holds besides its input while it recomputes and goes backward.
 
     def peak(self, tiles: int) -> float:
         stream, wide = self.size * self.hidden, self.size * self.intermediate
@@ -118,7 +119,7 @@ class Layer:
         return attention + max(mlp, *self._attention_moments(ahead))
 
     def shared(self) -> int:
-        """In fp32 a norm keeps no copy of its input, but that itself."""
+        """In fp32 a norm keeps its input itself instead of a copy."""
         return self.size * self.hidden if self.size == FP32 else 0
 
     def _mlp_moments(self, norm: int, tiled: bool, ahead: int = 0) -> list[float]:
@@ -135,7 +136,7 @@ class Layer:
         moments = [
             forward + self.of_lora("gate_proj") + self._results("gate_proj"),
             forward + loras + 2 * wide + self._results("up_proj"),
-            # Gradients: of what A multiplies, before and after dropout, and of gate and up.
+            # Gradients: of A's input, before and after dropout, and of gate and up.
             backward + self.of_lora(*MLP) + self.of_input("down_proj") + 4 * wide,
             backward + loras + mask + 5 * wide,
             backward + loras + 6 * wide,
@@ -152,22 +153,22 @@ class Layer:
 
     def _attention_moments(self, ahead: int = 0) -> list[int]:
         stream, query, key = (self.size * n for n in (self.hidden, self.query, self.key))
-        # Keys and values before they are repeated; inputs that are not kept.
+        # Keys and values before they are repeated, and inputs that are not kept.
         shown = ahead + (2 * key if self.key < self.query else 0)
         shown += 0 if self.of_input("q_proj", "k_proj", "v_proj") else stream
         shown += 0 if self.of_input("o_proj") else query
         of_o = self.of_lora("o_proj") + self.of_input("o_proj")
-        sums = FP32 * self.query if self.on_card else 0  # FlashAttention adds dQ up in fp32
+        sums = FP32 * self.query if self.on_card else 0  # FlashAttention sums dQ in fp32
         return [
             shown + stream * (3 if "o_proj" in self.targets else 1),
-            # Gradients: of what A multiplies, before and after dropout, of queries, keys, values.
+            # Gradients: of A's input, before and after dropout, and of queries, keys and values.
             query,
             2 * query - of_o,
             4 * query - of_o + sums,
         ]
 
     def _results(self, name: str) -> int:
-        """Of a product in the MLP: its result, B's, and that scaled."""
+        """The results of a linear layer in the MLP: its own, B's, and B's scaled."""
         wide = self.size * self.intermediate
         if self.quantization == "8bit" and self.on_card:
             sums = self.hidden + (FP32 + 2) * self.intermediate  # in int32, and in fp16
@@ -176,20 +177,20 @@ class Layer:
         return max(sums, wide * (3 if name in self.targets else 1))
 
     def mask(self, width: int) -> int:
-        """Of a dropout."""
+        """A dropout mask."""
         return width * (1 if self.on_card else self.size) if self.dropout else 0
 
 
 def kept_per_token(config, targets, lora_r, quantization, itemsize, dropout, on_card=True) -> int:
     """Bytes per token that one layer without checkpointing keeps for its backward pass.
 
-    The precision of the frozen weights changes nothing: `gradient_checkpointing.forget_inputs` sees
-    to it that products with int8 weights keep no more than others.
+    The precision of the frozen weights makes no difference: `gradient_checkpointing.forget_inputs`
+    makes sure that products with int8 weights keep no more than others.
 
     Args:
-        config: a Llama's, of transformers.
+        config: a Llama's config of transformers.
         targets: names of the linear layers with LoRA matrices, or ["all-linear"].
-        itemsize: bytes of a number of the activations.
+        itemsize: bytes per element of the activations.
     """
     layer = Layer.of(config, targets, lora_r, quantization, itemsize, dropout, on_card)
     return layer.of_attention() + layer.of_mlp()
@@ -198,9 +199,10 @@ def kept_per_token(config, targets, lora_r, quantization, itemsize, dropout, on_
 def layer_peak_per_token(
     config, targets, lora_r, quantization, itemsize, dropout, on_card=True, mlp_tiles=1
 ) -> float:
-    """Bytes per token that one layer takes at most while it recomputes and goes backward.
+    """The most bytes per token that one layer takes while it recomputes and goes backward.
 
-    With what it then keeps and the gradient of its output, beside `checkpoint_per_token`.
+    They include what it then keeps and the gradient of its output, and come on top of
+    `checkpoint_per_token`.
     """
     layer = Layer.of(config, targets, lora_r, quantization, itemsize, dropout, on_card)
     return layer.peak(mlp_tiles)
@@ -212,35 +214,35 @@ def checkpoint_per_token(config, itemsize: int) -> int:
 
 
 def beside_layers_per_token(config, itemsize: int) -> int:
-    """Bytes per token that are there while layers go backward: rotary angles, ids and labels."""
+    """Bytes per token held while layers go backward: rotary angles, ids and labels."""
     return 2 * itemsize * head_size(config) + IDS
 
 
 def ends_per_token(config, itemsize: int) -> int:
-    """Bytes per token that are kept outside the layers until these go backward.
+    """Bytes per token that are kept outside the layers until the layers go backward.
 
-    Besides the above the last norm's input in fp32, and the gradient of the hidden states that the
-    loss in chunks computes; `layer_peak_per_token` has the gradient that these become.
+    Besides the above: the last norm's input in fp32, and the gradient of the hidden states that the
+    loss in chunks computes; `layer_peak_per_token` has the gradient that this turns into.
     """
     hidden = config.hidden_size
     last = FP32 * hidden + FP32 + itemsize * hidden
     return beside_layers_per_token(config, itemsize) + last
 
 
-# DoRA: in peft, products with the frozen weights are computed a second time for the magnitudes.
+# DoRA: peft computes products with the frozen weights a second time for the magnitudes.
 
 
 def dora_per_token(targets: dict[str, tuple[int, int]], itemsize: int) -> int:
-    """Bytes per token that a layer keeps besides: the results that its magnitudes scale.
+    """Bytes per token that a layer keeps in addition: the results that its magnitudes scale.
 
     Args:
-        targets: linear layers with magnitudes, with their outputs and inputs.
+        targets: linear layers with magnitudes, each with its outputs and inputs.
     """
     return 2 * itemsize * sum(outputs for outputs, _ in targets.values())
 
 
 def dora_weights(targets, quantization: str, itemsize: int, dropout: float) -> int:
-    """Bytes of unfolded weights that a layer keeps for the second product, if there is dropout."""
+    """Bytes of unfolded weights that a layer keeps for the second product, with dropout."""
     unfolds = dropout and quantization != "none"
     return itemsize * sum(out * into for out, into in targets.values()) if unfolds else 0
 
@@ -251,7 +253,7 @@ def dora_workspace(targets) -> int:
 
 
 def dequantized_bytes(config, quantization: str, itemsize: int) -> int:
-    """Bytes of the largest weight in the compute dtype, made for a product with it; any tokens."""
+    """Bytes of the largest weight dequantized for a product, whatever the number of tokens."""
     if quantization == "none":
         return 0
     return itemsize * config.hidden_size * config.intermediate_size

@@ -1,4 +1,4 @@
-"""What a training will need and how long it will take, told before a weight is loaded."""
+"""How much memory and time a training will take, told before a weight is loaded."""
 
 import math
 import os
@@ -15,16 +15,16 @@ from llama_lora.model.folder.shape import Shape
 from llama_lora.train.plan import suggestions, time_estimate
 from llama_lora.train.plan.memory_plan import CUDA_CONTEXT, CUDA_LIBRARIES, Plan, Setup, plan
 
-REACHED = 0.6  # of a card's published peak, by its matrix products: assumed, not measured
-ENOUGH_TOKENS = 1024  # in one part to keep a device busy
+REACHED = 0.6  # share of a card's published peak that matrix products reach: assumed, not measured
+ENOUGH_TOKENS = 1024  # in one part, to keep a device busy
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """A plan of the memory, and the time that an epoch takes.
+    """A memory plan, and the time that an epoch takes.
 
     Attributes:
-        rate: operations a second in matrix products, and `rate_source` where that is from.
+        rate: operations per second in matrix products; `rate_source` says where it is from.
     """
 
     plan: Plan
@@ -40,17 +40,17 @@ class Forecast:
 
     @property
     def parts(self) -> int:
-        """In how many a micro-batch is computed."""
+        """How many parts a micro-batch is computed in."""
         return self.plan.setup.parts
 
     @property
     def part_tokens(self) -> int:
-        """The most that are computed at once."""
+        """The most tokens that are computed at once."""
         return self.plan.setup.part_tokens
 
     @property
     def hours(self) -> float:
-        """Of an epoch."""
+        """Hours per epoch."""
         setup = self.plan.setup
         share = self.plan.recomputed / setup.shape.layers
         operations = time_estimate.operations(setup.shape, self.work, setup.lora_parameters, share)
@@ -93,7 +93,7 @@ class Forecast:
         linear = shape.quantized / 1e6
         other = shape.parameters / 1e6 - linear
         parts = f" in {setup.parts} parts of at most" if setup.parts > 1 else " of"
-        offloaded = ", what they start from on the host" if setup.offload else ""
+        offloaded = ", with their inputs on the host" if setup.offload else ""
         tiles = f", MLPs in {setup.tiles} tiles" if found.recomputed and setup.tiles > 1 else ""
         notes = {
             "process": "CUDA's own" if setup.on_card else "Python and its libraries",
@@ -119,23 +119,23 @@ class Forecast:
 
     def verdict(self) -> str:
         if self.plan.fits:
-            doubt = "" if self.plan.comfortable else "; it may be tight: the plan is a reckoning"
+            doubt = "" if self.plan.comfortable else "; it may be tight: the plan is an estimate"
             return f"fits, {gib(self.plan.spare)} to spare{doubt}"
         ways = suggestions.ways_to_fit(self.plan.setup, self.plan.available)
         if ways:
             told = [f"  {flags}  (then {gib(found.total)})" for flags, found in ways]
-            too_much = f"does not fit: {gib(-self.plan.spare)} too much; it fits with"
+            too_much = f"does not fit: {gib(-self.plan.spare)} too much; it would fit with"
             return "\n".join([too_much, *told])
         least = suggestions.least(self.plan.setup)
         cards = [card.name for card in CARDS.values() if (card.memory or 0) >= least]
         larger = f", such as {cards[0]}" if cards else ""
         return (
-            f"does not fit, whatever the flags: it takes {gib(least)} at least; take a smaller "
+            f"does not fit, whatever the flags: it takes {gib(least)} at least; use a smaller "
             f"base, or a card with more memory{larger}"
         )
 
     def summary(self) -> dict[str, float]:
-        """What was foretold, to be held against what came."""
+        """The predictions, to be compared with what is measured."""
         return {
             "memory_bytes": self.plan.total,
             "hours_per_epoch": self.hours,
@@ -146,14 +146,14 @@ class Forecast:
         """Raise `InputError`, with the table, if it does not fit."""
         if not self.plan.fits:
             raise InputError(
-                f"{self.table()}\nNothing was loaded; --ignore_memory_plan True tries all the same."
+                f"{self.table()}\nNothing was loaded; --ignore_memory_plan True tries anyway."
             )
 
 
 def of(shape: Shape, quantization: str, lora, args, training, windows=(None,)) -> Forecast:
     """The forecast of a run: `lora` and `args` are its flags, `training` its micro-batches.
 
-    `windows` are those of the base's layers, as `attention_check.windows` has them.
+    `windows` are those of the base's layers, from `attention_check.windows`.
     """
     here = args.plan_for is None
     card, processes = (present(), args.world_size) if here else cards_named(args.plan_for)
@@ -200,8 +200,8 @@ def choose(setup: Setup, available: float, autos: set[str]) -> Plan:
     """The plan to train by.
 
     Args:
-        autos: what may be set as needed: "parts" in which a micro-batch is computed, "offload" of
-            what layers recompute from to the host.
+        autos: what may be chosen freely: into how many "parts" to cut a micro-batch, and whether to
+            "offload" the layers' inputs to the host.
     """
     if "parts" in autos:
         setup = replace(setup, parts=_parts(setup, available))
@@ -212,7 +212,7 @@ def choose(setup: Setup, available: float, autos: set[str]) -> Plan:
 
 
 def _parts(setup: Setup, available: float) -> int:
-    """In how many parts to compute a micro-batch: few, but none for which layers must recompute."""
+    """How many parts to compute a micro-batch in: few, but enough to avoid recomputing layers."""
     fitting, parts = [], 1
     while True:
         found = plan(replace(setup, parts=parts), available)
@@ -226,21 +226,21 @@ def _parts(setup: Setup, available: float) -> int:
 
 
 def cards_named(text: str) -> tuple[Card, int]:
-    """The card of `--plan_for` and how many of it: "T4", "2xT4", "16GiB".
+    """The card that `--plan_for` names, and how many of it: "T4", "2xT4", "16GiB".
 
     Raises:
-        InputError: no known card, no size.
+        InputError: it is neither a known card nor a size.
     """
     found = re.fullmatch(r"(?:(\d)\s*[x×]\s*)?(.+)", text.strip(), re.IGNORECASE)
     return card_named(found[2]), int(found[1] or 1)
 
 
 def room(card: Card, here: bool, processes: int) -> tuple[float, float]:
-    """Bytes available to a process, and those of them that it takes before anything is loaded.
+    """Bytes available to a process, and how many of them it takes before anything is loaded.
 
     Args:
-        here: whether `card` is the device of this machine, whose free memory counts.
-        processes: that share the host's memory, where there is no card.
+        here: whether `card` is this machine's device, whose free memory counts.
+        processes: how many share the host's memory, if there is no card.
     """
     if card.memory is None:
         taken = psutil.Process().memory_info().rss
@@ -253,7 +253,7 @@ def room(card: Card, here: bool, processes: int) -> tuple[float, float]:
 
 
 def rate_of(card: Card, here: bool, shape: Shape, dtype) -> tuple[float, str]:
-    """Operations a second in matrix products, and where that figure comes from."""
+    """Operations per second in matrix products, and where that figure is from."""
     if here:
         device = "cpu" if card.memory is None else "cuda"
         return time_estimate.measured_rate(

@@ -1,7 +1,7 @@
-"""Will it fit? The memory that a training needs, reckoned from the base's config and the flags.
+"""Will it fit? The memory that a training needs, estimated from the base's config and the flags.
 
-What the layers keep comes from `activation_memory`, checked against measurements there; what else
-takes memory is here. Nothing is loaded, so that the answer costs seconds and the card may be
+What the layers keep comes from `activation_memory`, which is checked against measurements;
+everything else is here. Nothing is loaded, so the answer takes seconds, and the card may be
 elsewhere.
 """
 
@@ -14,31 +14,31 @@ from llama_lora.train.memory import allocator, gradient_checkpointing
 from llama_lora.train.plan import activation_memory
 from llama_lora.train.plan.activation_memory import FP32
 
-# What CUDA and the libraries on it take, unseen by torch: assumed, not measured. The context is
-# there at once; kernels, the workspaces of cuBLAS and NCCL and DeepSpeed's buffers come later.
+# What CUDA and its libraries take, unseen by torch: assumed, not measured. The context is there
+# from the start; kernels, the workspaces of cuBLAS and NCCL, and DeepSpeed's buffers come later.
 CUDA_LIBRARIES = 0.25 * GIB
 CUDA_CONTEXT = 0.2 * GIB + CUDA_LIBRARIES
-GRADIENT_BYTES = 2 * FP32  # of a parameter: computed apart from those that the optimizer reads
-COMFORTABLE = 0.9  # share of the memory that what is chosen here leaves in use at most
+GRADIENT_BYTES = 2 * FP32  # per parameter: computed apart from those that the optimizer reads
+COMFORTABLE = 0.9  # share of the memory that a plan chosen here uses at most
 FRAGMENTATION = 0.04  # of what comes and goes
-PRODUCTS = 0.1 * GIB  # in 16 bits on a CPU: what oneDNN has compiled and keeps, measured
+PRODUCTS = 0.1 * GIB  # in 16 bits on a CPU: what oneDNN compiles and keeps, measured
 IN_FLIGHT = 3  # layers whose inputs are on the card while the others' wait on the host
 
 
 @dataclass(frozen=True)
 class Setup:
-    """All that decides how much memory a process of a training takes.
+    """Everything that decides how much memory a training process takes.
 
     Attributes:
         quantization: of the base: "8bit", "4bit" or "none".
-        itemsize: bytes of a number in the compute dtype.
-        targets: linear layers of a decoder layer with LoRA matrices, with their outputs and inputs.
-        tokens: of the fullest micro-batch; `parts` of about the same size are computed in turn.
-        longest: tokens of the longest example, which no part splits.
+        itemsize: bytes per element in the compute dtype.
+        targets: the adapted linear layers of a decoder layer, each with its outputs and inputs.
+        tokens: in the fullest micro-batch; `parts` of about the same size are computed in turn.
+        longest: tokens in the longest example, which parts do not split.
         recompute: "True" for all layers, "False" for none, "auto" for as few as needed.
-        offload: whether what recomputed layers start from waits in the host's memory.
-        mlp_tiles: pieces in which a recomputed layer's MLP is computed, or "auto".
-        on_card: whether the memory in question is a card's.
+        offload: whether the inputs of recomputed layers wait in the host's memory.
+        mlp_tiles: how many tiles a recomputed layer's MLP is computed in, or "auto".
+        on_card: whether the memory is a card's.
         base_load: bytes that the process takes before anything is loaded.
     """
 
@@ -61,7 +61,7 @@ class Setup:
 
     @property
     def part_tokens(self) -> int:
-        """Of the fullest part; cutting between examples may leave it half an example too many."""
+        """Tokens of the fullest part; whole examples may make it half an example longer."""
         if self.parts == 1:
             return self.tokens
         about = -(-self.tokens // self.parts) + self.longest // 2
@@ -69,7 +69,7 @@ class Setup:
 
     @property
     def tiles(self) -> int:
-        """In how many the MLP of a recomputed layer is computed."""
+        """How many tiles the MLP of a recomputed layer is computed in."""
         auto = self.mlp_tiles == "auto"
         return -(-self.part_tokens // gradient_checkpointing.TILE) if auto else int(self.mlp_tiles)
 
@@ -80,7 +80,7 @@ class Setup:
 
 @dataclass(frozen=True)
 class Plan:
-    """Where the memory goes, in bytes by what takes it, of `available` bytes.
+    """Where the memory goes: bytes by use, out of `available` bytes.
 
     `recomputed` is the number of layers that recompute their activations.
     """
@@ -96,7 +96,7 @@ class Plan:
 
     @property
     def spare(self) -> float:
-        """Bytes that are left; negative if it does not fit."""
+        """Bytes left; negative if it does not fit."""
         return self.available - self.total
 
     @property
@@ -105,12 +105,12 @@ class Plan:
 
     @property
     def comfortable(self) -> bool:
-        """Whether it fits although the reckoning may be somewhat off."""
+        """Whether it fits even if the estimate is somewhat off."""
         return self.total <= COMFORTABLE * self.available
 
 
 def plan(setup: Setup, available: float) -> Plan:
-    """The plan with as few recomputed layers as fit well, or with what `setup` asks for."""
+    """The plan with as few recomputed layers as fit comfortably, or as many as `setup` asks for."""
     layers = setup.shape.layers
     counts = {"True": [layers], "False": [0], "auto": range(layers + 1)}[setup.recompute]
     plans = (Plan(setup, available, count, memory(setup, count)) for count in counts)
@@ -121,7 +121,7 @@ def plan(setup: Setup, available: float) -> Plan:
 
 
 def memory(setup: Setup, recomputed: int) -> dict[str, float]:
-    """Bytes by what takes them, while a micro-batch is computed with so many layers recomputed."""
+    """Bytes by use, while a micro-batch is computed with `recomputed` layers recomputing."""
     shape, itemsize = setup.shape, setup.itemsize
     activations = activation_bytes(setup, recomputed)
     losses = chunked_loss.CHUNK_BYTES * (
@@ -146,15 +146,15 @@ def memory(setup: Setup, recomputed: int) -> dict[str, float]:
 
 
 def fragmentation(setup: Setup, recomputed: int) -> float:
-    """Of the memory that comes and goes, the share that is held besides and of no use.
+    """How much memory is held without use, as a share of the memory that comes and goes.
 
-    Where layers recompute on a CPU, its heap gives large blocks back, see `allocator`.
+    If layers recompute on a CPU, the heap gives large blocks back, see `allocator`.
     """
     return FRAGMENTATION if setup.on_card or recomputed else allocator.HOLES[setup.itemsize]
 
 
 def activation_bytes(setup: Setup, recomputed: int) -> float:
-    """What waits for the backward pass, and what the layer that is at it takes by itself."""
+    """What waits for the backward pass, and what the layer at work takes by itself."""
     config, size = setup.shape.config, setup.itemsize
     layer = (config, tuple(setup.targets), setup.lora_r, setup.quantization, size)
     kept = activation_memory.kept_per_token(*layer, setup.lora_dropout, setup.on_card)
@@ -170,7 +170,7 @@ def activation_bytes(setup: Setup, recomputed: int) -> float:
         )
     waiting = min(recomputed, IN_FLIGHT) if setup.offload else recomputed
     whole = setup.shape.layers - recomputed
-    at_work = peak if recomputed else max(0, peak - kept)  # what is kept counts already
+    at_work = peak if recomputed else max(0, peak - kept)  # what is kept is already counted
     held = whole * kept + waiting * activation_memory.checkpoint_per_token(config, size)
     at_the_loss = activation_memory.ends_per_token(config, size)
     in_a_layer = activation_memory.beside_layers_per_token(config, size) + at_work
@@ -178,7 +178,7 @@ def activation_bytes(setup: Setup, recomputed: int) -> float:
 
 
 def optimizer_bytes(optim: str) -> int:
-    """Bytes of an optimizer's states for a trained parameter, by the name of `--optim`."""
+    """Bytes of an optimizer's states per trained parameter, by its name in `--optim`."""
     if "8bit" in optim:
         return 2
     return {"sgd": 0, "adafactor": 0, "rmsprop": 4, "adagrad": 4}.get(optim, 8)

@@ -6,13 +6,13 @@ from operator import attrgetter
 
 from llama_lora.train.plan.memory_plan import Plan, Setup, memory, plan
 
-SHORTEST = 128  # tokens that are worth suggesting
+SHORTEST = 128  # tokens; a shorter length is not worth suggesting
 
 Change = tuple[str, Callable[[Setup], Setup]]  # flags, and what they do to a setup
 
 
 def changes(setup: Setup) -> list[Change]:
-    """What can be changed, from what costs nothing to what the adapter's quality pays for."""
+    """What can be changed, from what costs nothing to what costs quality of the adapter."""
     found: list[Change] = []
 
     def offer(flags: str, **values) -> None:
@@ -35,7 +35,7 @@ def changes(setup: Setup) -> list[Change]:
         offer("--lora_r 8", lora_r=8)
     length = setup.longest // 2
     while length >= SHORTEST:
-        # Flags for the splitter as well: what is beyond the length would not be learned.
+        # The corpus must be split again, too: what is beyond the length would not be learned.
         offer(f"--model_max_length {length}", **shortened(setup, length))
         length //= 2
     return found
@@ -46,10 +46,10 @@ def shortened(setup: Setup, length: int) -> dict[str, int]:
 
 
 def ways_to_fit(setup: Setup, available: float, most: int = 3) -> list[tuple[str, Plan]]:
-    """Single changes that make it fit, or where none does the least that do so together.
+    """Single changes that make it fit or, if none does, the fewest that do so together.
 
-    Those that leave some room, or else those that just fit. Empty if nothing helps: the base itself
-    is too large.
+    Changes that leave some room come before changes that just fit. Empty if nothing helps, because
+    the base itself is too large.
     """
     for enough in (attrgetter("comfortable"), attrgetter("fits")):
         if found := _alone(setup, available, enough)[:most] or _together(setup, available, enough):
@@ -58,7 +58,7 @@ def ways_to_fit(setup: Setup, available: float, most: int = 3) -> list[tuple[str
 
 
 def _alone(setup: Setup, available: float, enough) -> list[tuple[str, Plan]]:
-    """Each offer that is enough by itself; of lengths only the longest."""
+    """Each offer that is enough by itself; of lengths, only the longest."""
     fitting: dict[str, tuple[str, Plan]] = {}
     for flags, change in changes(setup):
         found = plan(change(setup), available)
@@ -68,7 +68,7 @@ def _alone(setup: Setup, available: float, enough) -> list[tuple[str, Plan]]:
 
 
 def _together(setup: Setup, available: float, enough) -> list[tuple[str, Plan]]:
-    """The offers that are enough together, taken one after the other; none if all are too few."""
+    """The offers that together are enough, taken in order; none if even all are not enough."""
     taken: list[Change] = []
     for offer in changes(setup):
         taken = [one for one in taken if not _replaces(offer, one)] + [offer]
@@ -76,7 +76,7 @@ def _together(setup: Setup, available: float, enough) -> list[tuple[str, Plan]]:
             break
     else:
         return []
-    for offer in list(taken):  # what proved needless goes
+    for offer in list(taken):  # drop what turned out to be needless
         without = [one for one in taken if one is not offer]
         if without and enough(_applied(without, setup, available)):
             taken = without
@@ -84,7 +84,7 @@ def _together(setup: Setup, available: float, enough) -> list[tuple[str, Plan]]:
 
 
 def _replaces(offer: Change, earlier: Change) -> bool:
-    """Whether it sets what the earlier one set."""
+    """Whether it sets the same flag as the earlier one."""
     return offer[0].split()[0] == earlier[0].split()[0]
 
 

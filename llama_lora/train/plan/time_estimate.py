@@ -1,4 +1,4 @@
-"""How long will it take? The arithmetic of an epoch over the rate of the device."""
+"""How long will it take? The operations of an epoch, divided by the rate of the device."""
 
 import functools
 import time
@@ -10,8 +10,8 @@ import numpy as np
 from llama_lora.model.folder.shape import Shape, head_size
 from llama_lora.train.compute.packed_attention import BLOCK
 
-# Of the rate that matrix products alone reach, by precision of the base. Assumed, after the shares
-# in docs/training-speed.md.
+# The share that training reaches of the rate of matrix products, by precision of the base. Assumed,
+# based on the shares in docs/training-speed.md.
 EFFICIENCY = {"none": 0.5, "8bit": 0.4, "4bit": 0.4}
 PROBE_SECONDS = 0.5
 PROBE_TOKENS = 1024
@@ -19,10 +19,10 @@ PROBE_TOKENS = 1024
 
 @dataclass(frozen=True)
 class EpochWork:
-    """What an epoch consists of: tokens, labelled ones, and pairs of tokens that attend.
+    """What an epoch consists of: tokens, labelled tokens, and pairs of tokens that attend.
 
-    `attended` is the sum of the squares of the examples' lengths; where layers have windows, the
-    mean over the layers of what costs them as much.
+    `attended` is the sum of the squares of the examples' lengths; with windows, the mean over the
+    layers of an equally expensive number.
     """
 
     tokens: int
@@ -31,7 +31,7 @@ class EpochWork:
 
     @classmethod
     def of(cls, lengths: np.ndarray, labelled: int, windows=(None,)) -> "EpochWork":
-        """Of the examples' lengths, and the window of each layer (`attention_check.windows`)."""
+        """From the examples' lengths, and the window of each layer (`attention_check.windows`)."""
         lengths = lengths.astype(np.int64)
         layers = Counter(windows)
         attended = sum(count * attended_in(lengths, window) for window, count in layers.items())
@@ -39,7 +39,7 @@ class EpochWork:
 
 
 def attended_in(lengths: np.ndarray, window: int | None) -> int:
-    """Sum of squares; behind a window, where blocks are masked and not halved, what costs that."""
+    """The sum of squares; beyond a window, blocks are masked and not halved, which costs more."""
     plain = lengths if window is None else np.minimum(lengths, window)
     behind = lengths - plain
     return int((plain**2 + 2 * behind * ((window or 0) + np.minimum(behind, BLOCK))).sum())
@@ -48,9 +48,9 @@ def attended_in(lengths: np.ndarray, window: int | None) -> int:
 def operations(shape: Shape, work: EpochWork, lora_parameters: int, recomputed: float) -> float:
     """Floating-point operations of an epoch; `recomputed` is the share of layers that recompute.
 
-    A weight costs 2 a token forward, and 2 backward where it is frozen, 4 where it is trained; the
-    head is computed for labelled tokens alone. Attention is causal, and its backward pass
-    recomputes it (Dao et al. 2022), so that it costs 2.5 times the forward pass.
+    Per token, a weight costs 2 forward, and backward 2 if it is frozen or 4 if it is trained; the
+    head is computed for labelled tokens only. Attention is causal, and its backward pass recomputes
+    it (Dao et al. 2022), so that it costs 2.5 times the forward pass.
     """
     config = shape.config
     size = config.num_attention_heads * head_size(config)
@@ -62,7 +62,7 @@ def operations(shape: Shape, work: EpochWork, lora_parameters: int, recomputed: 
 
 
 def measured_rate(shape: Shape, dtype, device: str) -> float:
-    """Operations a second in products of a token block with the base's largest linear layer."""
+    """Operations per second in products of a token block with the base's largest linear layer."""
     largest = max(shape.linears.values(), key=lambda size: size[0] * size[1])
     return _rate_of_products(*largest, dtype, device)
 

@@ -58,7 +58,7 @@ def test_what_can_be_repaired_is_repaired_and_what_cannot_is_one_rejected_conver
     }
     assert [item["index"] for item in rejected] == [7, 8, 9, 10, 11, 12, 13]
     assert rejected[0]["conversation"] == items[7]
-    repaired = "repaired: half surrogate pairs 2, missing ids 2, role names 2, equal ids 1, "
+    repaired = "repaired: lone surrogates 2, missing ids 2, role names 2, equal ids 1, "
     repaired += "integer ids 1, lenient JSON 1, null values 1, numbers as values 1"
     assert printed.splitlines()[-3] == repaired
 

@@ -263,7 +263,7 @@ def test_of_several_outputs_none_changes_when_one_finds_no_room(tmp_path, small_
 def test_a_device_is_no_output_and_a_full_one_no_place_to_print(tmp_path):
     source, target = corpus(tmp_path, 10), tmp_path / "out.json"
     done = run_script(*STAGES["merge"], "--in", source, "--out", "/dev/full")
-    message = "error: /dev/full: cannot write there, it is not a regular file\n"
+    message = "error: /dev/full: cannot be written: it is not a regular file\n"
     assert (done.returncode, done.stderr) == (1, message)
     command = [sys.executable, *STAGES["merge"], "--in", source, "--out", target]
     done = run_script("bash", "-c", 'exec "$@" > /dev/full', "bash", *command)

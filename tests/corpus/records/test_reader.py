@@ -241,7 +241,7 @@ def test_a_line_alone_is_a_file_whatever_its_first_key(tmp_path):
 def test_salvage_of_nothing_is_an_error(tmp_path):
     path = tmp_path / "in.json"
     path.write_bytes(b'[{"id": "a", "conversa')
-    with pytest.raises(InputError, match="not one complete conversation"):
+    with pytest.raises(InputError, match="no complete conversation"):
         contents(path, salvage=True)
 
 

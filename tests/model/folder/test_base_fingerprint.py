@@ -33,7 +33,7 @@ def test_other_weights_of_the_same_shapes_are_used_and_said_once(
     merge(tmp_path / "base", random_lora, tmp_path / "out")
     load(tmp_path / "base", random_lora)
     assert said(caplog) == [
-        f"({random_lora} was trained on {random_base}; the weights in {tmp_path}/base are others)"
+        f"({random_lora} was trained on {random_base}; the weights in {tmp_path}/base differ)"
     ]
 
 

@@ -64,7 +64,7 @@ MISFITS = {
     ),
     "biases": (
         lambda w: w | {f"{QUERY}.bias": torch.ones(32)},
-        f"found the tensor {QUERY}.bias, for which the model of its config.json has no place",
+        f"found the tensor {QUERY}.bias, for which the model in its config.json has no place",
     ),
     "more layers": (
         lambda w: w | {"model.layers.2.mlp.down_proj.weight": torch.ones(32, 64)},
@@ -186,7 +186,7 @@ def test_an_output_layer_of_its_own_is_said(tmp_path, random_base, caplog):
     base = configured(shutil.copytree(random_base, tmp_path / "base"), tie_word_embeddings=True)
     load_config(base)
     load_config(base)
-    assert caplog.text.count("but another one is stored: that is used") == 1
+    assert caplog.text.count("but the folder stores another one: that one is used") == 1
 
 
 @pytest.mark.parametrize("left", ["model.embed_tokens.weight", "lm_head.weight", "both"])
@@ -247,7 +247,7 @@ def test_a_quantized_base_is_loaded_as_what_it_is(tmp_path, quantized, half, ran
     assert (
         "expected 16-bit weights, found weights quantized with bitsandbytes; use the base" in line
     )
-    said = f"{precision} base, as its folder holds it, which --quantization none cannot change"
+    said = f"{precision} base, as it is stored, which --quantization none cannot change"
     for script, ended in done.items():
         assert ended.returncode == 0, (script, ended.stderr)
         assert said in ended.stdout + ended.stderr, script
@@ -269,7 +269,7 @@ def test_the_flag_that_says_the_same(tmp_path, quantized):
     precision, base = quantized
     done = readers.train(base, tmp_path, "--quantization", precision, "--dry_run", "True")
     assert done.returncode == 0, done.stderr
-    assert f"{precision} base, as its folder holds it\n" in done.stdout
+    assert f"{precision} base, as it is stored\n" in done.stdout
     assert f" M in {precision[0]} bits" in done.stdout
 
 
@@ -279,7 +279,7 @@ def test_dora_on_a_quantized_base(tmp_path, quantized):
     if precision == "4bit":
         assert done.returncode == 0, done.stderr
     else:
-        assert "--use_dora: not with an 8-bit base on a CPU" in error_line(done)
+        assert "--use_dora does not work with an 8-bit base on a CPU" in error_line(done)
 
 
 def test_codes_of_which_the_config_says_nothing(tmp_path, quantized):
@@ -288,7 +288,7 @@ def test_codes_of_which_the_config_says_nothing(tmp_path, quantized):
     ours, told = (load_base(path, dtype=torch.float32) for path in (base, folder))
     assert torch.equal(logits(ours), logits(told))
     done = readers.generate(base)
-    assert f"{precision} base, as its folder holds it" in done.stderr
+    assert f"{precision} base, as it is stored" in done.stderr
 
 
 def test_a_part_of_a_quantized_weight_is_missing(tmp_path, quantized, random_lora):

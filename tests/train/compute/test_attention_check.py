@@ -206,7 +206,7 @@ def test_sinks_and_soft_caps_are_refused_before_weights_are_loaded(
     ):
         line = error_line(done)
         assert f"{base}: its layers attend with {named};" in line
-        assert "take another base" in line
+        assert "use another base" in line
 
 
 @pytest.mark.parametrize(
@@ -333,7 +333,7 @@ def test_examples_that_would_change_the_angles_of_others_are_refused(rope, limit
     model.config.save_pretrained(tmp_path)
     assert beyond_positions(tmp_path, "--model_max_length", limit) is None
     said = beyond_positions(tmp_path, "--model_max_length", limit + 1)
-    assert f"rotary angles that examples of over {limit} tokens would change" in said
+    assert f"rotary angles that an example of over {limit} tokens would change" in said
 
     def change(long: int) -> float:
         """In the logits of a short example, by one of so many tokens after it."""

@@ -105,7 +105,7 @@ def test_special_tokens_that_a_text_spells_are_counted(load, corpus):
     corpus.write_text(json.dumps(items))
     _, audit = load()
     assert audit.special == 2
-    assert "2 with a special token spelled in a text" in str(audit)
+    assert "2 with a special token spelled out in the text" in str(audit)
 
 
 def test_a_restart_reads_what_is_there(load):
