@@ -95,16 +95,15 @@ def base_named(folder: Path) -> str:
 
 
 @pytest.mark.parametrize(("launcher", "processes"), [("python", 1), ("deepspeed", 2)])
-def test_the_readmes_command(
-    launcher, processes, tiny_base, readme_corpus, tmp_path, monkeypatch, request
-):
+def test_the_readmes_command(launcher, processes, tiny_base, readme_corpus, tmp_path, request):
     """In the dtype that users of this machine get."""
     if launcher == "deepspeed":
         done, output = request.getfixturevalue("launched")
     else:
-        monkeypatch.delenv(DTYPE_SWITCH)
+        own = {name: value for name, value in os.environ.items() if name != DTYPE_SWITCH}
         output = tmp_path
-        done = train(launcher, tiny_base, readme_corpus, output, "--eval_ratio", "0.125")
+        words = command(launcher, tiny_base, readme_corpus, output, "--eval_ratio", "0.125")
+        done = run_script(*words, env=own)
     assert done.returncode == 0, done.stderr[-3000:]
     if port := re.search(r"master_port=(\d+)", " ".join(done.args)):
         assert not list(Path("/dev/shm").glob(f"deepspeed_*_{port[1]}_*"))
