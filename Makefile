@@ -37,7 +37,7 @@ test: .venv/complete  ## run the tests (under 10 minutes on 2 cores)
 	python3 -m pytest
 
 # `skipif`: the tests too that `make test` skips where the extras and Chromium are missing.
-test-slow: .venv/extras $(D)/SmolLM2-135M-Instruct.Q4_1.gguf $(D)/sharegpt.json $(D)/tokenizer.model $(D)/older/complete $(D)/target/complete $(D)/carried/README.txt  ## add the extras and, where it may, Chromium; run the slow tests
+test-slow: .venv/extras $(D)/SmolLM2-135M-Instruct.Q4_1.gguf $(D)/sharegpt.json $(D)/tokenizer.model $(D)/older/complete $(D)/target/complete $(D)/carried/README.txt  ## add the extras and, if it may, Chromium; run the slow tests
 	@timeout 300 tools/browser.sh &> $(D)/browser.log || \
 	    echo "no Chromium, so its tests are skipped: $(D)/browser.log says why"
 	python3 -m pytest -m "slow or skipif"
@@ -62,7 +62,7 @@ bench: .venv/complete $(D)/adapter/summary.json  ## measure every figure in docs
 	python3 -m benchmarks.model.merge_memory --write
 	python3 -m benchmarks.model.first_token --write
 
-gpu: .venv/complete  ## measure a CUDA card for 8.5 minutes, or go on with it, for docs/gpu.md
+gpu: .venv/complete  ## measure a CUDA card for 8.5 minutes, or continue, for docs/gpu.md
 	python3 benchmarks/gpu_16gb.py --resume
 
 clean:  ## remove what the demo and the tools wrote; .venv stays

@@ -30,17 +30,37 @@ CHECKING = 90  # seconds, at most
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=Help)
     add = parser.add_argument
-    add("--gib", type=float, default=14.6, help="GiB that each training is held to; a T4 has 14.6")
-    add("--minutes", type=float, default=8.5, help="for all of it")
-    add("--steps", type=int, default=3, help="timed of each row, after one that sets things up")
-    add("--only", nargs="+", metavar="TEXT", help="rows with one of these in their names")
-    add("--resume", action="store_true", help="go on from the JSON file of an earlier call")
-    add("--shape", choices=KINDS, default="full", help="of the bases; tiny tries the code out")
-    add("--unsloth", metavar="PYTHON", default=sys.executable, help="that has unsloth installed")
-    add("--cache", type=Path, default=ROOT / ".bench/gpu", help="for bases (32 GB) and logs")
+    add(
+        "--gib",
+        type=float,
+        default=14.6,
+        help="memory limit of each training, in GiB; a T4 has 14.6",
+    )
+    add("--minutes", type=float, default=8.5, help="time limit of the whole run")
+    add(
+        "--steps",
+        type=int,
+        default=3,
+        help="timed steps of each row, after one that sets things up",
+    )
+    add(
+        "--only",
+        nargs="+",
+        metavar="TEXT",
+        help="measure only rows with one of these in their names",
+    )
+    add("--resume", action="store_true", help="continue from the JSON file of an earlier run")
+    add("--shape", choices=KINDS, default="full", help="size of the bases; tiny tries out the code")
+    add(
+        "--unsloth",
+        metavar="PYTHON",
+        default=sys.executable,
+        help="a Python that has unsloth installed",
+    )
+    add("--cache", type=Path, default=ROOT / ".bench/gpu", help="folder for bases (32 GB) and logs")
     help = "folder for the results; default: docs/results, with --shape tiny in the cache"
     add("--out", type=Path, help=help)
-    add("--page", action="store_true", help="only write the page anew from the files in --out")
+    add("--page", action="store_true", help="only rewrite the page from the files in --out")
     args = parser.parse_args()
     if args.steps < 1 or args.gib <= 0 or args.minutes <= 0:
         parser.error("--steps, --gib and --minutes: expected more than 0")

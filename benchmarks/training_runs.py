@@ -27,7 +27,9 @@ def parser(doc: str, page: str) -> argparse.ArgumentParser:
     told = pages.parser(doc, page)
     add = told.add_argument
     add("--base", type=Path, default=ROOT / ".demo/base", help="base model folder")
-    add("--cache", type=Path, default=ROOT / ".bench/training", help="for downloads and runs")
+    add(
+        "--cache", type=Path, default=ROOT / ".bench/training", help="folder for downloads and runs"
+    )
     return told
 
 

@@ -43,16 +43,18 @@ MIB = 2**20
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=Help)
     add = parser.add_argument
-    help = "of the machine, such as 3.11"
+    help = "Python of the machine, such as 3.11"
     add("--python", type=version, default="3.12", metavar="VERSION", help=help)
-    help = "what torch.version.cuda is there, or may be; bitsandbytes takes 3 to 7 MiB for each"
+    help = (
+        "the machine's torch.version.cuda, or all it may be; bitsandbytes takes 3 to 7 MiB for each"
+    )
     cuda = {"nargs": "+", "type": version, "metavar": "VERSION"}
     add("--cuda", **cuda, default=["12.6", "12.8", "13.0"], help=help)
-    help = "packages that the machine has, as `pip freeze` lists them there"
+    help = "file of the packages that the machine has, from its `pip freeze`"
     target = ROOT / "tests/requirements-target.txt"
     add("--present", type=Path, default=target, metavar="FILE", help=help)
-    add("--mib", type=between(0, above=True), default=60, help="most that the folder may take")
-    help = "folder to write; replaces one of an earlier run"
+    add("--mib", type=between(0, above=True), default=60, help="largest size of the folder")
+    help = "folder to write; it replaces that of an earlier run"
     add("--out", type=Path, default=ROOT / ".bench/carried", help=help)
     return parser.parse_args()
 
@@ -83,7 +85,7 @@ def replacing(out: Path) -> Iterator[Path]:
     """
     try:
         if out.exists() and not all(is_carried(path) for path in out.iterdir()):
-            raise InputError(f"{out}: expected nothing there, or carried packages alone")
+            raise InputError(f"{out}: expected nothing there, or only carried packages")
         out.parent.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(prefix=".carried-", dir=out.parent) as scratch:
             new = Path(scratch, "new")

@@ -1,4 +1,4 @@
-"""What `make demo` came to: the run in numbers, and three questions before and after.
+"""The result of `make demo`: the run in figures, and three questions before and after.
 
 python3 tools/demo_report.py --base .demo/base --adapter .demo/adapter --report .demo/report.html \\
     --evaluation .demo/evaluation.html

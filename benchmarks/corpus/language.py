@@ -47,32 +47,32 @@ def parse_args() -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> None:
     logging.disable(logging.WARNING)  # polyglot warns of every text that takes it a second look
-    pages.publish(args, "Telling languages", *sections(args.cache))
+    pages.publish(args, "Detecting languages", *sections(args.cache))
 
 
 def sections(cache: Path) -> Iterator[str]:
     yield (
-        "polyglot's detector (CLD2) compares runs of four letters. Of a text of over 100 "
-        "characters its reliable answer stands; of a shorter one it is asked again with hints at "
-        "the languages that chats are mostly in, and the common words of a language and the "
-        "letters that it has not count along (`llama_lora/corpus/language/detector.py`). Chinese "
-        "is told to be simplified or traditional by its characters. Code, addresses and formulas "
-        "are set aside; code that no fence marks is not, and counts as the Latin text that it is."
+        "polyglot's detector (CLD2) compares runs of four letters. For a text of over 100 "
+        "characters, its reliable answer is taken. For a shorter one it is asked again, with hints "
+        "at the languages that chats are mostly in; common words of a language and letters outside "
+        "its alphabet count, too (`llama_lora/corpus/language/detector.py`). The characters of "
+        "Chinese decide whether it is simplified or traditional. Code, addresses and formulas are "
+        "set aside; code without a fence is not, and counts as the Latin text that it is."
     )
     yield (
         "Below, windows of 200 and of 40 characters are cut at word boundaries from the shipped "
         "sample, the Universal Declaration of Human Rights and the openings of classics: all "
         "free to use or in the public domain, and named in `benchmarks/corpus/languages.json`. "
-        "Four of five windows stand in what chats put around sentences: an address, a fence of "
-        "code, a formula, inline code. Right is who names the window's own language. `Detector` is "
-        "polyglot's, used as in fschat's `optional_clean.py`, on the same texts."
+        "Four of five windows have around them what chats put around sentences: an address, fenced "
+        "code, a formula, inline code. An answer is right if it names the window's own language. "
+        "`Detector` is polyglot's, used as in fschat's `optional_clean.py`, on the same texts."
     )
     yield f"{pages.origin()}."
     yield "## The set that the rules were made with\n\n" + table(TUNING)
     yield "## The set held out while they were made\n\n" + table(HELD_OUT)
     yield (
-        "## Neighbours\n\nLanguages that are easily taken for one of those above; in a short text "
-        "they have to make the better case.\n\n" + table(NEIGHBOURS)
+        "## Neighbours\n\nLanguages that are easily mistaken for one of those above; in a short "
+        "text, the evidence for them has to be stronger.\n\n" + table(NEIGHBOURS)
     )
     yield "## Time\n\n" + times(cache)
 

@@ -93,9 +93,11 @@ def seconds(side: str, conversations: list[dict]) -> float:
 def parse_args() -> argparse.Namespace:
     parser = pages.parser(__doc__, "markdown.md")
     parser.add_argument("--cache", type=Path, default=ROOT / ".bench", help="folder of downloads")
-    parser.add_argument("--corpus", help="the packaged conversations, if they are here already")
-    parser.add_argument("--limit", type=int, default=1500, help="conversations")
-    parser.add_argument("--rounds", type=int, default=3, help="times that each side runs")
+    parser.add_argument(
+        "--corpus", help="file of the packaged conversations, if it is already here"
+    )
+    parser.add_argument("--limit", type=int, default=1500, help="how many conversations")
+    parser.add_argument("--rounds", type=int, default=3, help="how often each side runs")
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     return parser.parse_args()
 

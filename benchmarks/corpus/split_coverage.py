@@ -15,7 +15,7 @@ BATCH = 500
 EXPLANATION = (
     "The share of the tokens of all answers that the trainer labels once, twice or never, and the "
     "pieces that are longer than the window. Both split the same cleaned file; each piece is "
-    "rendered, and cut to the window, as it is trained."
+    "rendered, and cut to the window, as in training."
 )
 Name = tuple[str, int]  # of an answer: its conversation's id, and its number in it
 

@@ -44,10 +44,21 @@ def parse_args() -> argparse.Namespace:
     parser = pages.parser(__doc__, "corpus.md")
     add = parser.add_argument
     add("--base", type=Path, default=ROOT / ".demo/base", help="base model folder; made if missing")
-    add("--cache", type=Path, default=ROOT / ".bench/corpus", help="for downloads and runs")
-    add("--share", type=float, default=1.0, help="of the conversations, for a quick look")
+    add("--cache", type=Path, default=ROOT / ".bench/corpus", help="folder for downloads and runs")
+    add(
+        "--share",
+        type=float,
+        default=1.0,
+        help="share of the conversations to use, for a quick look",
+    )
     add("--repeats", type=int, default=1, help="runs of each stage, in turn; the fastest counts")
-    add("--parts", nargs="+", choices=PARTS, default=PARTS, help="to run; others as last time")
+    add(
+        "--parts",
+        nargs="+",
+        choices=PARTS,
+        default=PARTS,
+        help="parts to run; the others stay as last time",
+    )
     return parser.parse_args()
 
 
@@ -197,13 +208,13 @@ def sections(results: dict, raw: Path) -> Iterator[str]:
         what = (
             f"The packaged real conversations of {PACKAGE.replace('==', ' ')} with the answers as "
             f"ChatGPT's HTML, {raw.stat().st_size >> 20} MiB, through the scripts of fschat "
-            f"{version('fschat')} as pip installs them and through ours, {cores()} cores each. "
-            f"{'Runs take turns, the fastest counts. ' if several else ''}Memory is the most that "
-            "all processes of a script hold at once; what they share counts once."
+            f"{version('fschat')} as pip installs them and through ours, on {cores()} cores each. "
+            f"{'Runs alternate, and the fastest counts. ' if several else ''}Memory is the most "
+            "that all processes of a script hold at once; what they share counts once."
         )
         yield from ("## Time and memory", what, table(list(costs(results, stages))))
     if FIVE in results:
-        text = f"Of one run, {results[FIVE]['date']}."
+        text = f"One run, {results[FIVE]['date']}."
         yield from ("## Memory on a longer file", text, table(list(growth(results))))
     if "help" in results:
         text = f"The fastest of {HELP_RUNS} runs, {results['help']['date']}."
@@ -213,7 +224,7 @@ def sections(results: dict, raw: Path) -> Iterator[str]:
         ]
         yield from ("## Answering `--help`", text, table(rows))
     if "windows" in results:
-        text = f"{split_coverage.EXPLANATION} Of {results['windows']['date']}."
+        text = f"{split_coverage.EXPLANATION} {results['windows']['date']}."
         yield from ("## Splitting", text, table(list(coverage(results))))
 
 

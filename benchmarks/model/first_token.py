@@ -27,7 +27,7 @@ def parse_args() -> argparse.Namespace:
         help="Hugging Face model folder",
     )
     add("--lora_weights", type=Path, default=ROOT / ".demo/adapter", help="adapter folder")
-    add("--tokens", type=int, default=48, help="of each answer, at most")
+    add("--tokens", type=int, default=48, help="longest answer, in tokens")
     return parser.parse_args()
 
 
@@ -85,9 +85,9 @@ def meaning(args: argparse.Namespace, model, summary: str) -> str:
     return f"""\
 {pages.origin()}:
 {summary.replace(f"{ROOT}/", "")}; {size:,.0f} M weights.
-A chat of {len(TOPICS)} questions, all of which stay in its context, answers of at most
-{args.tokens} tokens, the likeliest ones; then the same questions as a file of prompts.
-The aim is a first token within a second."""
+A chat of {len(TOPICS)} questions, all of which stay in the context, with the likeliest answers of
+at most {args.tokens} tokens; then the same questions as a file of prompts. The aim is a first token
+within a second."""
 
 
 def figures(waits: list[float], rate: float, rates: dict[int, float]) -> list[dict]:

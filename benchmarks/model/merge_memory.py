@@ -74,7 +74,7 @@ CASES = {
 def parse_args() -> argparse.Namespace:
     parser = pages.parser(__doc__, "merge-memory.md")
     add = parser.add_argument
-    add("--sizes", nargs="+", choices=CASES, default=list(CASES), help="of the base")
+    add("--sizes", nargs="+", choices=CASES, default=list(CASES), help="sizes of the base")
     add("--rank", type=int, default=16)
     add("--dora", action="store_true")
     add("--peft", nargs=3, metavar=("BASE", "LORA", "TARGET"), type=Path, help=argparse.SUPPRESS)
@@ -236,10 +236,10 @@ def largest_difference(ours: Path, theirs: Path) -> float:
 def meaning(args: argparse.Namespace) -> str:
     return f"""\
 {pages.origin()}:
-bases of random float16 weights, a {"DoRA" if args.dora else "LoRA"} adapter of rank {args.rank} on
-every linear layer. Peak memory is
-the process's own (anonymous pages); resident also counts the pages of files that it reads through a
-mapping, which the system takes back when it needs them."""
+bases of random float16 weights, with a {"DoRA" if args.dora else "LoRA"} adapter of rank
+{args.rank} on every linear layer. Peak memory is
+the process's own (anonymous pages). Resident also counts the pages of memory-mapped files, which
+the system takes back when it needs them."""
 
 
 def row(figures: dict) -> dict:

@@ -26,8 +26,8 @@ def parse_args() -> argparse.Namespace:
     add = parser.add_argument
     add("--base", type=Path, default=ROOT / ".demo/base", help="base model folder")
     add("--data", type=Path, default=ROOT / ".demo/split.json", help="corpus file, split")
-    add("--pieces", type=int, default=16, help="of it, one a step")
-    add("--length", type=int, default=512, help="tokens of a piece, at most")
+    add("--pieces", type=int, default=16, help="how many of its pieces, one a step")
+    add("--length", type=int, default=512, help="longest piece, in tokens")
     return parser.parse_args()
 
 
@@ -43,22 +43,22 @@ def main(args: argparse.Namespace) -> None:
         rows.append(row(name, loss, errors, relative(flat(found), flat(gradients))))
     pages.publish_part(
         args,
-        f"{pages.origin()}. check_machine.py prints there, among the rest:",
+        f"{pages.origin()}. There check_machine.py prints, among other lines:",
         f"```\n{checked}\n```",
         MEANING.format(pieces=len(batches), tokens=sum(ids.numel() for ids, _ in batches)),
         pages.table(rows, left=1),
-        f"With fp32's gradients, {len(batches)} steps of AdamW with states of 8 bits end "
-        f"{moved_apart(gradients):.2%} from where states in fp32 lead the B matrices (the "
-        "smallest of which have states in fp32 anyway).",
+        f"With fp32's gradients, {len(batches)} steps of AdamW with 8-bit states move the B "
+        f"matrices {moved_apart(gradients):.2%} away from where fp32 states move them (the "
+        "smallest ones have fp32 states anyway).",
     )
 
 
 MEANING = """\
-That is a layer of random weights. In the demo's base (SmolLM2-135M, from a GGUF file that holds it
-in 4 bits of another kind), on {pieces} of the demo's chats, {tokens:,} tokens: how far a linear
-layer's output is from fp32's on the same input; how far the gradients of all B matrices together
-are before the first step (those of A are zero then), where the layers' errors add up; and the loss
-of a token of the answers. A 7B was not measured here."""
+That is for a layer of random weights. The table is for the demo's base (SmolLM2-135M, from a GGUF
+file that holds it in 4 bits of another kind), on {pieces} of the demo's chats, {tokens:,} tokens:
+how far a linear layer's output is from fp32's on the same input; how far the gradients of all B
+matrices together are before the first step (those of A are zero then), where the layers' errors add
+up; and the loss per answer token. A 7B was not measured here."""
 
 
 def checks() -> str:

@@ -96,13 +96,12 @@ def row(shape, examples, length: int, card: str) -> dict:
 
 
 EXPLANATION = """\
-Reckoned, not measured: {parameters:.2f} B parameters, LoRA with the default flags (all linear
-layers, rank 16), micro-batches of 4 × the length, computed in the parts that fit
-(`--per_device_train_batch_size auto`), layers recomputed where memory asks for it. Hours are for
-an epoch of {chats:,} real English chats, at a length of {length:,} in all {tokens:,} tokens,
-{labelled:,} of them labelled, at the assumed share of each card's published peak; two epochs take
-twice as long. `--dry_run True` says the same of your corpus, and on the card itself measures its
-rate."""
+Estimated, not measured: {parameters:.2f} B parameters, LoRA with the default flags (all linear
+layers, rank 16), micro-batches of 4 × the length, computed in parts that fit
+(`--per_device_train_batch_size auto`), layers recomputed if memory requires it. Hours are for an
+epoch of {chats:,} real English chats ({tokens:,} tokens at a length of {length:,}; {labelled:,} of
+them are labelled), at the assumed share of each card's published peak; two epochs take twice as
+long. `--dry_run True` says the same about your corpus; on the card itself it measures the rate."""
 
 
 if __name__ == "__main__":

@@ -25,12 +25,25 @@ def parse_args() -> argparse.Namespace:
     parser = runs.parser(__doc__, "learning.md")
     add = parser.add_argument
     add("--quantization", choices=pages.PRECISIONS, default="8bit", help="precision of the base")
-    add("--minutes", type=float, default=20, help="of training, each")
-    add("--contenders", nargs="+", choices=CONTENDERS, default=DEFAULTS, help="who trains")
-    add("--length", type=int, default=512, help="tokens of a piece, at most")
-    add("--held-out", type=int, default=100, help="pieces to measure on, no more than there are")
-    add("--again", action="store_true", help="train also who has been trained with these flags")
-    add("--probe-steps", type=int, default=3, help="steps whose pace sets the number of steps")
+    add("--minutes", type=float, default=20, help="training time of each")
+    add(
+        "--contenders",
+        nargs="+",
+        choices=CONTENDERS,
+        default=DEFAULTS,
+        help="which contenders train",
+    )
+    add("--length", type=int, default=512, help="longest piece, in tokens")
+    add("--held-out", type=int, default=100, help="how many pieces to measure on")
+    add(
+        "--again", action="store_true", help="also repeat trainings that were made with these flags"
+    )
+    add(
+        "--probe-steps",
+        type=int,
+        default=3,
+        help="steps of the probe that decides the number of steps",
+    )
     return parser.parse_args()
 
 
@@ -221,14 +234,13 @@ def row(name: str, training: runs.Run, before: float, after: float) -> dict:
 EXPLANATION = """\
 {args.minutes:g} minutes of training each, from the same base (`--quantization
 {args.quantization}`), on the same pieces of English ShareGPT chats of at most {args.length} tokens.
-Loading the model and tokenizing are nobody's time. The number of steps follows from each
-contender's own pace in a probe, so that the schedule of its learning rate ends with the time. The
-held-out loss is per token of an answer, over {held_out} pieces of conversations that no one trained
-on, each by itself, by one function for all: the base in fp32 with the adapter through peft, the
-plain loss. All use the Vicuna prompt. FastChat's recipe has the flags of its README (14
-conversations a step, padded). TRL learns all tokens of a conversation by default, so that what it
-sees labelled includes the questions; with "the LoRA command in its docs" it packs, with rank 32 and
-learning rate 2e-4."""
+Loading the model and tokenizing do not count. Each contender's own pace in a probe decides its
+number of steps, so that its learning rate schedule ends when the time is over. The held-out loss is
+per answer token, over {held_out} pieces of conversations that no contender trained on, each by
+itself, computed in the same way for all: the base in fp32 with the adapter through peft, the plain
+loss. All use the Vicuna prompt. FastChat's recipe has the flags of its README (14 conversations a
+step, padded). TRL learns all tokens of a conversation by default, so its labelled tokens include
+the questions; with "the LoRA command in its docs" it packs, with rank 32 and learning rate 2e-4."""
 
 
 if __name__ == "__main__":

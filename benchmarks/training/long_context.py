@@ -28,7 +28,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--quantization", choices=pages.PRECISIONS, default="4bit")
     parser.add_argument("--dropout", type=float, default=0.05)
-    parser.add_argument("--tiles", default="8", help="of the MLPs")
+    parser.add_argument("--tiles", default="8", help="tiles of the MLPs")
     return parser.parse_args()
 
 
@@ -45,7 +45,7 @@ def main(args: argparse.Namespace) -> None:
         meaning(args),
         pages.table(rows, left=1),
         "## A layer of LLaMA-7B",
-        "By the formulae, in 16 bits on a card, LoRA of rank 32 on all linear layers, a token:",
+        "By the formulae, in 16 bits on a card, LoRA of rank 32 on all linear layers, per token:",
         pages.table(at_7b(), left=1),
     )
 
@@ -147,7 +147,7 @@ def meaning(args: argparse.Namespace) -> str:
 {args.intermediate:,}; `--quantization {args.quantization}`, LoRA of rank 16 on all linear layers,
 dropout {args.dropout:g}.
 
-One step on a conversation of {args.tokens:,} tokens: what it holds at most besides the
+One step on a conversation of {args.tokens:,} tokens: the most that it holds besides the
 weights, and what the formulae of `llama_lora/train/plan/activation_memory.py` say."""
 
 

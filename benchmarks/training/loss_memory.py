@@ -22,9 +22,9 @@ from llama_lora.model.labels import IGNORE
 def parse_args() -> argparse.Namespace:
     parser = pages.parser(__doc__, "loss-memory.md")
     parser.add_argument("--tokens", type=int, default=28_672)
-    parser.add_argument("--words", type=int, default=32_000, help="of the vocabulary")
+    parser.add_argument("--words", type=int, default=32_000, help="size of the vocabulary")
     parser.add_argument("--hidden", type=int, default=1_024, help="size of the hidden states")
-    parser.add_argument("--labelled", type=float, default=1.0, help="share of the tokens")
+    parser.add_argument("--labelled", type=float, default=1.0, help="labelled share of the tokens")
     parser.add_argument("--kind", choices=["plain", "chunks"], help=argparse.SUPPRESS)
     return parser.parse_args()
 
@@ -91,9 +91,9 @@ def peak(device: str) -> int:
 def meaning(args: argparse.Namespace) -> str:
     return f"""\
 {pages.origin()}:
-{args.tokens:,} tokens, hidden states of {args.hidden:,} in fp32, {args.words:,} words,
-{args.labelled:.0%} of the tokens labelled; forward and backward, each in a process of its own. The
-gradient of the hidden states, which both hold, is part of the extra."""
+{args.tokens:,} tokens, hidden states of {args.hidden:,} in fp32, a vocabulary of {args.words:,},
+{args.labelled:.0%} of the tokens labelled; forward and backward, each loss in a process of its own.
+The gradient of the hidden states, which both hold, is part of the extra memory."""
 
 
 def rows(results: dict) -> list[dict]:

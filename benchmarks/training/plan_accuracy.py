@@ -28,7 +28,7 @@ SETTINGS = [
 
 def parse_args() -> argparse.Namespace:
     parser = runs.parser(__doc__, "plan-accuracy.md")
-    parser.add_argument("--steps", type=int, default=6, help="of each")
+    parser.add_argument("--steps", type=int, default=6, help="steps of each training")
     return parser.parse_args()
 
 
@@ -39,7 +39,7 @@ def main(args: argparse.Namespace) -> None:
     worst = max(abs(found["planned"] / found["measured"] - 1) for found in results)
     pages.publish(
         args,
-        "The memory plan, and what came",
+        "The memory plan, and what training took",
         f"{pages.origin()}, one run after the other.",
         EXPLANATION,
         pages.table([row(found) for found in results]),
@@ -82,8 +82,8 @@ def row(found: dict) -> dict:
 
 EXPLANATION = """\
 Each row is a training of a few steps on real chats with the default LoRA flags, in a process of its
-own. Planned is what it reckoned before it loaded a weight, from the base's config, the corpus and
-the flags; measured is the peak of the whole process (of the card, where there is one)."""
+own. Planned is what it estimated before it loaded a weight, from the base's config, the corpus and
+the flags. Measured is the peak of the whole process (of the card, if there is one)."""
 
 
 if __name__ == "__main__":

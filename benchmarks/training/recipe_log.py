@@ -22,7 +22,7 @@ def parser(doc: str) -> argparse.ArgumentParser:
     add("--base", type=Path, required=True, help="base model folder")
     add("--data", type=Path, required=True, help="corpus file, split")
     add("--out", type=Path, required=True, help="folder for the adapter and the log")
-    add("--steps", type=int, required=True, help="steps, which the learning rate's schedule fits")
+    add("--steps", type=int, required=True, help="steps; the learning rate schedule fits them")
     add("--max-minutes", type=float, help="end before this many minutes of training")
     add("--quantization", choices=PRECISIONS, default="8bit", help="precision of the base")
     return parser

@@ -29,7 +29,7 @@ def parse_args() -> argparse.Namespace:
     parser = recipe_log.parser(__doc__)
     add = parser.add_argument
     add("--max-length", type=int, default=512, help="tokens that every conversation is padded to")
-    add("--batch", type=int, default=14, help="conversations of a step")
+    add("--batch", type=int, default=14, help="conversations per step")
     add("--gradient-checkpointing", action="store_true", help="recompute in the backward pass")
     return parser.parse_args()
 

@@ -41,10 +41,16 @@ def parse_args() -> argparse.Namespace:
     add("--steps", type=int, default=4, help="steps of a run, of which the first is not timed")
     add("--tokens", type=int, default=2048, help="capacity of a step in tokens")
     add("--repeats", type=int, default=2, help="runs of each, alternating")
-    add("--lengths", type=int, nargs="*", default=[512, 1024, 2048], help="of rows, real chats")
+    add(
+        "--lengths",
+        type=int,
+        nargs="*",
+        default=[512, 1024, 2048],
+        help="lengths of rows of real chats",
+    )
     add("--no-short", dest="short", action="store_false", help="leave out data/dummy_en.json")
     add("--no-share", dest="share", action="store_false", help="leave out the machine's own rate")
-    add("--checkpointing", action="store_true", help="recompute activations, both")
+    add("--checkpointing", action="store_true", help="both recompute activations")
     add("--json", type=Path, metavar="FILE", help="also write what was measured here")
     args = parser.parse_args()
     if args.steps < 2:
@@ -195,15 +201,15 @@ def comparison(results: list[dict], args: argparse.Namespace) -> str:
 MEANING = """\
 Both train LoRA of rank 8 on the query and value projections of the same base (`--quantization
 {args.quantization}`; gradient checkpointing: {args.checkpointing}), on the same pieces of real
-chats (ShareGPT) or of short ones (`data/dummy_en.json`), {args.tokens:,} tokens of capacity a step,
-{args.steps} steps a run of which the first is not timed, {args.repeats} alternating runs of each.
-The reference is FastChat's recipe: the installed fschat's data module, every conversation padded to
-the length, the plain loss; its masks are made right for this tokenizer, so that it learns every
-answer. A labelled token is a token of an answer, counted once; that the reference also learns again
-what the pieces of a long answer repeat of each other is not counted. The rate is the labelled
-tokens of the whole corpus over the time that an epoch takes at the measured pace. Fill is the share
-of a step's capacity that holds tokens, memory the peak of the whole process (of the card, where
-there is one)."""
+chats (ShareGPT) or of short ones (`data/dummy_en.json`). A step has a capacity of {args.tokens:,}
+tokens. There are {args.steps} steps a run, of which the first is not timed, and {args.repeats}
+alternating runs of each. The reference is FastChat's recipe: the installed fschat's data module,
+every conversation padded to the length, the plain loss; its masks are corrected for this tokenizer,
+so that it learns every answer. A labelled token is a token of an answer, counted once: the text
+that the pieces of a long answer repeat, which the reference learns again, does not count. The rate
+is the labelled tokens of the whole corpus, divided by the time of an epoch at the measured pace.
+Fill is the share of a step's capacity that holds tokens. Memory is the peak of the whole process
+(of the card, if there is one)."""
 
 
 # ---- What the machine could do ----
@@ -265,12 +271,12 @@ WEIGHTS = "body M", "head M"
 SHARE = """\
 ## Share of the machine's own rate
 
-How an unquantized base trains, beside what the fastest of the model's own products reaches by
-itself in the same dtype (`torch.mm`, several shapes, best call, right after the training). Useful
-are 2 FLOP a weight forward and 2 backward (the weights are frozen, so that a backward pass has the
-gradient of the input alone): the {body:.1f} M weights of the linear layers for every token, the
-{head:.1f} M of the head for labelled tokens only. Attention, LoRA's own products and whatever is
-computed twice do not count."""
+The rate at which an unquantized base trains, beside the rate that the fastest of the model's own
+products reaches by itself in the same dtype (`torch.mm`, several shapes, best call, right after the
+training). Useful work is 2 FLOP per weight forward and 2 backward (the weights are frozen, so the
+backward pass computes only the gradient of the input): the {body:.1f} M weights of the linear
+layers for every token, the {head:.1f} M of the head for labelled tokens only. Attention, LoRA's own
+products and whatever is computed twice do not count."""
 
 
 def profile(corpus: Corpus, args: argparse.Namespace) -> list[dict]:
@@ -299,7 +305,7 @@ def profile(corpus: Corpus, args: argparse.Namespace) -> list[dict]:
 
 def profile_text(operators: list[dict]) -> str:
     return f"""\
-The operators that one step of it spends most time in themselves (`torch.profiler`):
+The operators in which one step of it spends the most time (`torch.profiler`, their own time):
 
 {pages.table(operators)}"""
 

@@ -22,8 +22,8 @@ def parse_args() -> argparse.Namespace:
         description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     add = parser.add_argument
-    add("--base", type=Path, default=runs.ROOT / ".demo/base", help="whose tokenizer counts")
-    add("--cache", type=Path, default=runs.ROOT / ".bench/training", help="for downloads")
+    add("--base", type=Path, default=runs.ROOT / ".demo/base", help="base whose tokenizer counts")
+    add("--cache", type=Path, default=runs.ROOT / ".bench/training", help="folder for downloads")
     return parser.parse_args()
 
 

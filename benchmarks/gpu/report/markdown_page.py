@@ -49,19 +49,19 @@ def page(found: list[dict]) -> str:
 TITLE = """\
 # What cards do
 
-`make gpu` on a machine with a CUDA card measures this, in runs of 8.5 minutes that go on where the
-last one ended, the most telling rows first (docs/results/README.md). The page is written from the
-files in docs/results/, one a card.
+`make gpu` on a machine with a CUDA card measures this, in runs of 8.5 minutes that continue where
+the last one ended, the most telling rows first (docs/results/README.md). The page is written from
+the files in docs/results/, one per card.
 
 Bases have random weights in the sizes of Llama 2 7B, Llama 3 8B and TinyLlama 1.1B. The tokens are
-random, and their number in each conversation and answer is that of real pieces of ShareGPT, counted
-by SmolLM2's tokenizer. The process is held to the memory named, of which CUDA itself takes its
-part. Peak memory is what torch reserved and what CUDA took. A labelled token is one of an answer;
-rates are those of an epoch at the pace of the timed steps, so that padding counts as time and not
-as tokens. The reference is FastChat's recipe: rows padded to the length, the plain loss, fp16, all
-layers recomputed but where the row says otherwise; like this project it lets CUDA's blocks grow
-(`expandable_segments`). Where it runs out of memory it is tried again with half as many rows.
-Planned is what the plan chooses and foretells for the memory named, as `--dry_run` does."""
+random, with as many in each conversation and answer as in real pieces of ShareGPT, counted with
+SmolLM2's tokenizer. The process is limited to the memory named, of which CUDA itself takes some.
+Peak memory is what torch reserved plus what CUDA took. A labelled token is one of an answer. Rates
+are those of an epoch at the pace of the timed steps, so padding costs time and does not count as
+tokens. The reference is FastChat's recipe: rows padded to the length, the plain loss, fp16, all
+layers recomputed unless the row says otherwise; like this project, it lets CUDA's blocks grow
+(`expandable_segments`). If it runs out of memory, it is tried again with half as many rows. Planned
+is what the plan chooses and predicts for the memory named, as with `--dry_run`."""
 
 
 def of_card(results: dict) -> list[str]:
@@ -71,10 +71,10 @@ def of_card(results: dict) -> list[str]:
         part("Training", [speed_row(row, results) for row in own_rows(results, "speed")]),
         part("Answers", [answers_row(row, results) for row in own_rows(results, "answers")]),
         part("The longest context", context_rows(results), CONTEXT),
-        part("Does it compute right?", checks_rows(results)),
+        part("Does it compute correctly?", checks_rows(results)),
         part("The plan's time", speed_rows(results), SPEED),
         part("Where the time of a micro-batch goes", profile_rows(results)),
-        part("Trainers beside", [other_row(row) for row in others(results)]),
+        part("Other trainers", [other_row(row) for row in others(results)]),
     ]
 
 
@@ -93,7 +93,7 @@ def heading(results: dict) -> str:
 {title}
 
 {results["date"]}, {results["processor"]}; capability {capability}, driver {device["driver"]}, CUDA
-{device["cuda"]}; held to {settings["gib"]:g} GiB. {versions(results)}{tried_out}"""
+{device["cuda"]}; limited to {settings["gib"]:g} GiB. {versions(results)}{tried_out}"""
 
 
 def versions(results: dict) -> str:
@@ -107,7 +107,7 @@ def versions(results: dict) -> str:
     return " ".join(f"{packages}: {'; '.join(jobs)}." for packages, jobs in told.items())
 
 
-TRIED_OUT = " **The bases are tiny ones that try the code out; these figures mean nothing.**"
+TRIED_OUT = " **The bases are tiny ones that only try out the code; these figures mean nothing.**"
 
 
 def aims_rows(results: dict) -> list[dict]:
@@ -142,7 +142,7 @@ def speed_row(row: Row, results: dict) -> dict:
         "planned": cell(mine, "planned", pages.gib) if is_measured(mine) else NOTHING,
         "planned ÷ peak": f"{mine['planned'] / mine['peak']:.2f}" if is_measured(mine) else NOTHING,
         "reference's peak": cell(theirs, "peak", pages.gib),
-        "others tell": PUBLIC_TRAINING.get(row.base, NOTHING),
+        "others report": PUBLIC_TRAINING.get(row.base, NOTHING),
         "how": how_computed(mine),
     }
 
@@ -227,7 +227,7 @@ def context_row(row: Row, found: dict | None) -> dict:
         "base": f"{row.base} {PRECISIONS[row.quantization]}",
         "fits, tokens": fitting(found) if is_measured(found) else cell(found, "tokens", number),
         "does not": does_not_fit(found) if is_measured(found) else NOTHING,
-        "others tell": told_by_others(row),
+        "others report": told_by_others(row),
         "peak": cell(found, "peak", pages.gib),
         "planned": cell(found, "planned", pages.gib),
         "tokens/s": cell(found, "tokens_per_second", number),
@@ -247,8 +247,8 @@ def told_by_others(row: Row) -> str:
 
 
 CONTEXT = """\
-One example alone, LoRA of rank 32 on all linear layers, AdamW with states of 8 bits: the longest
-for which a step fits. Whole conversations is the share of real ones that are no longer."""
+The longest single example for which a step fits, with LoRA of rank 32 on all linear layers and
+8-bit AdamW. Whole conversations: the share of real conversations that are no longer."""
 
 
 def checks_rows(results: dict) -> list[dict]:
@@ -261,7 +261,7 @@ def checks_rows(results: dict) -> list[dict]:
         {"what": what, "found": f"{found} ({'; '.join(jobs)})"}
         for (what, found), jobs in outcomes.items()
     ]
-    return found or [{"what": "all that tests check on a CPU", "found": NOT_YET}]
+    return found or [{"what": "everything that tests check on a CPU", "found": NOT_YET}]
 
 
 def speed_rows(results: dict) -> list[dict]:
@@ -280,8 +280,8 @@ def speed_rows(results: dict) -> list[dict]:
 
 
 SPEED = """\
-The share of the rate is what the plan's time depends on: a training's operations a second over the
-rate that the plan measures on the device, and what it assumes for that."""
+The plan's time depends on the share of the rate: a training's operations per second, divided by the
+rate that the plan measures on the device. Beside it is the share that the plan assumes."""
 
 
 def profile_rows(results: dict) -> list[dict]:
