@@ -58,7 +58,8 @@ class DataArguments:
         metadata={"help": "Share of the conversations in --data_path to hold out, 0 to 0.5."},
     )
     model_max_length: int = field(
-        default=512, metadata={"help": "Longest example in tokens; what is beyond is cut, counted."}
+        default=512,
+        metadata={"help": "Longest example in tokens; the rest is cut off, and counted."},
     )
     packing: bool = field(
         default=True,
@@ -90,7 +91,9 @@ class LoraArguments:
     )
     use_dora: bool = field(
         default=False,
-        metadata={"help": "Learn the norm of each weight column apart (DoRA, Liu et al. 2024)."},
+        metadata={
+            "help": "Learn the norm of each weight column separately (DoRA, Liu et al. 2024)."
+        },
     )
     use_rslora: bool = field(
         default=False,
@@ -108,7 +111,7 @@ class TrainingArguments(transformers.TrainingArguments):
 
     learning_rate: float | None = field(
         default=None,
-        metadata={"help": "Highest rate; without it one that fits the base's size, printed."},
+        metadata={"help": "Peak learning rate; by default one chosen by the base's size."},
     )
     lr_scheduler_type: str = field(
         default="cosine",
@@ -124,20 +127,20 @@ class TrainingArguments(transformers.TrainingArguments):
         default="4",
         metadata={
             "help": "A micro-batch on a card, in units of --model_max_length; auto: 4, computed in "
-            "as many parts as the card's memory asks for."
+            "as many parts as the card's memory needs."
         },
     )
     per_device_eval_batch_size: int = field(
         default=4,
-        metadata={"help": "What is measured at once, in units of --model_max_length."},
+        metadata={"help": "Micro-batch when measuring, in units of --model_max_length."},
     )
     logging_steps: float = field(default=1, metadata={"help": "Steps between two log lines."})
     logging_dir: str | None = field(
         default=None,
-        metadata={"help": "For what tensorboard reads (default: runs/… in --output_dir)."},
+        metadata={"help": "Folder that tensorboard reads (default: runs/… in --output_dir)."},
     )
     overwrite_output_dir: bool = field(
-        default=False, metadata={"help": "Start over although --output_dir holds checkpoints."}
+        default=False, metadata={"help": "Start over even if --output_dir holds checkpoints."}
     )
     base_name: str | None = field(
         default=None,
@@ -158,7 +161,9 @@ class TrainingArguments(transformers.TrainingArguments):
     )
     loraplus_lr_ratio: float | None = field(
         default=None,
-        metadata={"help": "Learning rate of B over that of A (LoRA+, Hayou et al. 2024), say 16."},
+        metadata={
+            "help": "Learning rate of B over that of A (LoRA+, Hayou et al. 2024), such as 16."
+        },
     )
     early_stopping_patience: int | None = field(
         default=None,
@@ -171,7 +176,7 @@ class TrainingArguments(transformers.TrainingArguments):
 
     dry_run: bool = field(
         default=False,
-        metadata={"help": "Only say how much memory and time it will take; load no weights."},
+        metadata={"help": "Only estimate memory and time; load no weights."},
     )
     plan_for: str | None = field(
         default=None,
@@ -180,7 +185,7 @@ class TrainingArguments(transformers.TrainingArguments):
         },
     )
     ignore_memory_plan: bool = field(
-        default=False, metadata={"help": "Start although the memory plan says it cannot fit."}
+        default=False, metadata={"help": "Start even if the memory plan says that it cannot fit."}
     )
     offload_activations: str = field(
         default="auto",
