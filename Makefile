@@ -71,7 +71,7 @@ clean:  ## remove what the demo and the tools wrote; .venv stays
 # ---- The demo: raw chats to an adapter that answers, on a 135M Llama-architecture chat model ----
 # Each stage reads the file of the one before; what is complete and newer is not made again.
 
-demo: .venv/complete $(D)/report.html $(D)/evaluation.html  ## fine-tune a small real model through every stage
+demo: .venv/complete $(D)/report.html $(D)/evaluation.html  ## from raw chats to an evaluated adapter, on a small real model
 	@python3 tools/demo_report.py --base $(D)/base --adapter $(D)/adapter \
 	    --report $(D)/report.html --evaluation $(D)/evaluation.html
 

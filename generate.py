@@ -34,7 +34,7 @@ def parse_args() -> argparse.Namespace:
     what.add_argument("--prompt", help="answer this question, print nothing else, and exit")
     what.add_argument("--prompts_file", metavar="FILE", help=PROMPTS_HELP)
     what.add_argument("--web", action="store_true", help="chat in the browser")
-    add("--output_file", metavar="FILE", help="corpus file to write the answers to")
+    add("--output_file", metavar="FILE", help="corpus file for the answers to --prompts_file")
     help = "prompts answered at a time; default: as many as fit in memory"
     add("--batch_size", type=batch_size, metavar="auto|N", help=help)
     help = "address that --web listens on; whoever can reach it can use the model"

@@ -34,7 +34,7 @@ def parse_args() -> argparse.Namespace:
         help="which contenders train",
     )
     add("--length", type=int, default=512, help="longest piece, in tokens")
-    add("--held-out", type=int, default=100, help="how many pieces to measure on")
+    add("--held-out", type=int, default=100, help="pieces to measure on, at most")
     add(
         "--again", action="store_true", help="also repeat trainings that were made with these flags"
     )

@@ -73,7 +73,7 @@ class Scale:
 
 
 def round_step(least: float) -> float:
-    """The next larger of …, 0.1, 0.2, 0.5, 1, 2, 5, …"""
+    """The smallest of …, 0.1, 0.2, 0.5, 1, 2, 5, … that is at least `least`."""
     size = 10.0 ** math.floor(math.log10(least))
     return next(step * size for step in (1, 2, 5, 10) if step * size >= least * (1 - 1e-9))
 

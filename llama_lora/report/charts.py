@@ -52,7 +52,7 @@ def histogram(values: Sequence[int]) -> list[Bin]:
 def log_edges(least: int, most: int) -> list[int]:
     """Powers of two around `least` … `most`; 0 has its own bin.
 
-    From 16 on there are also the powers of its root, which would be too coarse below.
+    If `least` is 16 or more, also the powers of its root, which would be too fine below.
     """
     first = 2 * (max(least, 1).bit_length() - 1)
     step = 1 if least >= 16 else 2
@@ -61,7 +61,7 @@ def log_edges(least: int, most: int) -> list[int]:
 
 
 def round_up(number: float) -> int:
-    """The next larger of 1, 2, 5, 10, 20, 50, …"""
+    """The smallest of 1, 2, 5, 10, 20, 50, … that is at least `number`."""
     size = 1
     while True:
         for step in (1, 2, 5):

@@ -98,7 +98,7 @@ def figures(statistics: Statistics, packs: int) -> list[tuple[str, str]]:
         shown += [
             (f"{audit.tokens:,}", "tokens in an epoch"),
             (f"{audit.labelled / max(audit.tokens, 1):.1%}", "of them learned"),
-            (f"{packs:,}", "rows in an epoch"),
+            (f"{packs:,}", "packs in an epoch"),
         ]
     equal = statistics.duplicates.total() - statistics.duplicates["equal ids"]
     return [*shown, (f"{equal:,}", "duplicates")]

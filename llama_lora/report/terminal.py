@@ -78,7 +78,7 @@ def training(statistics: Statistics, max_length: int) -> str:
     room = max(packs * max_length, 1)
     return (
         f"at {max_length:,} tokens: {statistics.audit}\n"
-        f"an epoch: {packs:,} rows, {statistics.audit.tokens / room:.1%} full"
+        f"an epoch: {packs:,} packs, {statistics.audit.tokens / room:.1%} full"
     )
 
 

@@ -68,7 +68,7 @@ def test_figures_of_a_split_file(chain, tokenizer_folder, llama_tokenizer):
         assert figures == [*shares, round(sum(values) / len(values))], name
     packs = first_fit(tokens, WINDOW)
     assert f"at {WINDOW} tokens: {audit}\n" in text
-    assert f"an epoch: {packs} rows, {sum(tokens) / packs / WINDOW:.1%} full" in text
+    assert f"an epoch: {packs} packs, {sum(tokens) / packs / WINDOW:.1%} full" in text
 
 
 def test_what_is_beyond_the_window_is_counted_as_the_trainer_counts_it(

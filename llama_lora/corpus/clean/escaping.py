@@ -18,7 +18,8 @@ CELL, ROW, MARK, MARK_END = map(chr, range(0xFDEC, 0xFDF0))
 RESERVED = re.compile("[\ufdd0-\ufdef\0]")
 STAND_IN = re.compile(f"[{''.join(STAND_INS.values())}]")
 
-# Most characters matter only in a certain place: a dot after a digit, a hyphen where a line begins.
+# Most characters matter only in certain places: a dot after a digit, a hyphen where a line may
+# begin.
 HIDDEN = re.compile(r"[\\`*_\[\]<>&~|!]|(?<=[0-9])[.)]|(?<![^\s=:|-])[#+=-]|#+$")
 BEHIND = {stand_in: char for char, stand_in in STAND_INS.items()}
 
@@ -220,7 +221,7 @@ def delimiters(plain: str, hidden: set[int], escaped: set[int]) -> set[int]:
     if not any(plain[at] in "*_~" for at in hidden):
         return found
     for run in RUN.finditer(plain):
-        if hidden.isdisjoint((run.start(), run.end() - 1)):  # between two runs of markup
+        if hidden.isdisjoint((run.start(), run.end() - 1)):  # between two characters of markup
             found.update(hidden.intersection(range(*run.span())))
     while True:
         runs = [run for run in delimiter_runs(plain, escaped | found) if run[3] or run[4]]

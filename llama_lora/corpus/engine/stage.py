@@ -199,7 +199,7 @@ def chunked(records: Iterable[tuple[str, reader.Record]], most: int) -> Iterator
 def mapped(chunks: Iterator[list], build: Callable, workers: int) -> Iterator:
     """For each chunk, in order, the result of the function that `build` makes.
 
-    The worker processes have ended when the last result is there.
+    The worker processes have ended once the iterator is exhausted.
     """
     first = list(islice(chunks, WORTH_PROCESSES))
     chunks = chain(first, chunks)

@@ -114,7 +114,7 @@ def check(model) -> None:
         if not difference <= 0.01:  # so that NaN fails, too
             raise InputError(
                 f"{model.config.model_type}: the attention of layer {number} is off by "
-                f"{difference:.2g} from its own eager attention; use another base"
+                f"{difference:.2g} of what its own eager attention gives; use another base"
             )
 
 

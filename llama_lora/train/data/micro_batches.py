@@ -8,7 +8,7 @@ from llama_lora.train.data.packing import MicroBatches
 
 
 def load(data, args, template: Template, tell: Callable[[str], None]) -> tuple[list, list]:
-    """The examples to train on, and those held out (None if no flag asks for them).
+    """The examples to train on, and those held out (none if no flag asks for them).
 
     Args:
         data: `DataArguments`; `args` the `TrainingArguments`.

@@ -31,7 +31,7 @@ def set_up(
 
     Args:
         wanted: "True" for all layers, "False" for none, "auto" for as few as memory allows.
-        tokens: in the fullest micro-batch.
+        tokens: the most that are computed at once.
         offload: whether inputs of checkpointed layers wait in the host's memory; "auto": if all
             layers are checkpointed and it does not fit otherwise.
         mlp_tiles: into how many tiles the MLPs of checkpointed layers cut that many tokens; "auto":
@@ -133,7 +133,7 @@ def _needed(model, layers: list, tokens: int, reserved: float) -> int:
 
 
 def layer_bytes(model, layers: list) -> tuple[float, float]:
-    """Bytes that a layer keeps for the backward pass, per token and in addition; measured.
+    """Bytes that a layer keeps for backward: per token, and for any number of them; measured.
 
     It is measured with one layer at a time: DoRA unfolds weights, and few of them fit into memory.
     """

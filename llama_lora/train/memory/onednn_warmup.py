@@ -2,7 +2,7 @@
 
 oneDNN compiles each product for its number of tokens and keeps it for a while. A product compiled
 while activations are there lies between them, and leaves a hole in the heap when they are gone.
-With each step there are more holes, until they take more memory than what is held. The rehearsal
+With each step there are more holes, until they take more memory than what is held. The warm-up
 runs one layer, which has the shapes of all.
 """
 
@@ -14,7 +14,7 @@ from llama_lora.model.adapter import trainable
 def before(loss_of, model):
     """`loss_of`, a function of a micro-batch, preceded by a warm-up where that saves memory.
 
-    It does not if layers recompute, since large blocks are not in the heap then, see `allocator`.
+    It saves none if layers recompute, since large blocks are not in the heap then, see `allocator`.
 
     Args:
         model: the peft model that `loss_of` computes with.

@@ -23,7 +23,7 @@ def set_up(model, layers: list, size: int) -> bool:
     which the weights' gradients are summed. (int8 kernels find the outlier columns of each tile.)
 
     Returns:
-        Whether any layer does so now; a layer is left out if its norm may have other uses.
+        Whether any layer does so now: none in a model whose norms may have other uses.
     """
     if model.config.model_type not in NORM_BEFORE_MLP:
         return False

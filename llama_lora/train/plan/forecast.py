@@ -212,7 +212,7 @@ def choose(setup: Setup, available: float, autos: set[str]) -> Plan:
 
 
 def _parts(setup: Setup, available: float) -> int:
-    """How many parts to compute a micro-batch in: few, but enough to avoid recomputing layers."""
+    """How many parts to compute a micro-batch in: the fewest with which fewest layers recompute."""
     fitting, parts = [], 1
     while True:
         found = plan(replace(setup, parts=parts), available)

@@ -46,10 +46,10 @@ def shortened(setup: Setup, length: int) -> dict[str, int]:
 
 
 def ways_to_fit(setup: Setup, available: float, most: int = 3) -> list[tuple[str, Plan]]:
-    """Single changes that make it fit or, if none does, the fewest that do so together.
+    """Single changes that make it fit or, if none does, the cheapest that do so together.
 
-    Changes that leave some room come before changes that just fit. Empty if nothing helps, because
-    the base itself is too large.
+    If no change leaves some room, those that just fit. Empty if nothing helps, because the base
+    itself is too large.
     """
     for enough in (attrgetter("comfortable"), attrgetter("fits")):
         if found := _alone(setup, available, enough)[:most] or _together(setup, available, enough):

@@ -39,7 +39,7 @@ class EpochWork:
 
 
 def attended_in(lengths: np.ndarray, window: int | None) -> int:
-    """The sum of squares; beyond a window, blocks are masked and not halved, which costs more."""
+    """The sum of squares; beyond a window what costs as much: blocks are masked, not halved."""
     plain = lengths if window is None else np.minimum(lengths, window)
     behind = lengths - plain
     return int((plain**2 + 2 * behind * ((window or 0) + np.minimum(behind, BLOCK))).sum())
