@@ -207,9 +207,9 @@ alternating runs of each. The reference is FastChat's recipe: the installed fsch
 every conversation padded to the length, the plain loss; its masks are corrected for this tokenizer,
 so that it learns every answer. A labelled token is a token of an answer, counted once: the text
 that the pieces of a long answer repeat, which the reference learns again, is not counted again. The
-rate is the labelled tokens of the whole corpus, divided by the time of an epoch at the measured pace.
-Fill is the share of a step's capacity that holds tokens. Memory is the peak of the whole process
-(of the card, if there is one)."""
+rate is the labelled tokens of the whole corpus, divided by the time of an epoch at the measured
+pace. Fill is the share of a step's capacity that holds tokens. Memory is the peak of the whole
+process (of the card, if there is one)."""
 
 
 # ---- What the machine could do ----
