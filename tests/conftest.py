@@ -33,7 +33,7 @@ pytest.register_assert_rewrite(
 ROOT = Path(__file__).parents[1]
 DATA = ROOT / "data"
 SHIPPED = [DATA / name for name in ("dummy_en.json", "dummy_cn.json", "sharegpt_sample.json")]
-TRAIN = ROOT / "fastchat/train/train_lora.py"
+TRAIN = "fastchat/train/train_lora.py"
 # What a machine without a network has; a test that reached for a model hub would fail.
 OFFLINE = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
 TOKENS = tempfile.TemporaryDirectory(prefix="llama-lora-tokens-")  # until this process ends

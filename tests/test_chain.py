@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT, deepspeed, run_here
+from tests.conftest import ROOT, TRAIN, deepspeed, run_here
 from tests.documents import blocks, commands
 
 
@@ -23,8 +23,7 @@ def test_from_shipped_data_to_an_answer(launcher, shipped_split, tiny_base, tmp_
         own = "--model_name_or_path", tiny_base, "--data_path", shipped_split
         flags = """--per_device_train_batch_size 8 --model_max_length 256 --max_steps 3
             --learning_rate 1e-2 --logging_steps 1 --save_strategy no"""
-        script = "fastchat/train/train_lora.py"
-        done = run_here(script, *own, "--output_dir", adapter, *shlex.split(flags))
+        done = run_here(TRAIN, *own, "--output_dir", adapter, *shlex.split(flags))
     assert done.returncode == 0, done.stderr[-3000:]
     assert " 0 truncated " in done.stdout  # the splitter counted as the trainer renders
     asked = "--prompt", "Who are you?", "--temperature", 0, "--max_new_tokens", 8

@@ -16,10 +16,9 @@ from llama_lora.hardware.device import DTYPE_SWITCH, QUANTIZATIONS, compute_dtyp
 from llama_lora.model import adapter
 from llama_lora.model.base import load_base
 from llama_lora.model.template import load_tokenizer
-from tests.conftest import ROOT, deepspeed, run_here, run_script, shipped
+from tests.conftest import ROOT, TRAIN, deepspeed, run_here, run_script, shipped
 from tests.train.adapted import same_adapter
 
-TRAIN = "fastchat/train/train_lora.py"
 # At a learning rate of 1e-2 some gradients overflow in fp16, on one CPU and not on another.
 FLAGS = shlex.split("""
 --num_train_epochs 2 --per_device_train_batch_size 2 --learning_rate 3e-3 --lora_r 4

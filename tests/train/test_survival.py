@@ -20,10 +20,9 @@ import torch
 from safetensors.torch import load_file
 
 from llama_lora.train.checkpoints import is_complete
-from tests.conftest import ROOT, deepspeed, run_here, shipped
+from tests.conftest import ROOT, TRAIN, deepspeed, run_here, shipped
 from tests.train.adapted import same_adapter
 
-SCRIPT = ROOT / "fastchat/train/train_lora.py"
 FLAGS = shlex.split("""
 --num_train_epochs 3 --per_device_train_batch_size 2 --gradient_accumulation_steps 2
 --learning_rate 2e-3 --lora_dropout 0.1 --model_max_length 256 --logging_steps 1
@@ -45,7 +44,7 @@ def train(tiny_base, corpus):
 
     def run(output, *more):
         own = ["--model_name_or_path", tiny_base, "--data_path", corpus, "--output_dir", output]
-        done = run_here(SCRIPT, *own, *FLAGS, *more)
+        done = run_here(TRAIN, *own, *FLAGS, *more)
         return done.returncode, done.stdout, done.stderr
 
     return run
@@ -56,7 +55,7 @@ def uninterrupted(tiny_base, corpus, tmp_path_factory) -> Path:
     """The adapter of a run that nothing disturbed."""
     folder = tmp_path_factory.mktemp("uninterrupted")
     own = ["--model_name_or_path", tiny_base, "--data_path", corpus, "--output_dir", folder]
-    done = run_here(SCRIPT, *own, *FLAGS)
+    done = run_here(TRAIN, *own, *FLAGS)
     assert done.returncode == 0, done.stderr
     return folder
 
@@ -66,7 +65,7 @@ def one_step(tiny_base, corpus, tmp_path_factory) -> Path:
     """What a run left that --max_hours stopped after its first step."""
     folder = tmp_path_factory.mktemp("stopped")
     own = ["--model_name_or_path", tiny_base, "--data_path", corpus, "--output_dir", folder]
-    done = run_here(SCRIPT, *own, *FLAGS, "--max_hours", "1e-6")
+    done = run_here(TRAIN, *own, *FLAGS, "--max_hours", "1e-6")
     assert done.returncode == 0, done.stderr
     assert "stopped by --max_hours 1e-06 after step 1 of" in done.stdout
     return folder
@@ -129,8 +128,8 @@ def test_kills_at_random_steps_change_no_bit(launcher, tiny_base, corpus, tmp_pa
     """Plain, and under ZeRO-2 with two processes; killed at any moment, three times in a row."""
     import random
 
-    start = {"python": [sys.executable, SCRIPT]}
-    start["deepspeed"] = [SCRIPT, "--deepspeed", "./deepspeed-config.json"]
+    start = {"python": [sys.executable, TRAIN]}
+    start["deepspeed"] = [TRAIN, "--deepspeed", "./deepspeed-config.json"]
 
     def begin(output):
         head = start[launcher] if launcher == "python" else [*deepspeed(2), *start[launcher]]
@@ -176,7 +175,7 @@ def test_a_full_disk_is_one_line_and_the_last_good_checkpoint_stands(
     wide = ["--lora_r", "64"]
     assert train(tmp_path, *wide, "--max_hours", "1e-6")[0] == 0
     own = ["--model_name_or_path", tiny_base, "--data_path", corpus, "--output_dir", tmp_path]
-    words = [sys.executable, SCRIPT, *own, *FLAGS, *wide, "--resume_from_checkpoint", "True"]
+    words = [sys.executable, TRAIN, *own, *FLAGS, *wide, "--resume_from_checkpoint", "True"]
     done = subprocess.run(
         ["bash", "-c", f"ulimit -f 100; exec {shlex.join(map(str, words))}"],
         cwd=ROOT,
@@ -322,9 +321,9 @@ runpy.run_path({script!r}, run_name="__main__")
 def test_a_card_that_is_too_small_trains_the_same_in_parts(launcher, tiny_base, corpus, tmp_path):
     """The backward pass of the last layer succeeds, that of the first breaks off."""
     small = tmp_path / "small_card.py"
-    small.write_text(SMALL_CARD.format(most=220, script=str(SCRIPT)))
+    small.write_text(SMALL_CARD.format(most=220, script=str(ROOT / TRAIN)))
     folders = []
-    for script in (SCRIPT, small):
+    for script in (TRAIN, small):
         folder = tmp_path / f"{script.stem}-out"
         folders.append(folder)
         head = {"python": [sys.executable, script]}

@@ -24,14 +24,13 @@ from llama_lora.train.data.example import Example
 from llama_lora.train.data.examples import hold_out, load_examples
 from llama_lora.train.data.packing import check_isolation, collate
 from llama_lora.train.plan import time_estimate
-from tests.conftest import error_line, run_here, shipped
+from tests.conftest import TRAIN, error_line, run_here, shipped
 from tests.corpora import conversation, save
 from tests.eval.evaluation import evaluate, plain_losses
 from tests.train.compute import bases
 from tests.train.compute.bases import WINDOW
 
 WINDOWED = ["mistral", "phi3", "gemma3", "qwen2"]
-TRAIN = "fastchat/train/train_lora.py"
 SPLIT = "fastchat/data/split_long_conversation.py"
 
 

@@ -13,10 +13,9 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from llama_lora.train.compute import packed_attention
 from llama_lora.train.memory import gradient_checkpointing, onednn_warmup
-from tests.conftest import run_script, shipped
+from tests.conftest import TRAIN, run_script, shipped
 from tests.train.adapted import adapted_llama, batch, layers_of, trainable
 
-TRAIN = "fastchat/train/train_lora.py"
 STEPS = 300
 
 

@@ -14,9 +14,8 @@ from llama_lora.hardware.cards import CARDS
 from llama_lora.model.folder.shape import NF4_BYTES, Shape, shape_of
 from llama_lora.train.plan import forecast, suggestions, time_estimate
 from llama_lora.train.plan.memory_plan import COMFORTABLE, CUDA_CONTEXT, GIB, Setup, memory, plan
-from tests.conftest import run_here, shipped
+from tests.conftest import TRAIN, run_here, shipped
 
-TRAIN = "fastchat/train/train_lora.py"
 LLAMA_7B = SimpleNamespace(
     hidden_size=4096,
     intermediate_size=11008,
