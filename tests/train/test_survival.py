@@ -323,7 +323,7 @@ def test_a_card_that_is_too_small_trains_the_same_in_parts(launcher, tiny_base, 
     small = tmp_path / "small_card.py"
     small.write_text(SMALL_CARD.format(most=220, script=str(ROOT / TRAIN)))
     folders = []
-    for script in (TRAIN, small):
+    for script in (ROOT / TRAIN, small):
         folder = tmp_path / f"{script.stem}-out"
         folders.append(folder)
         head = {"python": [sys.executable, script]}
