@@ -7,13 +7,13 @@ from dataclasses import asdict, dataclass, replace
 from itertools import groupby
 
 from benchmarks.pages import PRECISIONS
-from llama_lora.hardware.cards import INT8_CAPABILITY
 
 README = "README's command"  # what it adds to the name of its row
 CONTEXT_RANK, ALL_LINEAR = 32, ("all-linear",)
 SEARCHING = "searching"  # the status of a search for the longest context that has not ended
 SIZES = (512, 14), (1024, 7), (2048, 4)  # lengths, and the rows of a micro-batch of the reference
 LONGEST = SIZES[-1]
+LLM_INT8 = 7, 5  # the capability that bitsandbytes' own 8-bit product needs
 AMPERE = 8, 0  # the capability from which bf16, and more kernels of attention, are there
 CHECKS = "checks"  # what stands among the rows where the checks of the card have their turn
 OTHERS = {"unsloth": "unsloth", "TRL": "trl"}  # contenders that need a module of their own
@@ -123,7 +123,8 @@ class Row:
         """Whether a card of that capability can do this, and does not do it in another row."""
         if capability is None:
             return True
-        if self.quantization == "8bit" and tuple(capability) < INT8_CAPABILITY:
+        others = self.quantization == "8bit" and self.contender != "ours"
+        if others and tuple(capability) < LLM_INT8:
             return False
         return self.kernel == "any" or tuple(capability) >= AMPERE
 

@@ -18,7 +18,6 @@ from llama_lora.hardware import nvidia_driver
 from llama_lora.hardware.cards import (
     BLACKWELL,
     GIB,
-    INT8_CAPABILITY,
     TORCH_INDEX,
     Card,
     has_kernels,
@@ -236,11 +235,6 @@ def bases(pin: str) -> Iterator[Finding]:
     device = "cpu" if card.capability is None else "cuda"
     default, _ = resolve_quantization("auto")
     for quantization, what in BASES.items():
-        if quantization == "8bit" and not card.runs_int8:
-            wanted = ".".join(map(str, INT8_CAPABILITY))
-            found = f"needs compute capability {wanted}; --quantization auto uses 4bit here"
-            yield Finding(what, found, False)
-            continue
         operators = kernels_used.Operators()
         try:
             error = probe.base_error(quantization, dtype, device, operators)

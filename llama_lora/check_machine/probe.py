@@ -8,6 +8,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
+from llama_lora.model import int8_linear
 from llama_lora.model.base import keep_nf4_layout
 
 # The largest error, relative to fp32, by precision of the base and by dtype.
@@ -77,12 +78,14 @@ def _adapted(quantization: str, dtype: torch.dtype, device: str) -> torch.nn.Mod
 
     linear = _linear(quantization, dtype)
     linear.load_state_dict({"weight": normal(WIDTH, WIDTH).to(dtype)})
-    model = torch.nn.Sequential(OrderedDict(linear=linear)).to(device)
+    with int8_linear.quantized_alike():
+        model = torch.nn.Sequential(OrderedDict(linear=linear)).to(device)
     model.is_loaded_in_8bit = quantization == "8bit"  # this tells peft
     model.is_loaded_in_4bit = quantization == "4bit"
     config = LoraConfig(r=RANK, lora_alpha=RANK, lora_dropout=0.0, target_modules=["linear"])
     inject_adapter_in_model(config, model)
     keep_nf4_layout(model)
+    int8_linear.use_in(model)
     for matrix in _matrices(model):
         matrix.data = normal(*matrix.shape).to(device)
     return model
@@ -92,7 +95,7 @@ def _linear(quantization: str, dtype: torch.dtype) -> torch.nn.Linear:
     import bitsandbytes as bnb
 
     if quantization == "8bit":
-        return bnb.nn.Linear8bitLt(WIDTH, WIDTH, bias=False, has_fp16_weights=False, threshold=6.0)
+        return bnb.nn.Linear8bitLt(WIDTH, WIDTH, bias=False, has_fp16_weights=False)
     if quantization == "4bit":
         kind = {"quant_type": "nf4", "compress_statistics": True}
         return bnb.nn.Linear4bit(WIDTH, WIDTH, bias=False, compute_dtype=dtype, **kind)

@@ -8,14 +8,13 @@ from llama_lora.cli import InputError
 GIB = 2**30
 CPU = "CPU"
 
-INT8_CAPABILITY = (7, 5)  # bitsandbytes' int8 kernels since 0.45; its NF4 and 8-bit AdamW need 6.0
 BF16_CAPABILITY = (8, 0)  # torch.cuda.is_bf16_supported() also says True for slow emulation
 FLASH_CAPABILITY = (8, 0)
 TENSOR_CORES_CAPABILITY = (7, 0)
 TRITON_CAPABILITY = (7, 0)  # what torch's Inductor asks for; Triton itself promises 8.0
 NEWEST_BUILDS_CAPABILITY = (7, 5)  # the lowest of torch and bitsandbytes for CUDA 12.8 and later
 BLACKWELL = (10, 0)  # torch's builds for CUDA 12.6 have kernels only below this
-OLDEST_CAPABILITY = (6, 0)  # bitsandbytes has no kernels below this
+OLDEST_CAPABILITY = (6, 0)  # bitsandbytes has no kernels below this: no NF4, no 8-bit AdamW
 
 TORCH_INDEX = "https://download.pytorch.org/whl/"
 
@@ -50,11 +49,6 @@ class Card:
             return self.name
         major, minor = self.capability
         return f"{self.name} (compute capability {major}.{minor})"
-
-    @property
-    def runs_int8(self) -> bool:
-        """Whether an 8-bit base runs."""
-        return self.capability is None or self.capability >= INT8_CAPABILITY
 
     @property
     def runs_nf4(self) -> bool:
@@ -198,7 +192,7 @@ def _row(card: Card) -> str:
             build = f"only for CUDA 12.6 ({card.torch_build})"
         elif card.capability >= BLACKWELL:
             build = "any but for CUDA 12.6"
-    bases = ["8-bit"] * card.runs_int8 + ["4-bit"] * card.runs_nf4 + ["16-bit"]
+    bases = ["8-bit"] + ["4-bit"] * card.runs_nf4 + ["16-bit"]
     triton = "yes" if card.runs_triton else "no"
     return " | ".join([card.name, *figures, ", ".join(bases), dtype, card.attention, triton, build])
 

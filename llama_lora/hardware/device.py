@@ -97,16 +97,14 @@ def resolve_quantization(wanted: str, card: Card | None = None) -> tuple[str, st
     """The precision to load a base in on `card` (default: this machine's device), and the reason.
 
     Raises:
-        InputError: 8 bits are asked for on a card without int8 kernels.
+        InputError: 4 bits are asked for on a card without NF4 kernels.
     """
     card = card or present()
     if wanted == "auto":
-        if card.runs_int8:
-            return "8bit", f"8-bit base: int8 runs on {card.shown}"
-        return "4bit", f"4-bit base: int8 kernels need compute capability 7.5, found {card.shown}"
-    if wanted == "8bit" and not card.runs_int8:
+        return "8bit", f"8-bit base on {card.shown}"
+    if wanted == "4bit" and not card.runs_nf4:
         raise InputError(
-            f"--quantization 8bit: bitsandbytes' int8 kernels need compute capability 7.5 or "
-            f"higher, found {card.shown}; use --quantization 4bit"
+            f"--quantization 4bit: bitsandbytes' NF4 kernels need compute capability 6.0 or "
+            f"higher, found {card.shown}; use --quantization 8bit"
         )
     return wanted, f"{wanted} base, as asked for" if wanted != "none" else "unquantized base"

@@ -35,11 +35,6 @@ def attach(model, r: int, alpha: int, dropout: float, target_modules: list[str],
     """
     from peft import LoraConfig, get_peft_model
 
-    if kinds.get("use_dora") and model.device.type == "cpu" and is_int8(model):
-        # peft reads the weights for DoRA, and on a CPU moves them, which loses their scales.
-        raise InputError(
-            "--use_dora does not work with an 8-bit base on a CPU; use --quantization 4bit"
-        )
     config = LoraConfig(
         r=r,
         lora_alpha=alpha,
@@ -340,8 +335,3 @@ def _targets(model, wanted: list[str]) -> list[str]:
             f"it has {', '.join(sorted(linear))}"
         )
     return wanted
-
-
-def is_int8(model) -> bool:
-    """Whether the base of `model` was loaded in 8 bits."""
-    return getattr(model, "is_loaded_in_8bit", False)

@@ -1,7 +1,6 @@
 """Load a base model in 16 (or 32), 8 or 4 bits."""
 
-import logging
-from functools import partial
+from contextlib import nullcontext
 from pathlib import Path
 
 from llama_lora.cli import InputError
@@ -16,9 +15,9 @@ def load_base(folder, quantization: str = "none", dtype=None, device=None):
 
     Args:
         folder: a Hugging Face model folder.
-        quantization: "8bit" (LLM.int8, Dettmers et al. 2022), "4bit" (NF4 with double quantization,
-            Dettmers et al. 2023) or "none"; norms, embeddings and head in `dtype`. A folder with
-            quantized weights is loaded as it is.
+        quantization: "8bit" (see `int8_linear`), "4bit" (NF4 with double quantization, Dettmers et
+            al. 2023) or "none"; norms, embeddings and head in `dtype`. A folder with quantized
+            weights is loaded as it is.
         dtype: of activations and unquantized weights; default: `compute_dtype()`.
         device: default: the current CUDA device, else the CPU.
 
@@ -29,11 +28,9 @@ def load_base(folder, quantization: str = "none", dtype=None, device=None):
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
-    from llama_lora.model import grouped_query_attention
+    from llama_lora.model import grouped_query_attention, int8_linear
 
     config = load_config(folder)
-    # One warning per linear layer and step, about a cast that is normal for int8.
-    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     dtype = dtype or compute_dtype()
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     stored = getattr(config, "quantization_config", None)
@@ -41,18 +38,19 @@ def load_base(folder, quantization: str = "none", dtype=None, device=None):
         quantization = "none"  # by us
         stored["bnb_4bit_compute_dtype"] = dtype_name(dtype)
     try:
-        model, found = AutoModelForCausalLM.from_pretrained(
-            folder,
-            config=config,
-            dtype=dtype,
-            quantization_config=_quantization_config(quantization, dtype),
-            device_map={"": device},
-            attn_implementation=grouped_query_attention.implementation(present()),
-            local_files_only=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # replaced by a line of ours
-        )
+        with int8_linear.quantized_alike() if quantization == "8bit" else nullcontext():
+            model, found = AutoModelForCausalLM.from_pretrained(
+                folder,
+                config=config,
+                dtype=dtype,
+                quantization_config=_quantization_config(quantization, dtype),
+                device_map={"": device},
+                attn_implementation=grouped_query_attention.implementation(present()),
+                local_files_only=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # replaced by a line of ours
+            )
     except torch.OutOfMemoryError:
         raise
     except (OSError, SafetensorError, ValueError, KeyError, ArithmeticError, RuntimeError) as error:
@@ -62,7 +60,7 @@ def load_base(folder, quantization: str = "none", dtype=None, device=None):
     if stored:
         _compute_in(model, dtype)
     keep_nf4_layout(model)
-    keep_int8_sums(model)
+    int8_linear.use_in(model)
     return model
 
 
@@ -127,28 +125,6 @@ def keep_nf4_layout(model) -> None:
     for module in model.modules():
         if isinstance(module, Linear4bit):
             module.support_avx512bf16_for_cpu = False
-
-
-def keep_int8_sums(model) -> None:
-    """Keep autocast from rounding the products of 8-bit layers in `eval()` on a CPU.
-
-    Without AVX512, bitsandbytes multiplies the codes in fp32, which autocast would turn into 16
-    bits: in fp16 their sums overflow, and the layers return noise.
-    """
-    from bitsandbytes.nn import Linear8bitLt
-
-    for module in model.modules():
-        if isinstance(module, Linear8bitLt) and module.weight.device.type == "cpu":
-            module.forward = partial(_outside_autocast_in_eval, module, module.forward)
-
-
-def _outside_autocast_in_eval(module, forward, x):
-    import torch
-
-    if module.training:
-        return forward(x)
-    with torch.autocast("cpu", enabled=False):
-        return forward(x)
 
 
 def _quantization_config(quantization: str, dtype):

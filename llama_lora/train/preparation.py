@@ -15,11 +15,7 @@ from llama_lora.train.plan.memory_plan import GRADIENT_BYTES, optimizer_bytes
 
 
 class Preparation(TrainerCallback):
-    """Checks packing and sets up checkpointing before the first step.
-
-    It has to come after a checkpoint is loaded: bitsandbytes' int8 layers accept no state after
-    their first forward pass.
-    """
+    """Checks packing and sets up checkpointing before the first step."""
 
     def __init__(self, tokens: int, autocast):
         """`autocast` makes the context in which training computes."""

@@ -1,16 +1,20 @@
 """What looks at a model before and during training changes nothing of its gradients."""
 
 import bitsandbytes
+import numpy as np
 import pytest
 import torch
+from transformers import DynamicCache
 
 from llama_lora.check_machine import probe
 from llama_lora.eval.token_losses import packing
 from llama_lora.hardware.device import QUANTIZATIONS
 from llama_lora.train.compute import chunked_loss
-from llama_lora.train.data.packing import check_isolation
-from llama_lora.train.memory import gradient_checkpointing
-from tests.train.adapted import adapted_llama, batch, trainable
+from llama_lora.train.data.example import Example
+from llama_lora.train.data.packing import check_isolation, collate
+from llama_lora.train.memory import gradient_checkpointing, tiled_mlp
+from llama_lora.train.memory.out_of_memory import split
+from tests.train.adapted import adapted_llama, batch, layers_of, trainable
 
 PRECISIONS = [name for name in QUANTIZATIONS if name != "auto"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -50,9 +54,7 @@ LOOKS = {
 @pytest.mark.parametrize("quantization", PRECISIONS)
 def test_no_look_at_a_model_changes_its_gradients(quantization, dtype, tmp_path):
     """In widths that bitsandbytes' kernel takes, and in one that is no multiple of 32; DoRA."""
-    kinds = [{}, {"intermediate_size": 72, "attention_bias": True}]
-    kinds += [{"use_dora": True}] * (quantization != "8bit")  # which a CPU has not
-    for kind in kinds:
+    for kind in ({}, {"intermediate_size": 72, "attention_bias": True}, {"use_dora": True}):
         model = adapted_llama(tmp_path, quantization, dtype, **kind)
         before = gradients(model, dtype)
         assert all(gradient.any() for gradient in before)
@@ -95,15 +97,48 @@ def unfold(model, dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_eight_bits_answer_as_they_train(dtype, tmp_path, monkeypatch):
-    """Also with the products of a CPU without AVX512, whose sums are too large for fp16."""
-    monkeypatch.setattr(torch, "_int_mm", lambda a, b: (a.float() @ b.float()).to(torch.int32))
+def test_eight_bits_answer_as_they_train(dtype, tmp_path):
+    """A prompt bit for bit, and token by token within the rounding of the dtype."""
     model = adapted_llama(tmp_path, "8bit", dtype, hidden_size=256, intermediate_size=512)
-    logits = {}
-    for training in (True, False):
-        with autocast(dtype), torch.no_grad():
-            logits[training] = model.train(training)(batch(50)["input_ids"]).logits.float()
-    assert (logits[True] - logits[False]).norm() < 0.02 * logits[True].norm()
+    ids = batch(50)["input_ids"]
+    with autocast(dtype):
+        trained = model(ids).logits.detach()
+        with torch.no_grad():
+            assert torch.equal(model.eval()(ids).logits, trained)
+            model.get_base_model().set_attn_implementation("sdpa")
+            cache = DynamicCache()
+            steps = [model(ids[:, [n]], past_key_values=cache).logits for n in range(50)]
+    error = (torch.cat(steps, 1).float() - trained.float()).norm() / trained.float().norm()
+    assert error < 16 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("quantization", PRECISIONS)
+def test_what_shares_a_micro_batch_changes_no_gradient(quantization, dtype, tmp_path):
+    """Of 20 examples at once, in any parts and tiles, and each by itself."""
+    model = adapted_llama(tmp_path, quantization, dtype, hidden_size=256, intermediate_size=512)
+    random = np.random.default_rng(0)
+    lengths = random.integers(5, 40, 20)
+    rows = [random.integers(1, 60, length) for length in lengths]
+    whole = collate([[Example(str(n), "", row, row) for n, row in enumerate(rows)]])
+    del whole["names"]
+
+    def gradients(parts: int) -> list[torch.Tensor]:
+        total = None
+        for part in split(whole, parts):
+            with autocast(dtype):
+                loss = model(**part, num_items_in_batch=lengths.sum()).loss
+            new = [one.float() for one in torch.autograd.grad(loss, trainable(model))]
+            total = new if total is None else list(map(torch.add, total, new))
+        return total
+
+    expected = gradients(len(rows))
+    for parts, tile in ((1, None), (3, None), (1, 64)):
+        if tile:
+            gradient_checkpointing.checkpoint(model.get_base_model(), layers_of(model))
+            tiled_mlp.set_up(model.get_base_model(), layers_of(model), tile)
+        for ours, theirs in zip(gradients(parts), expected, strict=True):
+            assert (ours - theirs).norm() < 8 * torch.finfo(dtype).eps * theirs.norm()
 
 
 @pytest.mark.parametrize("quantization", PRECISIONS)

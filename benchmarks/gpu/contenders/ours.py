@@ -9,7 +9,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
-from bitsandbytes.nn import Linear8bitLt
 from torch.backends import cuda
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers.training_args import OptimizerNames
@@ -85,10 +84,21 @@ class Ours(Contender):
         share = found["recomputed"] / found["layers"]
         operations = time_estimate.operations(self.shape, work, setup.lora_parameters, share)
         found["operations_per_second"] = operations / clock.seconds
-        found["assumed_share"] = time_estimate.EFFICIENCY[row.quantization]
+        parts = clock.timed * found["parts"]
+        found["assumed_share"] = self.assumed_share(operations, parts, share)
         yield found
         if row.profiled and found["seconds_per_step"] < ENOUGH:
             yield found | profile(lambda: run.step(training[1]), self.card)
+
+    def assumed_share(self, operations: float, parts: int, recomputed: float) -> float:
+        """The share of the rate of products that the planner expects of a training."""
+        kind = self.task.dtype, "cuda" if self.card.cuda else "cpu"
+        rate = time_estimate.measured_rate(self.shape, *kind)
+        quantization = self.task.quantization
+        dequantizing = time_estimate.measured_dequantizing_rate(self.shape, quantization, *kind)
+        seconds = operations / (rate * time_estimate.EFFICIENCY)
+        seconds += time_estimate.dequantizing_seconds(self.shape, parts, recomputed, dequantizing)
+        return operations / rate / seconds
 
     def setup(self, row: Row, tokens: int, longest: int, **more) -> memory_plan.Setup:
         """What the planner is asked about a row."""
@@ -262,9 +272,6 @@ def set_back(base) -> None:
         layer.__dict__.pop("_gradient_checkpointing_func", None)
         for module in (layer.post_attention_layernorm, layer.mlp):
             module.__dict__.pop("forward", None)
-    for module in base.modules():
-        if isinstance(module, Linear8bitLt):
-            module._forward_hooks.clear()
     if torch.cuda.is_available():
         torch._C._host_emptyCache()
 

@@ -18,7 +18,7 @@ from benchmarks.gpu.reasons import first_line
 from benchmarks.gpu.rows import ALL_LINEAR
 from benchmarks.gpu.workers import scripts
 from llama_lora.check_machine import checks
-from llama_lora.hardware.device import compute_dtype, dtype_name, present
+from llama_lora.hardware.device import compute_dtype, dtype_name
 from llama_lora.model.adapter import trainable
 from llama_lora.model.labels import IGNORE
 from llama_lora.train.compute.packed_attention import BY_EXAMPLE
@@ -81,8 +81,6 @@ def verdict(error: float, dtype: torch.dtype) -> str:
 
 
 def packed_beside_apart(folder: Path, precision: str) -> str:
-    if precision == "8bit" and not present().runs_int8:
-        return "not run: this card has no int8 products"
     step = Step(folder, precision, PACKED)
     together, apart = step.gradients(parts=1), step.gradients(parts=len(PACKED))
     return verdict(distance(apart, together), step.dtype)

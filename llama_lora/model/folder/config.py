@@ -180,10 +180,10 @@ def resolve_precision(folder, wanted: str, card=None) -> tuple[str, str]:
     if stored is None:
         return resolve_quantization(wanted, card)
     card = card or present()
-    if stored == "8bit" and not card.runs_int8:
+    if stored == "4bit" and not card.runs_nf4:
         raise InputError(
-            f"{folder}: holds 8-bit weights, whose kernels need compute capability 7.5 or higher, "
-            f"found {card.shown}; use the base that they were made from, with --quantization 4bit"
+            f"{folder}: holds 4-bit weights, whose kernels need compute capability 6.0 or higher, "
+            f"found {card.shown}; use the base that they were made from, with --quantization 8bit"
         )
     instead = "" if wanted in ("auto", stored) else f", which --quantization {wanted} cannot change"
     return stored, f"{stored} base, as it is stored{instead}"

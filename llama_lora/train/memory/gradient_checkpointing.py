@@ -7,7 +7,6 @@ import weakref
 
 import psutil
 import torch
-from bitsandbytes.nn import Linear8bitLt
 from torch import is_tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -42,7 +41,6 @@ def set_up(
         InputError: offloading is asked for, and the host has too little memory.
     """
     layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
-    forget_inputs(model)
     every = len(layers)
     on_card = model.device.type == "cuda"
     asks = wanted == "auto" or (wanted == "True" and offload == "auto" and on_card)
@@ -100,23 +98,6 @@ def _within(offload: Offload, checkpoint):
             return checkpoint(function, *args)
 
     return checkpoint_and_offload
-
-
-def forget_inputs(model) -> None:
-    """Make int8 layers drop their inputs, which only the gradient of a trained weight would need.
-
-    bitsandbytes holds them outside of autograd, so that checkpointing a layer would not free them;
-    at 7B they are almost six times what checkpointing keeps.
-    """
-    for module in model.modules():
-        if isinstance(module, Linear8bitLt):
-            module.register_forward_hook(_forget_input)
-
-
-def _forget_input(module, args, output) -> None:
-    if output.grad_fn is not None:
-        output.grad_fn.A = None  # of MatMul8bitFp, on a CPU
-        output.grad_fn.tensors = None, None, None  # of MatMul8bitLt, on a card
 
 
 def _needed(model, layers: list, tokens: int, reserved: float) -> int:

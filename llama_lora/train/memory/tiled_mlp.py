@@ -20,7 +20,7 @@ def set_up(model, layers: list, size: int) -> bool:
     """Let the MLPs of `layers`, with the norms before them, take `size` tokens at a time.
 
     Tokens do not depend on each other there, so the result is the same, except for the order in
-    which the weights' gradients are summed. (int8 kernels find the outlier columns of each tile.)
+    which the weights' gradients are summed.
 
     Returns:
         Whether any layer does so now: none in a model whose norms may have other uses.

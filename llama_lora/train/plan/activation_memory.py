@@ -169,12 +169,7 @@ class Layer:
 
     def _results(self, name: str) -> int:
         """The results of a linear layer in the MLP: its own, B's, and B's scaled."""
-        wide = self.size * self.intermediate
-        if self.quantization == "8bit" and self.on_card:
-            sums = self.hidden + (FP32 + 2) * self.intermediate  # in int32, and in fp16
-        else:
-            sums = 0
-        return max(sums, wide * (3 if name in self.targets else 1))
+        return self.size * self.intermediate * (3 if name in self.targets else 1)
 
     def mask(self, width: int) -> int:
         """A dropout mask."""
@@ -183,9 +178,6 @@ class Layer:
 
 def kept_per_token(config, targets, lora_r, quantization, itemsize, dropout, on_card=True) -> int:
     """Bytes per token that one layer without checkpointing keeps for its backward pass.
-
-    The precision of the frozen weights makes no difference: `gradient_checkpointing.forget_inputs`
-    makes sure that products with int8 weights keep no more than others.
 
     Args:
         config: a Llama's config of transformers.

@@ -15,7 +15,7 @@ from llama_lora.model.folder.shape import Shape
 from llama_lora.train.plan import suggestions, time_estimate
 from llama_lora.train.plan.memory_plan import CUDA_CONTEXT, CUDA_LIBRARIES, Plan, Setup, plan
 
-REACHED = 0.6  # share of a card's published peak that matrix products reach: assumed, not measured
+REACHED = 0.6  # share of a card's published peak and bandwidth: assumed, not measured
 ENOUGH_TOKENS = 1024  # in one part, to keep a device busy
 
 
@@ -25,6 +25,7 @@ class Forecast:
 
     Attributes:
         rate: operations per second in matrix products; `rate_source` says where it is from.
+        dequantizing_rate: weights per second; None if the base is not quantized.
     """
 
     plan: Plan
@@ -37,6 +38,7 @@ class Forecast:
     processes: int
     rate: float
     rate_source: str
+    dequantizing_rate: float | None
 
     @property
     def parts(self) -> int:
@@ -51,15 +53,22 @@ class Forecast:
     @property
     def hours(self) -> float:
         """Hours per epoch."""
-        setup = self.plan.setup
-        share = self.plan.recomputed / setup.shape.layers
-        operations = time_estimate.operations(setup.shape, self.work, setup.lora_parameters, share)
-        return (
-            operations
-            / (self.rate * time_estimate.EFFICIENCY[setup.quantization])
-            / self.processes
-            / 3600
-        )
+        shape = self.plan.setup.shape
+        work = shape, self.work, self.plan.setup.lora_parameters, self._recomputed
+        seconds = time_estimate.operations(*work) / (self.rate * time_estimate.EFFICIENCY)
+        return seconds / self.processes / 3600 + self.dequantizing_hours
+
+    @property
+    def dequantizing_hours(self) -> float:
+        """Hours per epoch in which weights are dequantized."""
+        parts = self.micro_batches * self.parts / self.processes
+        work = self.plan.setup.shape, parts, self._recomputed
+        return time_estimate.dequantizing_seconds(*work, self.dequantizing_rate) / 3600
+
+    @property
+    def _recomputed(self) -> float:
+        """The share of the layers that recompute."""
+        return self.plan.recomputed / self.plan.setup.shape.layers
 
     def line(self) -> str:
         """What to expect, on one line."""
@@ -107,14 +116,15 @@ class Forecast:
 
     def _time(self) -> list[str]:
         labelled = self.work.labelled / max(self.work.tokens, 1)
-        share = time_estimate.EFFICIENCY[self.plan.setup.quantization]
+        share = self.dequantizing_hours / self.hours
+        dequantizing = f"; {share:.0%} of it to dequantize weights" if share else ""
         several = f" on each of {self.processes} cards" if self.processes > 1 else ""
         return [
             f"an epoch: {self.examples:,} examples, {self.work.tokens:,} tokens "
             f"({labelled:.1%} labelled) in {self.micro_batches:,} micro-batches; "
             f"{self.steps:,} steps in all",
-            f"time: about {duration(self.hours)} an epoch, at {share:.0%} of "
-            f"{self.rate / 1e12:.3g} TFLOP/s{several} ({self.rate_source})",
+            f"time: about {duration(self.hours)} an epoch, at {time_estimate.EFFICIENCY:.0%} of "
+            f"{self.rate / 1e12:.3g} TFLOP/s{several} ({self.rate_source}){dequantizing}",
         ]
 
     def verdict(self) -> str:
@@ -193,6 +203,7 @@ def of(shape: Shape, quantization: str, lora, args, training, windows=(None,)) -
         processes=processes,
         rate=rate,
         rate_source=source,
+        dequantizing_rate=dequantizing_rate_of(card, here, shape, quantization, dtype),
     )
 
 
@@ -260,6 +271,17 @@ def rate_of(card: Card, here: bool, shape: Shape, dtype) -> tuple[float, str]:
             shape, dtype, device
         ), "its matrix products, measured now"
     return REACHED * card.peak_flops, f"{REACHED:.0%} of its published peak, assumed"
+
+
+def dequantizing_rate_of(
+    card: Card, here: bool, shape: Shape, quantization: str, dtype
+) -> float | None:
+    """Weights per second that are dequantized; None for a base that is not quantized."""
+    if here:
+        device = "cpu" if card.memory is None else "cuda"
+        return time_estimate.measured_dequantizing_rate(shape, quantization, dtype, device)
+    reached = REACHED * card.bandwidth
+    return time_estimate.dequantizing_rate(reached, quantization, dtype.itemsize)
 
 
 def gib(size: float) -> str:

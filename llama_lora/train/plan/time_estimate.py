@@ -1,4 +1,7 @@
-"""How long will it take? The operations of an epoch, divided by the rate of the device."""
+"""How long will it take? The operations of an epoch, divided by the rate of the device.
+
+A quantized base also has its weights dequantized in each pass, whatever the number of tokens.
+"""
 
 import functools
 import time
@@ -7,12 +10,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from llama_lora.model import int8_linear
 from llama_lora.model.folder.shape import Shape, head_size
 from llama_lora.train.compute.packed_attention import BLOCK
 
-# The share that training reaches of the rate of matrix products, by precision of the base. Assumed,
-# based on the shares in docs/training-speed.md.
-EFFICIENCY = {"none": 0.5, "8bit": 0.4, "4bit": 0.4}
+# The share that training reaches of the rate of matrix products. Assumed, based on the shares in
+# docs/training-speed.md.
+EFFICIENCY = 0.5
+CODE_BYTES = {"8bit": 1, "4bit": 0.5}  # of a weight
 PROBE_SECONDS = 0.5
 PROBE_TOKENS = 1024
 
@@ -67,19 +72,63 @@ def measured_rate(shape: Shape, dtype, device: str) -> float:
     return _rate_of_products(*largest, dtype, device)
 
 
+def dequantizing_seconds(shape: Shape, parts: float, recomputed: float, rate: float | None):
+    """Seconds in which so many micro-batches, or parts of them, dequantize weights.
+
+    Each weight forward, backward, and where a layer recomputes; `rate` in weights per second, None
+    for a base that is not quantized.
+    """
+    return parts * (2 + recomputed) * shape.linear / rate if rate else 0.0
+
+
+def dequantizing_rate(bandwidth: float, quantization: str, itemsize: int) -> float | None:
+    """Weights per second that memory of `bandwidth` (bytes per second) lets through at best."""
+    return None if quantization == "none" else bandwidth / (CODE_BYTES[quantization] + itemsize)
+
+
+def measured_dequantizing_rate(shape: Shape, quantization: str, dtype, device) -> float | None:
+    """Weights per second of the base's largest linear layer that are dequantized here."""
+    if quantization == "none":
+        return None
+    largest = max(shape.linears.values(), key=lambda size: size[0] * size[1])
+    return _rate_of_dequantizing(*largest, quantization, dtype, device)
+
+
 @functools.cache
 def _rate_of_products(outputs: int, inputs: int, dtype, device: str) -> float:
     import torch
 
     left = torch.randn(PROBE_TOKENS, inputs, device=device).to(dtype)
     right = torch.randn(inputs, outputs, device=device).to(dtype)
-    best, ends = 0.0, time.monotonic() + PROBE_SECONDS
-    while not best or time.monotonic() < ends:
+    return 2 * PROBE_TOKENS * inputs * outputs / _seconds(lambda: left @ right, device)
+
+
+@functools.cache
+def _rate_of_dequantizing(outputs, inputs, quantization: str, dtype, device: str) -> float:
+    import torch
+    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+    weight = torch.randn(outputs, inputs, device=device).half()
+    if quantization == "8bit":
+        codes, scales, _ = int8_linear.quantize(weight)
+        seconds = _seconds(lambda: int8_linear.dequantized(codes, scales[:, None], dtype), device)
+    else:
+        settings = {"quant_type": "nf4", "compress_statistics": True}
+        codes, state = quantize_4bit(weight.to(dtype), **settings)
+        seconds = _seconds(lambda: dequantize_4bit(codes, state), device)
+    return weight.numel() / seconds
+
+
+def _seconds(compute, device: str) -> float:
+    """The least time that it takes, on average of a few in a row."""
+    import torch
+
+    least, ends = float("inf"), time.monotonic() + PROBE_SECONDS
+    while least == float("inf") or time.monotonic() < ends:
         started = time.perf_counter()
         for _ in range(4):
-            left @ right
+            compute()
         if device == "cuda":
             torch.cuda.synchronize()
-        seconds = time.perf_counter() - started
-        best = max(best, 4 * 2 * PROBE_TOKENS * inputs * outputs / seconds)
-    return best
+        least = min(least, (time.perf_counter() - started) / 4)
+    return least

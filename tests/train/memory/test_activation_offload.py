@@ -22,7 +22,6 @@ def small_pieces(monkeypatch):
 def test_gradients_are_bit_for_bit_those_without_it(tmp_path, quantization):
     model = adapted_llama(tmp_path, quantization, dropout=0.1, num_hidden_layers=4)
     base = model.get_base_model()
-    gradient_checkpointing.forget_inputs(base)
     gradient_checkpointing.checkpoint(base, layers_of(model))
     expected_loss, expected = step(model)
     moved = Offload(CPU)

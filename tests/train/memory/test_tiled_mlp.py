@@ -23,7 +23,6 @@ def test_loss_and_gradients_are_those_of_whole_mlps(tmp_path, quantization, chec
     base, layers = model.get_base_model(), layers_of(model)
     base.enable_input_require_grads()
     expected_loss, expected = step(model)
-    gradient_checkpointing.forget_inputs(base)
     gradient_checkpointing.checkpoint(base, layers if checkpointed else [])
     for size in (7, 25, 49, 50, 1000):
         assert tiled_mlp.set_up(base, layers, size)

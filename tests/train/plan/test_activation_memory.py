@@ -59,7 +59,6 @@ def built(folder, layers, setting, shape, use_dora=False):
     model = adapted_llama(folder, quantization, dtype, targets, R, dropout, use_dora, **more)
     for parameter in trainable(model):
         parameter.data = parameter.data.to(dtype)
-    gradient_checkpointing.forget_inputs(model)
     model.get_base_model().enable_input_require_grads()
     return model
 

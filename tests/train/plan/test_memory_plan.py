@@ -6,6 +6,7 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -164,13 +165,13 @@ def told(asked: Setup, available: float) -> forecast.Forecast:
         processes=1,
         rate=1e12,
         rate_source="a test",
+        dequantizing_rate=1e12,
     )
 
 
 def test_the_readmes_command_fits_a_t4_and_a_p100():
-    for card, quantization in (("T4", "8bit"), ("P100", "4bit")):
-        asked = setup(tokens=14 * 512, quantization=quantization, recompute="True")
-        assert plan(asked, CARDS[card].memory).fits
+    for card in ("T4", "P100", "V100"):
+        assert plan(setup(tokens=14 * 512, recompute="True"), CARDS[card].memory).fits
 
 
 def test_operations_are_those_of_the_weights():
@@ -179,6 +180,28 @@ def test_operations_are_those_of_the_weights():
     assert time_estimate.operations(SEVEN, work, 0, 1) == 6 * SEVEN.linear * 1000
     labelled = time_estimate.EpochWork(tokens=0, labelled=10, attended=0)
     assert time_estimate.operations(SEVEN, labelled, 0, 0) == 4 * 32000 * 4096 * 10
+
+
+def test_weights_are_dequantized_once_a_pass_and_part():
+    asked = setup(quantization="8bit", recompute="True", parts=3, tokens=4096)
+    once = replace(told(asked, 100 * GIB), dequantizing_rate=1e9)
+    assert once.dequantizing_hours == pytest.approx(3 * 3 * SEVEN.linear / 1e9 / 3600)
+    without = replace(once, dequantizing_rate=None)
+    assert once.hours == pytest.approx(without.hours + once.dequantizing_hours)
+    assert "dequantize" in once.table()
+    assert "dequantize" not in without.table()
+
+
+@pytest.mark.parametrize("quantization", ["8bit", "4bit", "none"])
+def test_dequantizing_is_measured_here_and_bound_by_the_bandwidth_elsewhere(quantization):
+    shape = replace(SEVEN, linears={"q_proj": (64, 64)})
+    here = time_estimate.measured_dequantizing_rate(shape, quantization, torch.float32, "cpu")
+    elsewhere = time_estimate.dequantizing_rate(300e9, quantization, 2)
+    if quantization == "none":
+        assert here is elsewhere is None
+    else:
+        assert here > 1e6
+        assert elsewhere == {"8bit": 100e9, "4bit": 120e9}[quantization]
 
 
 # ------------------------------------------------------------------ through the script
