@@ -47,7 +47,7 @@ def measure(args: argparse.Namespace) -> dict:
     """Loss, norm of its gradient, seconds and extra peak memory in bytes of one kind of loss."""
     import torch
 
-    from llama_lora.train.compute.chunked_loss import LinearCrossEntropy
+    from llama_lora.train.compute.chunked_loss import linear_cross_entropy
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
@@ -60,7 +60,7 @@ def measure(args: argparse.Namespace) -> dict:
         logits = torch.nn.functional.linear(hidden, weight).float()
         loss = torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
     else:
-        loss = LinearCrossEntropy.apply(hidden, weight, labels)
+        loss = linear_cross_entropy(hidden, weight, labels)
     loss.backward()
     return {
         "loss": loss.item() / args.tokens,

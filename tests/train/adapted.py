@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -9,6 +10,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from llama_lora.model import adapter
 from llama_lora.model.base import load_base
 from llama_lora.train.compute import chunked_loss, packed_attention
+from llama_lora.train.data.example import Example
+from llama_lora.train.data.packing import collate
 
 
 def adapted_llama(
@@ -55,15 +58,11 @@ def step(model, tokens: int = 50, seed: int = 1) -> tuple[torch.Tensor, list[tor
 
 
 def batch(tokens: int) -> dict:
-    ids = (torch.arange(tokens)[None] * 7) % 61
-    first = tokens // 3
-    positions = torch.cat([torch.arange(first), torch.arange(tokens - first)])[None]
-    return {
-        "input_ids": ids,
-        "labels": ids,
-        "position_ids": positions,
-        "example_lengths": [first, tokens - first],
-    }
+    """A micro-batch of two examples, learned from end to end."""
+    ids = np.arange(tokens, dtype=np.int32) * 7 % 61
+    made = collate([[Example("", "", part, part) for part in np.split(ids, [tokens // 3])]])
+    del made["names"]
+    return made
 
 
 def layers_of(model) -> list:

@@ -19,14 +19,14 @@ CHUNK_BYTES = 64 << 20  # of fp32 logits; larger chunks are no faster
 class LinearCrossEntropy(torch.autograd.Function):
     """Summed cross-entropy (fp32) of `hidden @ weight.T` at the labelled rows.
 
-    hidden: [tokens, size]; weight: [vocabulary, size], frozen; labels: int64 [tokens] or `IGNORE`.
+    hidden: [tokens, size]; weight: [vocabulary, size], frozen; labels: int64 [tokens] or `IGNORE`;
+    labelled: int64, the rows that are not.
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, labels):
+    def forward(ctx, hidden, weight, labels, labelled):
         gradient = torch.zeros_like(hidden) if hidden.requires_grad else None
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        labelled = (labels != IGNORE).nonzero().squeeze(1)
         for rows in labelled.split(max(1, CHUNK_BYTES // (4 * len(weight)))):
             words = labels[rows, None]
             logits = linear(hidden[rows].to(weight.dtype), weight).float()
@@ -43,32 +43,42 @@ class LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx, upstream):
         (gradient,) = ctx.saved_tensors
         # In place: nothing else uses it, and it is as large as the hidden states.
-        return gradient.mul_(upstream.to(gradient.dtype)), None, None
+        return gradient.mul_(upstream.to(gradient.dtype)), None, None, None
 
 
-def summed_loss(model, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+def summed_loss(model, hidden: torch.Tensor, labels: torch.Tensor, labelled=None) -> torch.Tensor:
     """Summed cross-entropy (fp32) of the words that the head of `model` gives for hidden states.
 
-    hidden: [tokens, size]; labels: int64 [tokens], of the token after each, or `IGNORE`.
+    hidden: [tokens, size]; labels: int64 [tokens], of the token after each, or `IGNORE`; labelled:
+    as in `linear_cross_entropy`.
     """
-    weight = model.get_output_embeddings().weight
-    return LinearCrossEntropy.apply(hidden, weight, labels)
+    return linear_cross_entropy(hidden, model.get_output_embeddings().weight, labels, labelled)
+
+
+def linear_cross_entropy(hidden, weight, labels, labelled=None) -> torch.Tensor:
+    """As `LinearCrossEntropy`; without `labelled`, a card is waited for to find it in `labels`."""
+    if labelled is None:
+        labelled = (labels != IGNORE).nonzero().squeeze(1)
+    return LinearCrossEntropy.apply(hidden, weight, labels, labelled)
 
 
 def compute_in_chunks(model) -> None:
     """Make `model`, a causal language model of transformers, return its loss without logits.
 
     With labels it returns only the loss: the sum over the labelled tokens, divided by
-    `num_items_in_batch` or by their number. The head stays frozen.
+    `num_items_in_batch` or by their number. The head stays frozen. If it also gets `labelled`,
+    where in a single row the labelled tokens are, nothing waits for a card.
     """
     whole = model.forward
 
-    def forward(*args, labels=None, num_items_in_batch=None, **kwargs):
+    def forward(*args, labels=None, labelled=None, num_items_in_batch=None, **kwargs):
+        kwargs.pop("example_labelled", None)
         if labels is None:
             return whole(*args, **kwargs)
         hidden = model.base_model(*args, **kwargs).last_hidden_state[:, :-1]
         targets = labels[:, 1:].reshape(-1)
-        total = summed_loss(model, hidden.flatten(0, 1), targets)
+        rows = None if labelled is None else labelled - 1  # whose next token it is
+        total = summed_loss(model, hidden.flatten(0, 1), targets, rows)
         count = (targets != IGNORE).sum() if num_items_in_batch is None else num_items_in_batch
         return CausalLMOutput(loss=total / count)
 

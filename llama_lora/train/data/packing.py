@@ -97,7 +97,8 @@ def collate(micro_batches: list[list[Example]]) -> dict:
 
     Returns:
         int64 `input_ids`, `labels` and `position_ids` of [1, tokens]; `example_lengths`, by which
-        `attend_within_examples` keeps the examples apart; and their `names`.
+        `attend_within_examples` keeps the examples apart; where the `labelled` tokens are, int64,
+        and how many each example has; and the examples' `names`.
     """
     (examples,) = micro_batches
     examples = examples or [EMPTY]
@@ -109,6 +110,8 @@ def collate(micro_batches: list[list[Example]]) -> dict:
         "labels": _as_row(labels),
         "position_ids": _as_row(positions),
         "example_lengths": [len(example.ids) for example in examples],
+        "labelled": torch.from_numpy(np.flatnonzero(np.concatenate(labels) != IGNORE)),
+        "example_labelled": [np.count_nonzero(one != IGNORE) for one in labels],
         "names": [example.id for example in examples],
     }
 

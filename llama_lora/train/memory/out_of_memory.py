@@ -5,6 +5,9 @@ under ZeRO it has filled buffers that nothing empties. So the gradients are comp
 optimizer, in as many parts as memory requires, and handed over when all of them are complete.
 """
 
+from itertools import accumulate, islice
+from operator import sub
+
 import torch
 
 from llama_lora.cli import LocalError
@@ -27,11 +30,16 @@ def split(batch: dict, parts: int) -> list[dict]:
         groups[-1].append(length)
         filled += length
     sizes = [sum(group) for group in groups]
-    columns = [batch[key].split(sizes, 1) for key in ("input_ids", "labels", "position_ids")]
-    return [
-        {"input_ids": ids, "labels": labels, "position_ids": positions, "example_lengths": group}
-        for ids, labels, positions, group in zip(*columns, groups, strict=True)
-    ]
+    rest = iter(batch["example_labelled"])
+    counts = [list(islice(rest, len(group))) for group in groups]
+    labelled = batch["labelled"].split([sum(count) for count in counts])
+    columns = {
+        **{key: batch[key].split(sizes, 1) for key in ("input_ids", "labels", "position_ids")},
+        "labelled": map(sub, labelled, accumulate(sizes, initial=0)),
+        "example_labelled": counts,
+        "example_lengths": groups,
+    }
+    return [dict(zip(columns, part, strict=True)) for part in zip(*columns.values(), strict=True)]
 
 
 class Gradients:

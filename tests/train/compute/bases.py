@@ -10,6 +10,7 @@ from transformers import (
     Gemma3TextConfig,
     GptOssConfig,
     Llama4TextConfig,
+    LlamaConfig,
     MistralConfig,
     NemotronConfig,
     Olmo2Config,
@@ -39,6 +40,7 @@ ALTERNATING = ["sliding_attention", "full_attention"]
 def config(kind: str, **more):
     """Of a base with a window of `WINDOW` tokens, where its architecture has them."""
     made, own = {
+        "llama": (LlamaConfig, {}),
         "mistral": (MistralConfig, {"sliding_window": WINDOW}),
         "phi3": (Phi3Config, {"sliding_window": WINDOW}),
         "gemma3": (

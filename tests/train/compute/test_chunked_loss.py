@@ -32,10 +32,20 @@ def test_chunked_loss_and_gradient_equal_the_plain_ones(labelled, chunk_rows, mo
     logits = hidden @ weight.T
     plain = torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
     (expected,) = torch.autograd.grad(plain * 3, hidden)
-    chunked = chunked_loss.LinearCrossEntropy.apply(hidden, weight, labels)
+    chunked = chunked_loss.linear_cross_entropy(hidden, weight, labels)
     (found,) = torch.autograd.grad(chunked * 3, hidden)
     assert chunked.item() == pytest.approx(plain.item(), rel=1e-6)
     assert torch.allclose(found, expected, atol=1e-5)
+
+
+def test_where_labels_are_need_not_be_looked_for():
+    hidden, weight, labels = random_head(50, 40, 0.3)
+    known = (labels != IGNORE).nonzero()[:, 0]
+    found, expected = [], []
+    for rows, kept in ((known, found), (None, expected)):
+        loss = chunked_loss.linear_cross_entropy(hidden, weight, labels, rows)
+        kept += [loss.detach(), *torch.autograd.grad(loss, hidden)]
+    assert all(map(torch.equal, found, expected))
 
 
 def test_half_precision_is_summed_in_full(monkeypatch):
@@ -44,7 +54,7 @@ def test_half_precision_is_summed_in_full(monkeypatch):
     logits = (hidden.double() @ weight.double().T).detach().requires_grad_()
     exact = torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
     (gradient,) = torch.autograd.grad(exact, logits)
-    found = chunked_loss.LinearCrossEntropy.apply(hidden, weight, labels)
+    found = chunked_loss.linear_cross_entropy(hidden, weight, labels)
     assert found.dtype == torch.float32
     assert found.item() == pytest.approx(exact.item(), rel=1e-4)
     (of_hidden,) = torch.autograd.grad(found, hidden)
@@ -67,7 +77,8 @@ def test_a_model_gives_the_same_loss_with_and_without_its_logits(tiny_base):
 
 def batch_of(lengths: list[int]) -> dict:
     parts = [np.arange(length, dtype=np.int32) + 1 for length in lengths]
-    batch = collate([[Example("", "", part, part) for part in parts]])
+    labels = [np.where(part % 3, part, IGNORE) for part in parts]
+    batch = collate([[Example("", "", *pair) for pair in zip(parts, labels, strict=True)]])
     del batch["names"]
     return batch
 
@@ -82,6 +93,9 @@ def test_a_split_micro_batch_is_the_same_examples(lengths, parts):
         assert torch.equal(torch.cat([piece[key] for piece in pieces], 1), batch[key])
     assert [n for piece in pieces for n in piece["example_lengths"]] == lengths
     assert all(piece["input_ids"].shape[1] == sum(piece["example_lengths"]) for piece in pieces)
+    for piece in pieces:
+        assert torch.equal(piece["labelled"], (piece["labels"][0] != IGNORE).nonzero()[:, 0])
+        assert sum(piece["example_labelled"]) == len(piece["labelled"])
     if parts >= len(lengths):
         assert len(pieces) == len(lengths)
 
