@@ -30,7 +30,7 @@ def parse_args() -> argparse.Namespace:
         help="time to train a tiny base, ten steps at least (default: 20 on a card, 5 on a CPU)",
     )
     parser.add_argument(
-        "--cards", action="store_true", help="print the table of known cards as Markdown, and exit"
+        "--cards", action="store_true", help="print the tables of cards and libraries, and exit"
     )
     args = parser.parse_args()
     if not args.folder.is_dir():
@@ -47,10 +47,10 @@ def main(args: argparse.Namespace) -> int:
 def report(args: argparse.Namespace) -> int:
     """Print what is found and how to fix it; returns the exit code."""
     from llama_lora.check_machine.screen import lines
-    from llama_lora.hardware.cards import markdown_table
+    from llama_lora.hardware import cards, kernel_images
 
     if args.cards:
-        print(markdown_table())
+        print(cards.markdown_table(), kernel_images.markdown_table(), sep="\n\n")
         return 0
     logging.disable(logging.WARNING)  # the findings say what the libraries would warn of
     findings = []

@@ -18,6 +18,7 @@ from llama_lora.hardware import nvidia_driver
 from llama_lora.hardware.cards import (
     BLACKWELL,
     GIB,
+    OLDEST_CAPABILITY,
     TORCH_INDEX,
     Card,
     has_kernels,
@@ -38,6 +39,10 @@ BUILT_ON_THE_SPOT = {"pyicu", "pycld2"}
 INSTALL_ALL = "pip install -r requirements.txt"
 TO_BUILD = "apt-get install -y libicu-dev pkg-config g++ python3-dev"
 
+# Where bitsandbytes lacks code for a card, to try it ends the process.
+NO_KERNELS = "not tried: bitsandbytes' kernels need compute capability {}.{}".format(
+    *OLDEST_CAPABILITY
+)
 BASES = {"8bit": "8-bit base", "4bit": "4-bit base", "none": "unquantized"}
 TRAINING = "llama_lora.model.base", "llama_lora.model.adapter", "llama_lora.train.trainer"
 CORPUS = (
@@ -235,6 +240,9 @@ def bases(pin: str) -> Iterator[Finding]:
     device = "cpu" if card.capability is None else "cuda"
     default, _ = resolve_quantization("auto")
     for quantization, what in BASES.items():
+        if quantization == "4bit" and not card.runs_nf4:
+            yield Finding(what, NO_KERNELS, False)
+            continue
         operators = kernels_used.Operators()
         try:
             error = probe.base_error(quantization, dtype, device, operators)
@@ -245,14 +253,19 @@ def bases(pin: str) -> Iterator[Finding]:
             continue
         allowed = probe.TOLERANCES[quantization]
         found = f"trains in {dtype_name(dtype)}, {error:.2%} from fp32 (at most {allowed:.0%})"
-        ran = "" if quantization == "none" else kernels_used.bitsandbytes(operators.names)
-        yield Finding(what, found, kernels=ran)
+        ran = {
+            "8bit": probe.codes_compared(device) if card.runs_nf4 else "",
+            "4bit": kernels_used.bitsandbytes(operators.names),
+        }
+        yield Finding(what, found, kernels=ran.get(quantization, ""))
 
 
 def optimizer(pin: str) -> Finding:
     """A few steps of bitsandbytes' AdamW with 8-bit states."""
     from llama_lora.check_machine import probe
 
+    if not present().runs_nf4:
+        return Finding("8-bit AdamW", NO_KERNELS, False)
     device = "cpu" if present().capability is None else "cuda"
     try:
         error = probe.optimizer_error(device)

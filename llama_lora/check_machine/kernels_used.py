@@ -34,6 +34,4 @@ def attention(names: set[str]) -> str:
 def bitsandbytes(names: set[str]) -> str:
     """bitsandbytes' operators among these, for the products with a quantized base."""
     own = sorted(name for name in names if name.startswith(BITSANDBYTES))
-    if not own:  # 8 bits on a CPU
-        return "torch dequantizes, no kernel of bitsandbytes"
     return "bitsandbytes' " + ", ".join(name.removeprefix(BITSANDBYTES) for name in own)

@@ -4,6 +4,7 @@ import warnings
 from collections import OrderedDict
 from contextlib import nullcontext
 
+import bitsandbytes
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
@@ -51,6 +52,14 @@ def base_error(quantization: str, dtype: torch.dtype, device: str, watch=None) -
     return _largest_error(found, expected, TOLERANCES[quantization])
 
 
+def codes_compared(device: str) -> str:
+    """How many codes of an 8-bit weight differ from those that bitsandbytes' own kernel gives."""
+    weight = _input(WIDTH, WIDTH).half().to(device)
+    own, _, _ = bitsandbytes.functional.int8_vectorwise_quant(weight.clone())
+    differ = int((own != int8_linear.quantize(weight)[0]).sum())
+    return f"torch dequantizes; {differ:,} of {own.numel():,} codes differ from bitsandbytes' own"
+
+
 def attention_error(kernel: str, dtype: torch.dtype, device: str) -> float:
     """As `base_error`, for causal attention by one of `ATTENTION_KERNELS`, forward and backward."""
     expected = _attend(SDPBackend.MATH, torch.float32, "cpu")
@@ -92,13 +101,11 @@ def _adapted(quantization: str, dtype: torch.dtype, device: str) -> torch.nn.Mod
 
 
 def _linear(quantization: str, dtype: torch.dtype) -> torch.nn.Linear:
-    import bitsandbytes as bnb
-
     if quantization == "8bit":
-        return bnb.nn.Linear8bitLt(WIDTH, WIDTH, bias=False, has_fp16_weights=False)
+        return bitsandbytes.nn.Linear8bitLt(WIDTH, WIDTH, bias=False, has_fp16_weights=False)
     if quantization == "4bit":
         kind = {"quant_type": "nf4", "compress_statistics": True}
-        return bnb.nn.Linear4bit(WIDTH, WIDTH, bias=False, compute_dtype=dtype, **kind)
+        return bitsandbytes.nn.Linear4bit(WIDTH, WIDTH, bias=False, compute_dtype=dtype, **kind)
     return torch.nn.Linear(WIDTH, WIDTH, bias=False, dtype=dtype)
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from llama_lora.cli import InputError
-from llama_lora.hardware import device
+from llama_lora.hardware import device, kernel_images
 from llama_lora.hardware.cards import (
     BLACKWELL,
     CARDS,
@@ -151,6 +151,21 @@ def test_code_that_is_compiled_on_the_spot_runs_on_later_cards():
 
 
 def test_the_docs_hold_the_table():
-    done = run_script(CHECK, "--cards")
-    assert done.stdout.strip() == markdown_table()
-    assert done.stdout in (ROOT / "docs/cards.md").read_text(encoding="utf-8")
+    told = run_script(CHECK, "--cards").stdout
+    tables = markdown_table(), kernel_images.markdown_table()
+    assert told.strip() == "\n\n".join(tables)
+    page = (ROOT / "docs/cards.md").read_text(encoding="utf-8")
+    assert all(f"{table}\n" in page for table in tables)
+
+
+def test_bitsandbytes_has_code_for_each_card_in_the_library_for_its_torch():
+    compiled = {
+        cuda: [f"sm_{major}{minor}" for major, minor in kernel_images.capabilities(path)]
+        for cuda, path in kernel_images.bitsandbytes_libraries().items()
+    }
+    for card in CARDS.values():
+        if card.capability is None:
+            continue
+        old = card.torch_build == "cu126"
+        assert has_kernels(compiled["12.6"], card.capability) == (card.capability < BLACKWELL)
+        assert has_kernels(compiled["13.0"], card.capability) == (not old)
