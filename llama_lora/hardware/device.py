@@ -55,6 +55,12 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
+def processes_here() -> int:
+    """How many processes of this run share this machine, as deepspeed or torchrun tells them."""
+    told = (os.environ.get(name) for name in ("LOCAL_SIZE", "LOCAL_WORLD_SIZE"))
+    return max(int(number or 1) for number in told)
+
+
 def processor() -> str:
     """The CPU's name, and which of `INSTRUCTIONS` it has."""
     name = _of_cpu("model name") or platform.processor() or platform.machine()

@@ -1,7 +1,6 @@
 """How much memory and time a training will take, told before a weight is loaded."""
 
 import math
-import os
 import re
 from dataclasses import dataclass, replace
 
@@ -10,7 +9,7 @@ from transformers.training_args import OptimizerNames
 
 from llama_lora.cli import InputError
 from llama_lora.hardware.cards import CARDS, GIB, Card, card_named
-from llama_lora.hardware.device import compute_dtype, present
+from llama_lora.hardware.device import compute_dtype, present, processes_here
 from llama_lora.model.folder.shape import Shape
 from llama_lora.train.plan import suggestions, time_estimate
 from llama_lora.train.plan.memory_plan import CUDA_CONTEXT, CUDA_LIBRARIES, Plan, Setup, plan
@@ -158,7 +157,7 @@ def of(shape: Shape, quantization: str, lora, args, training, windows=(None,)) -
     here = args.plan_for is None
     card, processes = (present(), args.world_size) if here else cards_named(args.plan_for)
     dtype = args.compute_dtype if here else compute_dtype(card)
-    available, base_load = room(card, here, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    available, base_load = room(card, here, processes_here())
     on_card = card.memory is not None
     setup = Setup(
         shape=shape,
