@@ -19,7 +19,7 @@ from llama_lora.train.memory import onednn_warmup
 from llama_lora.train.memory.allocator import large_blocks_given_back
 from llama_lora.train.memory.out_of_memory import Gradients, HeldOutParts
 from llama_lora.train.preparation import Preparation
-from llama_lora.train.stopping import Diverged, EarlyStop, OverflowGuard, is_finite
+from llama_lora.train.stopping import Diverged, EarlyStop, OverflowGuard, Schedule, is_finite
 
 
 class LoraTrainer(transformers.Trainer):
@@ -62,6 +62,7 @@ class LoraTrainer(transformers.Trainer):
         for callback in (
             self.totals,
             Preparation(part_tokens, self.accelerator.autocast),
+            Schedule(),
             LogLine(self.totals),
             LogFile(self.totals),
             self.best,
