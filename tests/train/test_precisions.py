@@ -195,19 +195,10 @@ def test_the_rate_is_that_of_the_step_under_deepspeed(twelve_steps, rates_in_fp3
     settings = json.loads((ROOT / "deepspeed-config.json").read_text())
     settings["fp16"] |= {"initial_scale_power": TOO_LARGE, "hysteresis": 1}
     config.write_text(json.dumps(settings))
+    train = [*deepspeed(1), driver, "--deepspeed", config, *twelve_steps, tmp_path / "output"]
+    in_fp16 = os.environ | {DTYPE_SWITCH: "float16"}
     for more in (["--max_hours", "1e-6"], ["--resume_from_checkpoint", "True"]):
-        done = run_script(
-            *(
-                *deepspeed(1),
-                driver,
-                "--deepspeed",
-                config,
-                *twelve_steps,
-                tmp_path / "output",
-                *more,
-            ),
-            env={**os.environ, DTYPE_SWITCH: "float16"},
-        )
+        done = run_script(*train, *more, env=in_fp16)
         assert done.returncode == 0, done.stderr[-3000:]
     rates, skipped = logged(tmp_path / "output")
     assert skipped[:3] == [True] * 3

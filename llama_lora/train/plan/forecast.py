@@ -12,7 +12,7 @@ from llama_lora.hardware.cards import CARDS, GIB, Card, card_named
 from llama_lora.hardware.device import compute_dtype, present, processes_here
 from llama_lora.model.folder.shape import Shape
 from llama_lora.train.plan import suggestions, time_estimate
-from llama_lora.train.plan.memory_plan import CUDA_CONTEXT, CUDA_LIBRARIES, Plan, Setup, plan
+from llama_lora.train.plan.memory_plan import CUDA_AT_START, CUDA_CONTEXT, Plan, Setup, plan
 
 REACHED = 0.6  # share of a card's published peak that matrix products reach: assumed, not measured
 ENOUGH_TOKENS = 1024  # in one part, to keep a device busy
@@ -235,7 +235,7 @@ def cards_named(text: str) -> tuple[Card, int]:
 
 
 def room(card: Card, here: bool, processes: int) -> tuple[float, float]:
-    """Bytes available to a process, and how many of them it takes before anything is loaded.
+    """Bytes that a process may take, and how many of them it takes whatever is loaded.
 
     Args:
         here: whether `card` is this machine's device, whose free memory counts.
@@ -248,7 +248,8 @@ def room(card: Card, here: bool, processes: int) -> tuple[float, float]:
         return card.memory, CUDA_CONTEXT
     import torch
 
-    return torch.cuda.mem_get_info()[0], CUDA_LIBRARIES
+    # The process has some of it already, since it asks.
+    return torch.cuda.mem_get_info()[0] + CUDA_AT_START, CUDA_CONTEXT
 
 
 def rate_of(card: Card, here: bool, shape: Shape, dtype) -> tuple[float, str]:

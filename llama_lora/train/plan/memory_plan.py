@@ -14,10 +14,10 @@ from llama_lora.train.memory import allocator, gradient_checkpointing
 from llama_lora.train.plan import activation_memory
 from llama_lora.train.plan.activation_memory import FP32
 
-# What CUDA and its libraries take, unseen by torch: assumed, not measured. The context is there
-# from the start; kernels, the workspaces of cuBLAS and NCCL, and DeepSpeed's buffers come later.
-CUDA_LIBRARIES = 0.25 * GIB
-CUDA_CONTEXT = 0.2 * GIB + CUDA_LIBRARIES
+# What CUDA takes, unseen by torch: assumed, not measured. A fifth of a GiB is there from the start;
+# kernels, and what cuBLAS and NCCL allocate, come later.
+CUDA_AT_START = 0.2 * GIB
+CUDA_CONTEXT = CUDA_AT_START + 0.25 * GIB
 GRADIENT_BYTES = 2 * FP32  # per parameter: computed apart from those that the optimizer reads
 COMFORTABLE = 0.9  # share of the memory that a plan chosen here uses at most
 FRAGMENTATION = 0.04  # of what comes and goes
