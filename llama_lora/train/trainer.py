@@ -132,7 +132,7 @@ class LoraTrainer(transformers.Trainer):
     def _loss_scale(self) -> float:
         """The factor of the loss for fp16."""
         if self.is_deepspeed_enabled:
-            return float(self.model_wrapped.optimizer.loss_scale)
+            return float(getattr(self.model_wrapped.optimizer, "loss_scale", 1))
         scaler = getattr(self.accelerator, "scaler", None)
         return scaler.get_scale() if scaler else 1.0
 

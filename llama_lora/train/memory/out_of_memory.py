@@ -104,12 +104,13 @@ class Gradients(Parts):
         total, gradients = 0.0, None
         for part in parts:
             loss = loss_of(part)
-            new = torch.autograd.grad(loss * scale, self.parameters)
+            new = [g.float() for g in torch.autograd.grad(loss * scale, self.parameters)]
             total = total + loss.detach()
             if gradients is None:
-                gradients = [gradient.float() for gradient in new]
+                gradients = new
             else:
-                torch._foreach_add_(gradients, [gradient.float() for gradient in new])
+                torch._foreach_add_(gradients, new)
+            del new  # or they would be there while the next part is computed
         torch._foreach_mul_(gradients, 1 / scale)
         return total, gradients
 

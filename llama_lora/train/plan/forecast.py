@@ -13,6 +13,7 @@ from llama_lora.hardware.device import compute_dtype, present, processes_here
 from llama_lora.model.folder.shape import Shape
 from llama_lora.train.plan import suggestions, time_estimate
 from llama_lora.train.plan.memory_plan import CUDA_AT_START, CUDA_CONTEXT, Plan, Setup, plan
+from llama_lora.train.plan.zero_memory import Zero
 
 REACHED = 0.6  # share of a card's published peak that matrix products reach: assumed, not measured
 ENOUGH_TOKENS = 1024  # in one part, to keep a device busy
@@ -97,8 +98,9 @@ class Forecast:
         notes = {
             "process": "CUDA's own" if setup.on_card else "Python and its libraries",
             "weights": f"{linear:,.1f} M in {bits}, {other:,.1f} M in {dtype}",
-            "LoRA matrices": f"{setup.lora_parameters / 1e6:,.2f} M in fp32",
-            "optimizer": setup.optim,
+            "LoRA matrices": f"{setup.lora_parameters / 1e6:,.2f} M in "
+            + (dtype if setup.zero else "fp32"),
+            "optimizer": setup.optim + (", with the matrices in fp32" if setup.zero else ""),
             "activations": f"a micro-batch{parts} {setup.part_tokens:,} tokens; "
             f"{found.recomputed} of {shape.layers} layers recompute{offloaded}{tiles}",
         }
@@ -175,6 +177,7 @@ def of(shape: Shape, quantization: str, lora, args, training, windows=(None,)) -
         mlp_tiles=args.mlp_tiles,
         on_card=on_card,
         base_load=base_load,
+        zero=Zero.of(args, dtype.itemsize, processes),
     )
     wanted = {"parts": args.in_parts, "offload": args.offload_activations == "auto" and on_card}
     autos = {name for name, holds in wanted.items() if holds}
