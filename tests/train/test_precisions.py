@@ -5,6 +5,7 @@ import os
 import shlex
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import bitsandbytes
 import pytest
@@ -18,6 +19,7 @@ from llama_lora.hardware.device import DTYPE_SWITCH, QUANTIZATIONS, compute_dtyp
 from llama_lora.model import adapter
 from llama_lora.model.base import load_base
 from llama_lora.model.template import load_tokenizer
+from llama_lora.train.trainer import LoraTrainer
 from tests.conftest import ROOT, TRAIN, deepspeed, run_here, run_script, shipped
 from tests.train.adapted import same_adapter
 
@@ -204,6 +206,14 @@ def test_the_rate_is_that_of_the_step_under_deepspeed(twelve_steps, rates_in_fp3
     assert skipped[:3] == [True] * 3
     assert not skipped[-1]
     assert rates == pytest.approx(rates_in_fp32, rel=1e-12)
+
+
+def test_deepspeed_without_zero_scales_no_loss_in_fp32():
+    """Its engine then has the optimizer itself, which knows of no scale."""
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))])
+    engine = SimpleNamespace(optimizer=optimizer)
+    trainer = SimpleNamespace(is_deepspeed_enabled=True, model_wrapped=engine)
+    assert LoraTrainer._loss_scale(trainer) == 1
 
 
 @pytest.mark.parametrize("bits", ["8bit", "4bit"])
