@@ -50,7 +50,7 @@ def one_line_errors(main: Callable) -> Callable:
         except InputError as error:
             sys.exit(fail(str(error), alone=isinstance(error, LocalError)))
         except RuntimeError as error:
-            if type(error).__name__ != "OutOfMemoryError":  # torch's, not imported for data scripts
+            if "out of memory" not in str(error):  # as torch and CUDA say
                 raise
             sys.exit(fail(f"out of memory on the card: {error}", alone=True))
         except KeyboardInterrupt:

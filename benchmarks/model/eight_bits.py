@@ -7,10 +7,7 @@ it does on a card.
 """
 
 import argparse
-import json
 import os
-import subprocess
-import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -23,8 +20,6 @@ WIDTHS, ROWS = (576, 4096), (1, 16, 512)
 ROUNDS = 12
 RANK = 16
 THRESHOLD = 6.0  # of outliers, transformers' default
-# With these, torch and oneDNN compute as on a CPU that has nothing newer than AVX2.
-AVX2 = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
 
 
 def parse_args() -> argparse.Namespace:
@@ -34,20 +29,18 @@ def parse_args() -> argparse.Namespace:
     add("--data", type=Path, default=ROOT / ".demo/split.json", help="corpus file, split")
     add("--pieces", type=int, default=8, help="how many of its pieces, packed into one row")
     add("--length", type=int, default=256, help="longest piece, in tokens")
-    add("--errors", action="store_true", help="only print the errors of LLM.int8 as JSON")
     return parser.parse_args()
 
 
 def main(args: argparse.Namespace) -> None:
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
     examples = pieces(args)
     exact = gradients(args, "none", [examples])
-    if args.errors:
-        print(json.dumps(errors(args, examples, exact, llm_int8)))
-        return
     rows = [
         {"8 bits": "weights only, here", **errors(args, examples, exact, lambda model: None)},
         {"8 bits": "LLM.int8", **errors(args, examples, exact, llm_int8)},
-        {"8 bits": "LLM.int8 on AVX2", **on_avx2()},
     ]
     pages.publish(
         args,
@@ -76,8 +69,7 @@ Both in fp32 on the demo's base (SmolLM2-135M), with LoRA matrices of rank 16 of
 {pieces} pieces of the demo's chats with {tokens:,} tokens, as shares of the norm: how far the
 gradients of all LoRA matrices are from those over the unquantized base; and how far they are from
 each other if the pieces share a row or are computed one by one. LLM.int8 is forced here, as cards
-compute it; the last row is for a CPU that has nothing newer than AVX2, whose int8 products also
-overflow 16 bits inside of PyTorch."""
+compute it."""
 
 SPEED = """\
 In milliseconds, of a square weight, without gradients, the best of several rounds in which all take
@@ -104,17 +96,6 @@ def errors(args: argparse.Namespace, examples: list, exact: list, change) -> dic
         "gradients, from the unquantized base": f"{relative(packed, exact):.3g}",
         "packed and one by one": f"{relative(apart, packed):.2g}",
     }
-
-
-def on_avx2() -> dict[str, str]:
-    done = subprocess.run(
-        [sys.executable, *pages.this(), "--errors"],
-        capture_output=True,
-        text=True,
-        check=True,
-        env={**os.environ, **AVX2},
-    )
-    return json.loads(done.stdout.splitlines()[-1])
 
 
 def gradients(args, quantization: str, batches: list[list], change=lambda model: None) -> list:

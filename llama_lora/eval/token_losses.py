@@ -1,8 +1,10 @@
 """The held-out loss of each example, with an adapter and without, in packed forward passes."""
 
+import logging
 import math
 from collections.abc import Iterator, MutableMapping
 from contextlib import contextmanager
+from functools import partial
 
 import numpy as np
 import torch
@@ -16,6 +18,16 @@ from llama_lora.train.compute.packed_attention import BY_EXAMPLE
 from llama_lora.train.data.example import Example
 from llama_lora.train.data.examples import Examples
 from llama_lora.train.data.packing import MicroBatches, check_isolation, collate
+from llama_lora.train.memory.out_of_memory import HeldOutParts
+
+logger = logging.getLogger(__name__)
+
+
+class PassParts(HeldOutParts):
+    """The same under evaluate.py's flags."""
+
+    batches = "forward pass"
+    ways = "--quantization 4bit, or a shorter --max_length"
 
 
 def summed_losses(
@@ -25,7 +37,8 @@ def summed_losses(
 
     Args:
         sides: names of `adapters`, to be measured one after the other.
-        max_length: the most tokens in a forward pass; no example has more.
+        max_length: the most tokens in a forward pass; no example has more. If memory runs out, it
+            is made in parts.
         kept: the losses of each pass by name; those it holds are not measured again.
 
     Returns:
@@ -34,11 +47,13 @@ def summed_losses(
     Raises:
         InputError: packing or the loss in chunks would not be exact for this model, or a loss is
             not finite.
+        LocalError: a single example does not fit into memory.
     """
     packs = MicroBatches(examples, max_length, size=1)
     steps = len(packs) * len(sides)
     # Adapters sit inside the base's layers, so its own forward pass uses them.
     model = getattr(adapters.model, "get_base_model", lambda: adapters.model)()
+    parts = PassParts(logger.warning)
     found = {}
     with (
         packing(model),
@@ -51,7 +66,7 @@ def summed_losses(
                 name = f"losses of {side} in pass {number}"
                 if name not in kept:
                     pack = [examples[i] for i in members]
-                    losses = pack_losses(model, pack)
+                    losses = parts.compute_in_parts(partial(pack_losses, model), collate([pack]))
                     check_finite(side, pack, losses)
                     kept[name] = losses
                 found[side][members] = kept[name]
@@ -78,17 +93,20 @@ def packing(model) -> Iterator[None]:
 
 
 @torch.no_grad()
-def pack_losses(model, pack: list) -> list[float]:
-    """The summed cross-entropy of each example of a row, from one forward pass."""
-    batch = collate([pack])
-    lengths = batch["example_lengths"]
+def pack_losses(model, parts: list[dict]) -> list[float]:
+    """The summed cross-entropy of each example of a row, from a forward pass for each part."""
+    return [loss for part in parts for loss in part_losses(model, part)]
+
+
+def part_losses(model, part: dict) -> list[float]:
+    lengths = part["example_lengths"]
     hidden = model.base_model(
-        input_ids=batch["input_ids"].to(model.device),
-        position_ids=batch["position_ids"].to(model.device),
+        input_ids=part["input_ids"].to(model.device),
+        position_ids=part["position_ids"].to(model.device),
         example_lengths=lengths,
         use_cache=False,
     ).last_hidden_state[0]
-    labels = batch["labels"][0].to(model.device)
+    labels = part["labels"][0].to(model.device)
     return [
         chunked_loss.summed_loss(model, states[:-1], words[1:]).item()
         for states, words in zip(hidden.split(lengths), labels.split(lengths), strict=True)

@@ -11,6 +11,16 @@ QUANTIZATIONS = ("auto", "8bit", "4bit", "none")
 # Which of these a CPU has decides the compute dtype and the kernels that run.
 INSTRUCTIONS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
 DTYPE_SWITCH = "LLAMA_LORA_DTYPE"  # an environment variable: float32, bfloat16 or float16
+# What errors say for lack of memory besides `torch.OutOfMemoryError`, which is for tensors alone.
+LACKING = (
+    "CUDA error: out of memory",  # the runtime: for a kernel, a stream, pinned memory
+    "CUDA driver error: out of memory",  # while a segment of the allocator grows
+    "_STATUS_ALLOC_FAILED",  # cuBLAS, cuBLASLt and their kin
+    # Each thread makes handles of its own, the backward pass's when memory is fullest. A device
+    # that is broken cannot make one either, but fails at the next call with the cause.
+    "CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate",
+    "CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasLtCreate",
+)
 
 
 def present() -> Card:
@@ -28,17 +38,27 @@ def device_name() -> str:
     return present().shown
 
 
-def out_of_memory(error: RuntimeError) -> bool:
-    """Whether a computation failed because the card's memory ran out, in torch or in cuBLAS."""
+def out_of_memory(error: Exception) -> bool:
+    """Whether a computation failed because memory ran out: in torch, in CUDA or in its libraries.
+
+    Failures that may have other causes do not count, such as `CUBLAS_STATUS_EXECUTION_FAILED`.
+    """
     import torch
 
-    lacking = isinstance(error, torch.OutOfMemoryError)
-    return lacking or "CUBLAS_STATUS_ALLOC_FAILED" in str(error)
+    return isinstance(error, torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and any(said in str(error) for said in LACKING)
+    )
 
 
 def cores() -> int:
     """The number of CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+def processes_here() -> int:
+    """How many processes of this run share this machine, as deepspeed or torchrun tells them."""
+    told = (os.environ.get(name) for name in ("LOCAL_SIZE", "LOCAL_WORLD_SIZE"))
+    return max(int(number or 1) for number in told)
 
 
 def processor() -> str:

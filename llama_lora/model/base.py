@@ -1,10 +1,9 @@
 """Load a base model in 16 (or 32), 8 or 4 bits."""
 
-from contextlib import nullcontext
 from pathlib import Path
 
 from llama_lora.cli import InputError
-from llama_lora.hardware.device import compute_dtype, dtype_name, present
+from llama_lora.hardware.device import compute_dtype, dtype_name, out_of_memory, present
 from llama_lora.model.folder import quantized_weights
 from llama_lora.model.folder.config import load_config
 from llama_lora.text import named
@@ -38,7 +37,7 @@ def load_base(folder, quantization: str = "none", dtype=None, device=None):
         quantization = "none"  # by us
         stored["bnb_4bit_compute_dtype"] = dtype_name(dtype)
     try:
-        with int8_linear.quantized_alike() if quantization == "8bit" else nullcontext():
+        with int8_linear.quantized_alike():
             model, found = AutoModelForCausalLM.from_pretrained(
                 folder,
                 config=config,
@@ -51,9 +50,9 @@ def load_base(folder, quantization: str = "none", dtype=None, device=None):
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # replaced by a line of ours
             )
-    except torch.OutOfMemoryError:
-        raise
     except (OSError, SafetensorError, ValueError, KeyError, ArithmeticError, RuntimeError) as error:
+        if out_of_memory(error):
+            raise
         raise InputError(f"{folder}: this model cannot be loaded: {error}") from error
     found["mismatched_keys"] |= quantized_weights.misshapen(model)
     check_complete(Path(folder), model, **found)

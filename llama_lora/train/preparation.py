@@ -11,7 +11,8 @@ from llama_lora.model.adapter import trainable
 from llama_lora.train.compute import chunked_loss
 from llama_lora.train.data.packing import check_isolation
 from llama_lora.train.memory import gradient_checkpointing
-from llama_lora.train.plan.memory_plan import GRADIENT_BYTES, optimizer_bytes
+from llama_lora.train.plan.memory_plan import gradient_bytes, optimizer_bytes
+from llama_lora.train.plan.zero_memory import Zero
 
 
 class Preparation(TrainerCallback):
@@ -23,8 +24,8 @@ class Preparation(TrainerCallback):
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         base = model.get_base_model()
-        optim = None if args.deepspeed else OptimizerNames(args.optim).value
-        reserved = bytes_to_come(optim, trainable(model))
+        zero = Zero.of(args, args.compute_dtype.itemsize, args.world_size)
+        reserved = bytes_to_come(OptimizerNames(args.optim).value, trainable(model), zero)
         with self.autocast():
             check_isolation(base)
             chunked_loss.check(base)
@@ -41,13 +42,14 @@ class Preparation(TrainerCallback):
         unlink_shared_memory(args.process_index)
 
 
-def bytes_to_come(optim: str | None, trained: list) -> int:
+def bytes_to_come(optim: str, trained: list, zero: Zero | None = None) -> float:
     """Bytes that the first step allocates and keeps for the `trained` parameters, pairs with names.
 
-    `optim` is None if the optimizer's states already exist.
+    DeepSpeed has made its copy in fp32 before, but not the optimizer's states.
     """
-    states = optimizer_bytes(optim) if optim else 0
-    return (GRADIENT_BYTES + states) * sum(parameter.numel() for _, parameter in trained)
+    there = zero.optimizer(0) if zero else 0
+    each = gradient_bytes(zero) + optimizer_bytes(optim, zero) - there
+    return each * sum(parameter.numel() for _, parameter in trained)
 
 
 def unlink_shared_memory(process: int) -> None:

@@ -1,4 +1,4 @@
-"""Ending a run early without losing anything: on a signal, at a time limit, or on a bad loss."""
+"""Ending a run: without losing anything if early, and at a learning rate of 0 if not."""
 
 import os
 import shlex
@@ -8,6 +8,7 @@ import time
 
 import psutil
 import torch
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerCallback
 
 NOT_REPEATED = "--resume_from_checkpoint", "--overwrite_output_dir", "--local_rank"
@@ -87,6 +88,20 @@ class OverflowGuard(TrainerCallback):
         if self.in_a_row == MOST_SKIPPED:
             what = f"the gradients of {MOST_SKIPPED} steps in a row overflowed"
             raise Diverged(state.global_step, what, [])
+
+
+class Schedule(TrainerCallback):
+    """Keeps the schedule at the run's step, so that it ends with the run.
+
+    In fp16 a step whose gradients overflow is skipped, and the Trainer then leaves out the
+    schedule's step, too, unless a fused optimizer skips it unseen. After a few of them the rate
+    would end above 0. The schedules that follow the held-out loss have no end, and are left alone.
+    """
+
+    def on_step_end(self, args, state, control, lr_scheduler=None, **kwargs):
+        if isinstance(lr_scheduler, LambdaLR):
+            while lr_scheduler.last_epoch < state.global_step:
+                lr_scheduler.step()
 
 
 class Diverged(Exception):

@@ -17,9 +17,9 @@ from llama_lora.train.data.packing import MicroBatches, collate
 from llama_lora.train.logs import LogFile, LogLine, Totals
 from llama_lora.train.memory import onednn_warmup
 from llama_lora.train.memory.allocator import large_blocks_given_back
-from llama_lora.train.memory.out_of_memory import Gradients
+from llama_lora.train.memory.out_of_memory import Gradients, HeldOutParts
 from llama_lora.train.preparation import Preparation
-from llama_lora.train.stopping import Diverged, EarlyStop, OverflowGuard, is_finite
+from llama_lora.train.stopping import Diverged, EarlyStop, OverflowGuard, Schedule, is_finite
 
 
 class LoraTrainer(transformers.Trainer):
@@ -54,6 +54,7 @@ class LoraTrainer(transformers.Trainer):
         self.checkpoints_kept, args.save_total_limit = args.save_total_limit, None
         parameters = [parameter for _, parameter in trainable(model)]
         self.gradients = Gradients(parameters, self.tell, parts)
+        self.held_out_parts = HeldOutParts(self.tell)
         self.settings = settings
         self.totals, self.best = Totals(), Best(args.early_stopping_patience)
         self.stop = EarlyStop(args.max_hours, self._any)
@@ -61,6 +62,7 @@ class LoraTrainer(transformers.Trainer):
         for callback in (
             self.totals,
             Preparation(part_tokens, self.accelerator.autocast),
+            Schedule(),
             LogLine(self.totals),
             LogFile(self.totals),
             self.best,
@@ -130,7 +132,7 @@ class LoraTrainer(transformers.Trainer):
     def _loss_scale(self) -> float:
         """The factor of the loss for fp16."""
         if self.is_deepspeed_enabled:
-            return float(self.model_wrapped.optimizer.loss_scale)
+            return float(getattr(self.model_wrapped.optimizer, "loss_scale", 1))
         scaler = getattr(self.accelerator, "scaler", None)
         return scaler.get_scale() if scaler else 1.0
 
@@ -205,9 +207,8 @@ class LoraTrainer(transformers.Trainer):
             batch = collate([held_out[number]])
             del batch["names"]
             count = int((batch["labels"] != IGNORE).sum())
-            with self.accelerator.autocast():
-                summed = self.model(**self._prepare_inputs(batch), num_items_in_batch=1).loss
-            total += torch.tensor([summed.item(), count], dtype=total.dtype, device=total.device)
+            summed = self.held_out_parts.compute_in_parts(self._summed_loss, batch)
+            total += torch.tensor([summed, count], dtype=total.dtype, device=total.device)
         summed, count = self.accelerator.reduce(total).tolist()
         metrics = {f"{metric_key_prefix}_loss": summed / count}
         self.log(metrics)
@@ -215,6 +216,14 @@ class LoraTrainer(transformers.Trainer):
             self.args, self.state, self.control, metrics
         )
         return metrics
+
+    def _summed_loss(self, parts: list[dict]) -> float:
+        """Over the labelled tokens of all parts."""
+        with self.accelerator.autocast():
+            return sum(
+                self.model(**self._prepare_inputs(part), num_items_in_batch=1).loss.item()
+                for part in parts
+            )
 
     def finish(self) -> None:
         """Measure the held-out loss once more, and restore the matrices with the lowest."""

@@ -1,6 +1,7 @@
 """Losses of held-out conversations are those of plain forward passes, and how far to trust them."""
 
 import json
+import logging
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from llama_lora.chat.adapters import BASE, load_adapters
+from llama_lora.cli import InputError
 from llama_lora.eval import bootstrap, contamination
 from llama_lora.eval.token_losses import labelled_counts, summed_losses, token_changes
 from llama_lora.model.labels import IGNORE
@@ -56,6 +58,45 @@ def test_measuring_leaves_the_model_as_it_was(tiny_base, tiny_adapter, corpus):
     assert set(vars(model)) == attributes
     assert model.config._attn_implementation == attention
     assert torch.equal(model(torch.arange(9)[None]).logits, before)
+
+
+def test_a_pass_that_memory_does_not_do_for_is_made_in_parts(
+    tiny_base, tiny_adapter, corpus, caplog
+):
+    adapters, _ = load_adapters(tiny_base, {"adapter": tiny_adapter})
+    examples, _ = load_examples(str(corpus), adapters.templates["adapter"], 256)
+    longest, whole = max(examples.lengths), summed_losses(adapters, SIDES, examples, 256, {})
+
+    def small(most: int):
+        """A hook that refuses larger passes as a card does that has too little memory."""
+
+        def refuse(_, inputs):
+            if inputs[0].shape[1] > most:
+                raise torch.AcceleratorError("CUDA error: out of memory")
+
+        return refuse
+
+    embeddings = adapters.model.get_input_embeddings()
+    hook = embeddings.register_forward_pre_hook(small(longest))
+    try:
+        with caplog.at_level(logging.WARNING, "llama_lora"):
+            parts = summed_losses(adapters, SIDES, examples, 256, {})
+    finally:
+        hook.remove()
+    for side in SIDES:
+        np.testing.assert_allclose(parts[side], whole[side], rtol=1e-6)
+    said = [record.message for record in caplog.records]
+    assert said[0] == (
+        "out of memory: from now on, every forward pass is computed in 2 parts; the loss stays the "
+        "same"
+    )
+    assert len(said) == len(set(said))
+    hook = embeddings.register_forward_pre_hook(small(longest - 1))
+    try:
+        with pytest.raises(InputError, match=f"one example of {longest} tokens.* --max_length"):
+            summed_losses(adapters, SIDES, examples, 256, {})
+    finally:
+        hook.remove()
 
 
 def test_changes_token_by_token_add_up(tiny_base, tiny_adapter, corpus):

@@ -3,6 +3,9 @@
 import json
 import os
 import shlex
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
 
 import bitsandbytes
 import pytest
@@ -16,6 +19,7 @@ from llama_lora.hardware.device import DTYPE_SWITCH, QUANTIZATIONS, compute_dtyp
 from llama_lora.model import adapter
 from llama_lora.model.base import load_base
 from llama_lora.model.template import load_tokenizer
+from llama_lora.train.trainer import LoraTrainer
 from tests.conftest import ROOT, TRAIN, deepspeed, run_here, run_script, shipped
 from tests.train.adapted import same_adapter
 
@@ -134,6 +138,82 @@ def test_sixteen_bits_under_deepspeed_train_as_fp32(tiny_base, tmp_path):
     assert falls[torch.float32] > 0.1
     for dtype in DTYPES:
         assert falls[dtype] == pytest.approx(falls[torch.float32], rel=0.01)
+
+
+STEPS = 12
+TWELVE = shlex.split(f"""
+--max_steps {STEPS} --per_device_train_batch_size 2 --learning_rate 3e-3 --lora_r 4
+--model_max_length 256 --quantization none --save_strategy no
+""")
+TOO_LARGE = 24  # power of two: a loss scale at which the gradients of the first steps overflow
+GradScaler = torch.amp.GradScaler
+
+
+@pytest.fixture(scope="module")
+def twelve_steps(tiny_base, tmp_path_factory) -> list:
+    corpus = tmp_path_factory.mktemp("corpus") / "split.json"
+    corpus.write_text(json.dumps(shipped("dummy_en.json")[:40]))
+    return ["--model_name_or_path", tiny_base, "--data_path", corpus, *TWELVE, "--output_dir"]
+
+
+@pytest.fixture(scope="module")
+def rates_in_fp32(twelve_steps, tmp_path_factory) -> list[float]:
+    """The rate of each step of a run in which none is skipped."""
+    folder = tmp_path_factory.mktemp("fp32")
+    assert run_here(TRAIN, *twelve_steps, folder).returncode == 0
+    rates, skipped = logged(folder)
+    assert not any(skipped)
+    assert rates[-1] < 0.03 * max(rates)
+    return rates
+
+
+def logged(folder: Path) -> tuple[list[float], list[bool]]:
+    """The learning rate of each step, and whether its gradients overflowed."""
+    lines = (folder / "trainer_log.jsonl").read_text().splitlines()
+    steps = [entry for entry in map(json.loads, lines) if "loss" in entry]
+    assert [entry["step"] for entry in steps] == list(range(1, STEPS + 1))
+    overflowed = [not torch.tensor(entry["grad_norm"]).isfinite().item() for entry in steps]
+    return [entry["learning_rate"] for entry in steps], overflowed
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch", "adamw_torch_fused"])
+def test_the_rate_is_that_of_the_step(optim, twelve_steps, rates_in_fp32, tmp_path, monkeypatch):
+    """Resumed after a step that was skipped, too."""
+    monkeypatch.setenv(DTYPE_SWITCH, "float16")
+    monkeypatch.setattr(torch.amp, "GradScaler", partial(GradScaler, init_scale=2.0**TOO_LARGE))
+    for more in (["--max_hours", "1e-6"], ["--resume_from_checkpoint", "True"]):
+        done = run_here(TRAIN, *twelve_steps, tmp_path, "--optim", optim, *more)
+        assert done.returncode == 0, done.stderr
+    rates, skipped = logged(tmp_path)
+    assert skipped[:3] == [True] * 3
+    assert not skipped[-1]
+    assert rates == pytest.approx(rates_in_fp32, rel=1e-12)
+
+
+@pytest.mark.slow
+def test_the_rate_is_that_of_the_step_under_deepspeed(twelve_steps, rates_in_fp32, tmp_path):
+    driver, config = tmp_path / "driver.py", tmp_path / "config.json"
+    driver.write_text(FP16_EVERYWHERE)
+    settings = json.loads((ROOT / "deepspeed-config.json").read_text())
+    settings["fp16"] |= {"initial_scale_power": TOO_LARGE, "hysteresis": 1}
+    config.write_text(json.dumps(settings))
+    train = [*deepspeed(1), driver, "--deepspeed", config, *twelve_steps, tmp_path / "output"]
+    in_fp16 = os.environ | {DTYPE_SWITCH: "float16"}
+    for more in (["--max_hours", "1e-6"], ["--resume_from_checkpoint", "True"]):
+        done = run_script(*train, *more, env=in_fp16)
+        assert done.returncode == 0, done.stderr[-3000:]
+    rates, skipped = logged(tmp_path / "output")
+    assert skipped[:3] == [True] * 3
+    assert not skipped[-1]
+    assert rates == pytest.approx(rates_in_fp32, rel=1e-12)
+
+
+def test_deepspeed_without_zero_scales_no_loss_in_fp32():
+    """Its engine then has the optimizer itself, which knows of no scale."""
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))])
+    engine = SimpleNamespace(optimizer=optimizer)
+    trainer = SimpleNamespace(is_deepspeed_enabled=True, model_wrapped=engine)
+    assert LoraTrainer._loss_scale(trainer) == 1
 
 
 @pytest.mark.parametrize("bits", ["8bit", "4bit"])

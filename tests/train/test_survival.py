@@ -20,6 +20,7 @@ import torch
 from safetensors.torch import load_file
 
 from llama_lora.train.checkpoints import is_complete
+from llama_lora.train.compute import chunked_loss
 from tests.conftest import ROOT, TRAIN, deepspeed, run_here, shipped
 from tests.train.adapted import same_adapter
 
@@ -314,6 +315,29 @@ packed_attention.AttentionInterface.register(packed_attention.BY_EXAMPLE, on_a_s
 sys.argv[0] = {script!r}
 runpy.run_path({script!r}, run_name="__main__")
 '''
+
+
+def test_held_out_batches_that_do_not_fit_are_measured_in_parts(train, tmp_path, monkeypatch):
+    flags = "--max_steps", "2", "--eval_ratio", "0.3", "--save_strategy", "no"
+    assert train(tmp_path / "roomy", *flags)[0] == 0
+    computed = chunked_loss.summed_loss
+
+    def on_a_small_card(model, hidden, *labels):
+        if len(hidden) > 220 and not torch.is_grad_enabled():
+            raise torch.OutOfMemoryError("no memory left on this simulated card")
+        return computed(model, hidden, *labels)
+
+    monkeypatch.setattr(chunked_loss, "summed_loss", on_a_small_card)
+    code, out, err = train(tmp_path / "small", *flags)
+    assert code == 0, err
+    said = "out of memory: from now on, every held-out micro-batch is computed in 2 parts"
+    assert out.count(said) == 1
+    roomy, small = (
+        json.loads((tmp_path / name / "summary.json").read_text()) for name in ("roomy", "small")
+    )
+    for when in ("before", "after"):
+        measured = roomy[f"held_out_loss_{when}"]
+        assert small[f"held_out_loss_{when}"] == pytest.approx(measured, rel=1e-6)
 
 
 @pytest.mark.slow

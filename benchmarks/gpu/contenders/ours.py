@@ -27,6 +27,7 @@ from benchmarks.gpu.contenders.contender import (
 from benchmarks.gpu.contenders.profiles import profile
 from benchmarks.gpu.rows import SEARCHING, Row
 from llama_lora.cli import InputError
+from llama_lora.hardware.device import out_of_memory
 from llama_lora.model.adapter import trainable
 from llama_lora.model.labels import IGNORE
 from llama_lora.train import lora_model, preparation
@@ -168,7 +169,9 @@ class Ours(Contender):
             self.card.wait()
             seconds = time.perf_counter() - began
             self.card.check()
-        except (torch.OutOfMemoryError, InputError) as error:
+        except (RuntimeError, InputError) as error:
+            if isinstance(error, RuntimeError) and not out_of_memory(error):
+                raise
             host = isinstance(error, InputError) or not self.card.cuda
             self.lacking = "memory of the host" if host else "memory of the card"
             return None

@@ -132,11 +132,10 @@ def measure_rows(request: dict) -> Iterator[dict]:
     rows = [Row.of(values) for values in request["rows"]]
     first, kind = rows[0], KINDS[request["shape"]][rows[0].base]
     contender_class = contender_of(first)
-    import torch
-
     from benchmarks.gpu.contenders import base
     from benchmarks.gpu.contenders.card import SmallCard
     from benchmarks.gpu.contenders.contender import Task
+    from llama_lora.hardware.device import out_of_memory
 
     folder = base.made(Path(request["cache"]), request["shape"], first.base)
     with SmallCard(request["gib"]) as card:
@@ -144,7 +143,9 @@ def measure_rows(request: dict) -> Iterator[dict]:
         try:
             contender = contender_class(task, card)
             card.check()
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:
+            if not out_of_memory(error):
+                raise
             for row in rows:
                 yield too_large(row, f"while it loads: {error}")
             return
@@ -191,7 +192,7 @@ def attempts(contender, row, card) -> Iterator[dict]:
             for found in contender.measure(row):
                 yield {"row": row.as_dict(), "status": "measured", **found}
         except (RuntimeError, LocalError) as error:
-            if isinstance(error, RuntimeError) and not (out_of_memory(error) or of_cuda(error)):
+            if isinstance(error, RuntimeError) and not out_of_memory(error):
                 raise
             problem = str(error)  # and not the error itself, which holds on to what was computed
         if problem is None:
@@ -200,11 +201,6 @@ def attempts(contender, row, card) -> Iterator[dict]:
         if not row.can_be_halved:
             return
         row = row.halved()
-
-
-def of_cuda(error: RuntimeError) -> bool:
-    """Whether CUDA itself lacked memory, for a kernel that it loads or a library."""
-    return "CUDA error: out of memory" in str(error)
 
 
 def too_large(row, problem: str) -> dict:

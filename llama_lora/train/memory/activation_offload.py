@@ -14,6 +14,17 @@ from torch.autograd.graph import saved_tensors_hooks
 LEAST = 1 << 20  # bytes; smaller tensors stay
 BLOCK = 16 << 20  # bytes of pinned memory
 ON_THE_WAY = 2  # tensors that leave or come back at the same time
+PINNED_SHARE = 0.6  # of the host's free memory, at most: what is pinned cannot be swapped
+
+
+def may_pin(free: int, processes: int) -> int:
+    """Bytes that each of the processes on a host may pin, of so many that are free."""
+    return int(PINNED_SHARE * free) // processes
+
+
+def pinned_bytes(tensors: int, size: int) -> int:
+    """Bytes of pinned memory that so many tensors of `size` bytes take."""
+    return tensors * -(-size // BLOCK) * BLOCK if size >= LEAST else 0
 
 
 class Offload(saved_tensors_hooks):

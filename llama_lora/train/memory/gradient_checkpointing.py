@@ -14,8 +14,9 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from llama_lora.cli import InputError
 from llama_lora.hardware.cards import GIB
+from llama_lora.hardware.device import processes_here
 from llama_lora.train.memory import tiled_mlp
-from llama_lora.train.memory.activation_offload import Offload
+from llama_lora.train.memory.activation_offload import PINNED_SHARE, Offload, may_pin, pinned_bytes
 from llama_lora.train.memory.allocator import HOLES, give_back_large_blocks
 
 PROBE_TOKENS = 128
@@ -47,7 +48,7 @@ def set_up(
     needed = _needed(model, layers, tokens, reserved) if asks else 0
     few = every if offload == "True" else min(needed, every)
     count = {"True": every, "False": 0}.get(wanted, few)
-    host = _offload(model, count * tokens, offload, crowded=needed > every)
+    host = _offload(model, count, tokens, offload, crowded=needed > every)
     checkpoint(model, layers[:count], host)
     if count and not on_card:
         give_back_large_blocks()
@@ -61,19 +62,23 @@ def set_up(
     return said
 
 
-def _offload(model, vectors: int, wanted: str, crowded: bool) -> Offload | None:
-    """Offloading of so many hidden states to the host, if `wanted`, or needed with "auto"."""
+def _offload(model, layers: int, tokens: int, wanted: str, crowded: bool) -> Offload | None:
+    """Offloading of the inputs of so many layers, if `wanted`, or needed with "auto"."""
     on_card = model.device.type == "cuda"
-    if not (on_card and vectors and {"auto": crowded}.get(wanted, wanted == "True")):
+    if not (on_card and layers and {"auto": crowded}.get(wanted, wanted == "True")):
         return None
-    size, room = vectors * model.config.hidden_size * model.dtype.itemsize, host_memory()
-    if size <= SHARE * room:
+    size = pinned_bytes(layers, tokens * model.config.hidden_size * model.dtype.itemsize)
+    free, processes = host_memory(), processes_here()
+    if size <= may_pin(free, processes):
         return Offload(model.device)
     if wanted == "auto":
         return None
+    each = f" in each of {processes} processes" if processes > 1 else ""
     raise InputError(
-        f"--offload_activations True: needs {size / GIB:.1f} GiB of the host's memory, "
-        f"only {room / GIB:.1f} GiB are free; use a shorter --model_max_length"
+        f"--offload_activations True: needs {size / GIB:.1f} GiB of pinned memory on the host"
+        f"{each}, expected at most {may_pin(free, processes) / GIB:.1f} GiB, since only "
+        f"{PINNED_SHARE:.0%} of the {free / GIB:.1f} GiB that are free may be pinned; use a "
+        "shorter --model_max_length"
     )
 
 

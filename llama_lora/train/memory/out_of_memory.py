@@ -42,11 +42,57 @@ def split(batch: dict, parts: int) -> list[dict]:
     return [dict(zip(columns, part, strict=True)) for part in zip(*columns.values(), strict=True)]
 
 
-class Gradients:
+class Parts:
+    """Computes micro-batches in as few parts as fit into memory, and says when it takes more.
+
+    `parts` is how many; a lack of memory doubles it, for the micro-batches that follow as well.
+    """
+
+    batches, stays = "micro-batch", "effective batch"
+    ways = "--gradient_checkpointing True, --quantization 4bit, or a shorter --model_max_length"
+
+    def __init__(self, tell, parts: int = 1):
+        self.tell, self.parts = tell, parts
+
+    def compute_in_parts(self, function, batch: dict):
+        """What `function` makes of the list of parts of `batch`.
+
+        Raises:
+            LocalError: a single example does not fit.
+        """
+        while True:
+            try:
+                return function(split(batch, self.parts))
+            except RuntimeError as error:
+                if not out_of_memory(error):
+                    raise
+                if self.parts >= len(batch["example_lengths"]):
+                    longest = max(batch["example_lengths"])
+                    raise LocalError(
+                        f"out of memory at one example of {longest} tokens; try {self.ways}"
+                    ) from None
+            self.parts *= 2
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            self.tell(
+                f"out of memory: from now on, every {self.batches} is computed in {self.parts} "
+                f"parts; the {self.stays} stays the same"
+            )
+
+
+class HeldOutParts(Parts):
+    """The same where only a loss is measured."""
+
+    batches, stays = "held-out micro-batch", "loss"
+    ways = "--quantization 4bit, or a shorter --model_max_length"
+
+
+class Gradients(Parts):
     """Computes the gradients of all trainable parameters, in parts that fit into memory."""
 
     def __init__(self, parameters: list[torch.nn.Parameter], tell, parts: int = 1):
-        self.parameters, self.tell, self.parts = parameters, tell, parts
+        super().__init__(tell, parts)
+        self.parameters = parameters
 
     def compute(self, loss_of, batch: dict, scale: float) -> tuple[torch.Tensor, list]:
         """The loss of `batch` and the fp32 gradients of all parameters.
@@ -60,37 +106,19 @@ class Gradients:
         Raises:
             LocalError: a single example does not fit.
         """
-        while True:
-            try:
-                return self._in_parts(loss_of, split(batch, self.parts), scale)
-            except RuntimeError as error:
-                if not out_of_memory(error):
-                    raise
-                if self.parts >= len(batch["example_lengths"]):
-                    longest = max(batch["example_lengths"])
-                    raise LocalError(
-                        f"out of memory at one example of {longest} tokens; try "
-                        "--gradient_checkpointing True, --quantization 4bit, or a shorter "
-                        "--model_max_length"
-                    ) from None
-            self.parts *= 2
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
-            self.tell(
-                f"out of memory: from now on, every micro-batch is computed in {self.parts} parts; "
-                "the effective batch stays the same"
-            )
+        return self.compute_in_parts(lambda parts: self._summed(loss_of, parts, scale), batch)
 
-    def _in_parts(self, loss_of, parts: list[dict], scale: float):
+    def _summed(self, loss_of, parts: list[dict], scale: float):
         total, gradients = 0.0, None
         for part in parts:
             loss = loss_of(part)
-            new = torch.autograd.grad(loss * scale, self.parameters)
+            new = [g.float() for g in torch.autograd.grad(loss * scale, self.parameters)]
             total = total + loss.detach()
             if gradients is None:
-                gradients = [gradient.float() for gradient in new]
+                gradients = new
             else:
-                torch._foreach_add_(gradients, [gradient.float() for gradient in new])
+                torch._foreach_add_(gradients, new)
+            del new  # or they would be there while the next part is computed
         torch._foreach_mul_(gradients, 1 / scale)
         return total, gradients
 

@@ -1,7 +1,6 @@
 """How much memory and time a training will take, told before a weight is loaded."""
 
 import math
-import os
 import re
 from dataclasses import dataclass, replace
 
@@ -10,10 +9,11 @@ from transformers.training_args import OptimizerNames
 
 from llama_lora.cli import InputError
 from llama_lora.hardware.cards import CARDS, GIB, Card, card_named
-from llama_lora.hardware.device import compute_dtype, present
+from llama_lora.hardware.device import compute_dtype, present, processes_here
 from llama_lora.model.folder.shape import Shape
 from llama_lora.train.plan import suggestions, time_estimate
-from llama_lora.train.plan.memory_plan import CUDA_CONTEXT, CUDA_LIBRARIES, Plan, Setup, plan
+from llama_lora.train.plan.memory_plan import CUDA_AT_START, CUDA_CONTEXT, Plan, Setup, plan
+from llama_lora.train.plan.zero_memory import Zero
 
 REACHED = 0.6  # share of a card's published peak and bandwidth: assumed, not measured
 ENOUGH_TOKENS = 1024  # in one part, to keep a device busy
@@ -107,8 +107,9 @@ class Forecast:
         notes = {
             "process": "CUDA's own" if setup.on_card else "Python and its libraries",
             "weights": f"{linear:,.1f} M in {bits}, {other:,.1f} M in {dtype}",
-            "LoRA matrices": f"{setup.lora_parameters / 1e6:,.2f} M in fp32",
-            "optimizer": setup.optim,
+            "LoRA matrices": f"{setup.lora_parameters / 1e6:,.2f} M in "
+            + (dtype if setup.zero else "fp32"),
+            "optimizer": setup.optim + (", with the matrices in fp32" if setup.zero else ""),
             "activations": f"a micro-batch{parts} {setup.part_tokens:,} tokens; "
             f"{found.recomputed} of {shape.layers} layers recompute{offloaded}{tiles}",
         }
@@ -168,7 +169,7 @@ def of(shape: Shape, quantization: str, lora, args, training, windows=(None,)) -
     here = args.plan_for is None
     card, processes = (present(), args.world_size) if here else cards_named(args.plan_for)
     dtype = args.compute_dtype if here else compute_dtype(card)
-    available, base_load = room(card, here, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    available, base_load = room(card, here, processes_here())
     on_card = card.memory is not None
     setup = Setup(
         shape=shape,
@@ -186,6 +187,7 @@ def of(shape: Shape, quantization: str, lora, args, training, windows=(None,)) -
         mlp_tiles=args.mlp_tiles,
         on_card=on_card,
         base_load=base_load,
+        zero=Zero.of(args, dtype.itemsize, processes),
     )
     wanted = {"parts": args.in_parts, "offload": args.offload_activations == "auto" and on_card}
     autos = {name for name, holds in wanted.items() if holds}
@@ -247,7 +249,7 @@ def cards_named(text: str) -> tuple[Card, int]:
 
 
 def room(card: Card, here: bool, processes: int) -> tuple[float, float]:
-    """Bytes available to a process, and how many of them it takes before anything is loaded.
+    """Bytes that a process may take, and how many of them it takes whatever is loaded.
 
     Args:
         here: whether `card` is this machine's device, whose free memory counts.
@@ -260,7 +262,8 @@ def room(card: Card, here: bool, processes: int) -> tuple[float, float]:
         return card.memory, CUDA_CONTEXT
     import torch
 
-    return torch.cuda.mem_get_info()[0], CUDA_LIBRARIES
+    # The process has some of it already, since it asks.
+    return torch.cuda.mem_get_info()[0] + CUDA_AT_START, CUDA_CONTEXT
 
 
 def rate_of(card: Card, here: bool, shape: Shape, dtype) -> tuple[float, str]:

@@ -13,12 +13,12 @@ from llama_lora.train.compute import chunked_loss
 from llama_lora.train.memory import allocator, gradient_checkpointing
 from llama_lora.train.plan import activation_memory
 from llama_lora.train.plan.activation_memory import FP32
+from llama_lora.train.plan.zero_memory import Zero
 
-# What CUDA and its libraries take, unseen by torch: assumed, not measured. The context is there
-# from the start; kernels, the workspaces of cuBLAS and NCCL, and DeepSpeed's buffers come later.
-CUDA_LIBRARIES = 0.25 * GIB
-CUDA_CONTEXT = 0.2 * GIB + CUDA_LIBRARIES
-GRADIENT_BYTES = 2 * FP32  # per parameter: computed apart from those that the optimizer reads
+# What CUDA takes, unseen by torch: assumed, not measured. A fifth of a GiB is there from the start;
+# kernels, and what cuBLAS and NCCL allocate, come later.
+CUDA_AT_START = 0.2 * GIB
+CUDA_CONTEXT = CUDA_AT_START + 0.25 * GIB
 COMFORTABLE = 0.9  # share of the memory that a plan chosen here uses at most
 FRAGMENTATION = 0.04  # of what comes and goes
 PRODUCTS = 0.1 * GIB  # in 16 bits on a CPU: what oneDNN compiles and keeps, measured
@@ -40,6 +40,7 @@ class Setup:
         mlp_tiles: how many tiles a recomputed layer's MLP is computed in, or "auto".
         on_card: whether the memory is a card's.
         base_load: bytes that the process takes before anything is loaded.
+        zero: DeepSpeed's engine, or None.
     """
 
     shape: Shape
@@ -58,6 +59,7 @@ class Setup:
     mlp_tiles: str = "auto"
     on_card: bool = True
     base_load: float = CUDA_CONTEXT
+    zero: Zero | None = None
 
     @property
     def part_tokens(self) -> int:
@@ -133,12 +135,16 @@ def memory(setup: Setup, recomputed: int) -> dict[str, float]:
         workspace += PRODUCTS
     if setup.use_dora:
         workspace += activation_memory.dora_workspace(setup.targets)
+    if setup.zero:
+        passing = activations + losses + workspace
+        workspace += max(0, setup.zero.in_a_step(setup.lora_parameters) - passing)
+    matrices = setup.zero.matrices if setup.zero else FP32
     return {
         "process": setup.base_load,
         "weights": shape.weight_bytes(setup.quantization, itemsize),
-        "LoRA matrices": FP32 * setup.lora_parameters,
-        "gradients": GRADIENT_BYTES * setup.lora_parameters,
-        "optimizer": optimizer_bytes(setup.optim) * setup.lora_parameters,
+        "LoRA matrices": matrices * setup.lora_parameters,
+        "gradients": gradient_bytes(setup.zero) * setup.lora_parameters,
+        "optimizer": optimizer_bytes(setup.optim, setup.zero) * setup.lora_parameters,
         "activations": activations,
         "loss": losses,
         "workspace": workspace,
@@ -177,8 +183,13 @@ def activation_bytes(setup: Setup, recomputed: int) -> float:
     return setup.part_tokens * (held + max(at_the_loss, in_a_layer)) + weights
 
 
-def optimizer_bytes(optim: str) -> int:
-    """Bytes of an optimizer's states per trained parameter, by its name in `--optim`."""
-    if "8bit" in optim:
-        return 2
-    return {"sgd": 0, "adafactor": 0, "rmsprop": 4, "adagrad": 4}.get(optim, 8)
+def gradient_bytes(zero: Zero | None) -> float:
+    """Bytes of gradients per trained parameter: computed apart from those that are applied."""
+    return zero.gradients if zero else 2 * FP32
+
+
+def optimizer_bytes(optim: str, zero: Zero | None = None) -> float:
+    """Bytes that an optimizer, by its name in `--optim`, keeps per trained parameter."""
+    other = {"sgd": 0, "adafactor": 0, "rmsprop": 4, "adagrad": 4}
+    states = 2 if "8bit" in optim else other.get(optim, 8)
+    return zero.optimizer(states) if zero else states

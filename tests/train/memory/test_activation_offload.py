@@ -1,8 +1,12 @@
 """What waits in the host's memory comes back as it was, whatever happens in between."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
+from llama_lora.cli import InputError
+from llama_lora.hardware.cards import GIB
 from llama_lora.train.memory import activation_offload, gradient_checkpointing
 from llama_lora.train.memory.activation_offload import ON_THE_WAY, Offload
 from llama_lora.train.memory.out_of_memory import Gradients
@@ -120,3 +124,38 @@ def test_views_of_one_tensor_come_back_as_they_were(dtype):
 
     plain = gradient(torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t))
     assert torch.equal(gradient(Offload(CPU)), plain)
+
+
+# As deepspeed's launcher and torchrun tell each of two processes on a machine.
+TWO = {"LOCAL_SIZE": "2"}, {"LOCAL_WORLD_SIZE": "2"}
+
+
+@pytest.mark.parametrize(
+    ("free", "processes", "fits"),
+    [(20, {}, True), (16, {}, False), *((40, two, True) for two in TWO)]
+    + [(30, two, False) for two in TWO],
+)
+def test_no_more_than_a_share_of_the_hosts_free_memory_is_pinned(
+    free, processes, fits, monkeypatch
+):
+    """The inputs of 32 layers at 7B and 40,000 tokens: 10 GiB in blocks."""
+    monkeypatch.setattr(activation_offload, "LEAST", 1 << 20)
+    monkeypatch.setattr(activation_offload, "BLOCK", 16 << 20)
+    monkeypatch.setattr(gradient_checkpointing, "host_memory", lambda: free * GIB)
+    monkeypatch.setattr(gradient_checkpointing, "Offload", lambda device: "offloads")
+    for name, number in processes.items():
+        monkeypatch.setenv(name, number)
+    model = SimpleNamespace(
+        device=torch.device("cuda"), dtype=torch.float16, config=SimpleNamespace(hidden_size=4096)
+    )
+
+    def offload(wanted: str):
+        return gradient_checkpointing._offload(model, 32, 40_000, wanted, crowded=True)
+
+    if fits:
+        assert (offload("auto"), offload("True")) == ("offloads", "offloads")
+        return
+    assert offload("auto") is None
+    most = 0.6 * free / (2 if processes else 1)
+    with pytest.raises(InputError, match=rf"needs 10.0 GiB of pinned.* at most {most:.1f} GiB"):
+        offload("True")

@@ -15,7 +15,7 @@ from tests.conftest import TRAIN, run_here, shipped
 from tests.corpora import save
 from tests.train.adapted import adapted_llama, layers_of, trainable
 from tests.train.compute import bases
-from tests.train.waiting import Waiting
+from tests.train.compute.waiting import Waiting
 
 # transformers asks once a forward pass whether the positions in a row start again.
 ONCE_A_PASS = "aten::_local_scalar_dense", "masking_utils.py find_packed_sequence_indices"
