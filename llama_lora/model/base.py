@@ -34,6 +34,7 @@ def load_base(folder, quantization: str = "none", dtype=None, device=None):
     config = load_config(folder)
     # One warning per linear layer and step, about a cast that is normal for int8.
     logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+    torch.backends.cuda.enable_cudnn_sdp(False)  # it makes a plan for nearly every new length
     dtype = dtype or compute_dtype()
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     stored = getattr(config, "quantization_config", None)

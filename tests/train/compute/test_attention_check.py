@@ -9,7 +9,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from peft import PeftModel
-from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AutoModelForCausalLM
 
 from llama_lora.cli import InputError
@@ -29,6 +28,7 @@ from tests.corpora import conversation, save
 from tests.eval.evaluation import evaluate, plain_losses
 from tests.train.compute import bases
 from tests.train.compute.bases import WINDOW
+from tests.train.compute.kernels import masked_product
 
 WINDOWED = ["mistral", "phi3", "gemma3", "qwen2"]
 SPLIT = "fastchat/data/split_long_conversation.py"
@@ -44,17 +44,6 @@ def short_blocks(monkeypatch):
     packed_attention._band.cache_clear()
     yield
     packed_attention._band.cache_clear()
-
-
-def masked_product(query, key, value, lengths, window):
-    """One product with a mask of tokens × tokens, by the definition of a window."""
-    tokens = torch.arange(query.shape[2])
-    example = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
-    distance = tokens[:, None] - tokens
-    seen = (distance >= 0) & (example[:, None] == example)
-    if window:
-        seen &= distance < window
-    return scaled_dot_product_attention(query, key, value, attn_mask=seen, enable_gqa=True)
 
 
 def assert_the_same(lengths, window, groups):
