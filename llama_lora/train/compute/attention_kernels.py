@@ -20,15 +20,6 @@ VARLEN, EFFICIENT, LOOP = "varlen", "efficient", "loop"
 CAUSAL = 1  # CausalFromTopLeft of CustomMaskType in mem_eff_attention/kernel_forward.h
 SMALLER = ((8, 6), (8, 9)), ((12, 0), (12, 1))  # generations with less shared memory than 8.0
 
-# What the kernels allocate for the log-sum-exps and, going backward, for fp32 sums.
-LOG_SUMS_STEP = (
-    32  # kAlignLSE in kernel_forward.h: to this, EFFICIENT rounds the longest example up
-)
-# Rows of dQ's sums that each example adds: VARLEN has 128 (mha_varlen_bwd in flash_api.cpp);
-# EFFICIENT rounds up to blocks of up to 128, and has two blocks of 64 for dK and dV
-# (workspace_size in kernel_backward.h).
-ROWS_PER_EXAMPLE = {VARLEN: 128, EFFICIENT: 256, LOOP: 0}
-
 
 def kernel_for(
     dtype: torch.dtype,
@@ -91,6 +82,37 @@ def _efficient_takes(dtype, head_size: int, capability: tuple[int, int], windowe
     if dtype == torch.float32:
         return head_size % (4 if capability >= (8, 0) else 1) == 0
     return head_size % (8 if capability >= (7, 0) else 1) == 0
+
+
+# ---------------------------------------------------------------------- what they allocate
+
+
+def log_sums(kernel: str, lengths) -> int:
+    """How many log-sum-exps are kept for the backward pass, per head, in fp32.
+
+    `EFFICIENT` has them for as many tokens of each example as the longest has, rounded up to
+    kAlignLSE in kernel_forward.h.
+
+    Args:
+        lengths: tokens of each example of a row.
+    """
+    return len(lengths) * _up(max(lengths), 32) if kernel == EFFICIENT else int(sum(lengths))
+
+
+def sum_rows(kernel: str, lengths) -> int:
+    """How many rows of fp32 sums the backward pass takes, each as long as the queries of a token.
+
+    `VARLEN` has 128 rows between examples in dQ's (dq_accum of mha_varlen_bwd in flash_api.cpp).
+    `EFFICIENT` sums dQ in blocks of up to 128 rows, for each example as many as for the longest,
+    and dK and dV in two blocks of 64 (workspace_size in kernel_backward.h).
+    """
+    if kernel == EFFICIENT:
+        return len(lengths) * (_up(max(lengths), 128) + 128)
+    return int(sum(lengths)) + 128 * len(lengths) * (kernel == VARLEN)
+
+
+def _up(number: int, step: int) -> int:
+    return -(-int(number) // step) * step
 
 
 # ---------------------------------------------------------------------- the choice
@@ -173,11 +195,11 @@ def attend(kernel: str, query, key, value, lengths: tuple[int, ...], window, sca
     Returns:
         [tokens, heads, size].
     """
-    return ATTEND[kernel](*_as_autocast_has_it(query, key, value), lengths, window, scale)
+    return ATTEND[kernel](query, key, value, lengths, window, scale)
 
 
-def _as_autocast_has_it(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Cast as autocast casts what `scaled_dot_product_attention` gets; it does not know these."""
+def autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Cast as autocast would for `scaled_dot_product_attention`; the kernels it does not know."""
     device = tensors[0].device.type
     if not is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return tensors

@@ -54,6 +54,7 @@ def attend_within_examples(
         InputError: the layer needs more than that.
     """
     _check(attention_mask, sliding_window, others)
+    query, key, value = attention_kernels.autocast(query, key, value)
     rows, _, tokens, _ = query.shape
     lengths = tuple(example_lengths or [tokens])
     beyond = attention_mask is not None and attention_mask < max(lengths)

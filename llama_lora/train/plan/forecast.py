@@ -4,6 +4,7 @@ import math
 import os
 import re
 from dataclasses import dataclass, replace
+from functools import partial
 
 import psutil
 from transformers.training_args import OptimizerNames
@@ -11,7 +12,8 @@ from transformers.training_args import OptimizerNames
 from llama_lora.cli import InputError
 from llama_lora.hardware.cards import CARDS, GIB, Card, card_named
 from llama_lora.hardware.device import compute_dtype, present
-from llama_lora.model.folder.shape import Shape
+from llama_lora.model.folder.shape import Shape, head_size
+from llama_lora.train.compute.attention_kernels import kernel_for, log_sums, sum_rows
 from llama_lora.train.plan import suggestions, time_estimate
 from llama_lora.train.plan.memory_plan import CUDA_CONTEXT, CUDA_LIBRARIES, Plan, Setup, plan
 
@@ -160,6 +162,8 @@ def of(shape: Shape, quantization: str, lora, args, training, windows=(None,)) -
     dtype = args.compute_dtype if here else compute_dtype(card)
     available, base_load = room(card, here, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     on_card = card.memory is not None
+    longest = int(training.lengths.max())
+    kernel = kernel_of(shape, dtype, card.capability, windows, longest)
     setup = Setup(
         shape=shape,
         quantization=quantization,
@@ -170,7 +174,10 @@ def of(shape: Shape, quantization: str, lora, args, training, windows=(None,)) -
         use_dora=lora.use_dora,
         optim=OptimizerNames(args.optim).value,
         tokens=training.fullest,
-        longest=int(training.lengths.max()),
+        longest=longest,
+        attention=kernel,
+        log_sums=training.most(partial(log_sums, kernel)),
+        sum_rows=training.most(partial(sum_rows, kernel)),
         recompute=args.recompute,
         offload=args.offload_activations == "True" and on_card,
         mlp_tiles=args.mlp_tiles,
@@ -185,7 +192,9 @@ def of(shape: Shape, quantization: str, lora, args, training, windows=(None,)) -
     return Forecast(
         plan=choose(setup, available, autos),
         where=f"{processes} × {card.shown}" if processes > 1 else card.shown,
-        work=time_estimate.EpochWork.of(training.lengths, training.examples.labelled(), windows),
+        work=time_estimate.EpochWork.of(
+            training.lengths, training.examples.labelled(), windows, kernel
+        ),
         examples=len(training.examples),
         micro_batches=len(training),
         steps_per_epoch=steps,
@@ -194,6 +203,13 @@ def of(shape: Shape, quantization: str, lora, args, training, windows=(None,)) -
         rate=rate,
         rate_source=source,
     )
+
+
+def kernel_of(shape: Shape, dtype, capability, windows=(None,), longest: int = 0) -> str:
+    """The kernel of attention; if it depends on the window, that of a layer where one matters."""
+    narrow = (window for window in windows if window is not None and window < longest)
+    size = head_size(shape.config)
+    return kernel_for(dtype, size, capability, window=min(narrow, default=None))
 
 
 def choose(setup: Setup, available: float, autos: set[str]) -> Plan:

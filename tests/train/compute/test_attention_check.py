@@ -18,6 +18,7 @@ from llama_lora.model.folder.config import beyond_positions, positions, read_con
 from llama_lora.model.labels import IGNORE
 from llama_lora.model.template import Template, load_tokenizer
 from llama_lora.train.compute import attention_check, packed_attention
+from llama_lora.train.compute.attention_kernels import VARLEN
 from llama_lora.train.compute.packed_attention import BY_EXAMPLE, attend_within_examples
 from llama_lora.train.data.example import Example
 from llama_lora.train.data.examples import hold_out, load_examples
@@ -269,6 +270,8 @@ def test_what_a_window_saves():
     )
     assert plain == 10**2 + 5000**2
     assert windowed == 10**2 + 1000**2 + 2 * 4000 * (1000 + packed_attention.BLOCK)
+    on_card = time_estimate.EpochWork.of(lengths, 0, [1000], VARLEN).attended
+    assert on_card == 10**2 + 1000**2 + 2 * 4000 * 1000
     assert time_estimate.EpochWork.of(lengths, 0, [None, 1000]).attended == (plain + windowed) // 2
     assert time_estimate.EpochWork.of(lengths, 0, [9000]).attended == plain
 

@@ -238,6 +238,39 @@ def test_lengths_are_copied_to_the_card_once(kernel):
         assert [list(one.shape) for one in copied] == [[21]]
 
 
+# ---------------------------------------------------------------------- what they hold
+
+
+@both
+def test_what_waits_for_the_backward_pass(kernel):
+    """Keys and values as they were before they are repeated, as the plan has it."""
+    lengths, groups, size, saved = [60, 5, 33], 3, 16, {}
+
+    def save(tensor):
+        if tensor.device.type == "meta":
+            saved[id(tensor)] = tensor
+        return tensor
+
+    row = given_row(lengths, groups, size, FP16, "meta")
+    with only(kernel), torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
+        attend_within_examples(None, *row, None, example_lengths=lengths)
+    found = sum(one.nbytes for one in saved.values() if one.numel() > len(lengths) + 1)
+    heads, query, key = 2 * groups, 2 * groups * size, 2 * size
+    elements = 2 * (2 * query + 2 * key) * sum(lengths)
+    assert found == elements + 4 * heads * attention_kernels.log_sums(kernel, lengths)
+
+
+def test_what_padding_costs():
+    """By the sources that `attention_kernels` names."""
+    for kernel, log_sums, sum_rows in (
+        (LOOP, 98, 98),
+        (VARLEN, 98, 98 + 3 * 128),
+        (EFFICIENT, 3 * 64, 3 * (128 + 128)),
+    ):
+        assert attention_kernels.log_sums(kernel, [60, 5, 33]) == log_sums
+        assert attention_kernels.sum_rows(kernel, [60, 5, 33]) == sum_rows
+
+
 # ---------------------------------------------------------------------- where there is none
 
 
