@@ -24,10 +24,7 @@ ATTENTION_KERNELS = {
     "plain": SDPBackend.MATH,
 }
 
-AT_ONCE = {
-    "FlashAttention": attention_kernels.VARLEN,
-    "memory-efficient": attention_kernels.EFFICIENT,
-}
+AT_ONCE = {name: kernel for kernel, name in attention_kernels.NAMES.items()}
 
 WIDTH, TOKENS, RANK = 256, 128, 8
 HEAD_SIZE = 64

@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 from llama_lora.text import brief
 
 VARLEN, EFFICIENT, LOOP = "varlen", "efficient", "loop"
+NAMES = {VARLEN: "FlashAttention", EFFICIENT: "memory-efficient"}
 CAUSAL = 1  # CausalFromTopLeft of CustomMaskType in mem_eff_attention/kernel_forward.h
 SMALLER = ((8, 6), (8, 9)), ((12, 0), (12, 1))  # generations with less shared memory than 8.0
 
@@ -72,8 +73,8 @@ def _efficient_takes(dtype, head_size: int, capability: tuple[int, int], windowe
     Args:
         windowed: whether it goes backward with a window.
     """
-    oldest = (8, 0) if dtype == torch.bfloat16 else (5, 0)
-    if not oldest <= capability <= (12, 1):
+    oldest = {torch.float32: (5, 0), torch.float16: (5, 0), torch.bfloat16: (8, 0)}
+    if dtype not in oldest or not oldest[dtype] <= capability <= (12, 1):
         return False
     if windowed and dtype == torch.float32 and capability < (7, 0):
         # There kNeedsAccumGradQ is false in kernel_backward.h: the first block of keys stores a
@@ -170,8 +171,8 @@ def _is_there(kernel: str) -> bool:
             torch.autograd.grad(attended.sum(), [query, key])
     except (ImportError, AttributeError, TypeError, ValueError, RuntimeError) as error:
         print(
-            f"attention: torch {torch.__version__} has no {kernel} kernel as torch 2.13 has it "
-            f"({brief(error)}); examples are computed one by one, which is slower",
+            f"attention: torch {torch.__version__} has no {NAMES[kernel]} kernel as torch 2.13 has "
+            f"it ({brief(error)}); examples are computed one by one, which is slower",
             file=sys.stderr,
             flush=True,
         )

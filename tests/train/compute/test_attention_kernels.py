@@ -62,6 +62,7 @@ both = pytest.mark.parametrize("kernel", [VARLEN, EFFICIENT])
         (FP32, 6, T4, {}, EFFICIENT),
         (FP32, 6, A100, {}, LOOP),
         (FP32, 12, A100, {}, EFFICIENT),
+        (torch.float64, 64, A100, {}, LOOP),
         # A CPU, and dropout of attention weights.
         (FP32, 64, None, {}, LOOP),
         (BF16, 64, None, {}, LOOP),
@@ -323,7 +324,8 @@ def test_without_its_operators_the_loop_computes_and_says_so_once(
     for results in found:
         assert all(torch.equal(one, other) for one, other in zip(results, expected, strict=True))
     said = capsys.readouterr().err
-    assert said.startswith(f"attention: torch {torch.__version__} has no {kernel} kernel")
+    name = attention_kernels.NAMES[kernel]
+    assert said.startswith(f"attention: torch {torch.__version__} has no {name} kernel")
     assert "examples are computed one by one" in said
     assert said.count("\n") == 1
 
