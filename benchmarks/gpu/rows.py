@@ -80,8 +80,8 @@ class Row:
         measures: "speed" of training, with its memory; "context", the longest that fits, up to
             `length` tokens; or "answers".
         dtype: "fastest" on this device, or "float16".
-        kernel: of attention: "any"; "memory-efficient", which every card has; "cuDNN", or all
-            but it.
+        kernel: of attention: "any"; "memory-efficient", which every card has; "cuDNN" or "no
+            cuDNN", example by example.
         recompute: --gradient_checkpointing.
         targets: linear layers with LoRA matrices.
         profiled: see where the time of a step goes.
@@ -215,7 +215,9 @@ class Rows:
         return [self.row("ours", quantization, s, "as on a T4 or P100", **old) for s in sizes]
 
     def cudnn(self) -> list[Row]:
-        kernels = ("cuDNN's attention on", "cuDNN"), ("cuDNN's attention off", "no cuDNN")
+        """Against one call for all examples, and to see what cuDNN's plans take."""
+        loop = "example by example"
+        kernels = (f"{loop}, with cuDNN", "cuDNN"), (f"{loop}, without cuDNN", "no cuDNN")
         return [self.row("ours", "4bit", LONGEST, told, kernel=kernel) for told, kernel in kernels]
 
     def tiny_llama(self) -> list[Row]:

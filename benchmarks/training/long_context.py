@@ -125,12 +125,17 @@ def measured(model, tokens: int) -> int:
 
 
 def foretold(args, model, recomputed: bool, offloaded: bool, tiles: int) -> float:
+    from llama_lora.hardware.device import present
+    from llama_lora.model.folder.shape import head_size
+    from llama_lora.train.compute.attention_kernels import kernel_for
     from llama_lora.train.memory.activation_offload import ON_THE_WAY
     from llama_lora.train.plan import activation_memory
 
     config, size = model.get_base_model().config, model.dtype.itemsize
     on_card = model.device.type == "cuda"
-    layer = config, ["all-linear"], 16, args.quantization, size, args.dropout, on_card
+    kernel = kernel_for(model.dtype, head_size(config), present().capability)
+    attention = activation_memory.Attention(kernel)
+    layer = config, ["all-linear"], 16, args.quantization, size, args.dropout, on_card, attention
     kept = activation_memory.kept_per_token(*layer)
     waiting = activation_memory.checkpoint_per_token(config, size) if recomputed else kept
     layers = ON_THE_WAY if offloaded else args.layers
@@ -162,7 +167,8 @@ def at_7b() -> list[dict]:
     def row(name: str, figure, *more) -> dict:
         cells = {"": name}
         for dropout in (0.05, 0.0):
-            size = figure(llama, ["all-linear"], 32, "4bit", 2, dropout, True, *more)
+            layer = llama, ["all-linear"], 32, "4bit", 2, dropout, True
+            size = figure(*layer, activation_memory.Attention(), *more)
             cells[f"`--lora_dropout {dropout:g}`"] = f"{size / 1e3:,.0f} KB"
         return cells
 

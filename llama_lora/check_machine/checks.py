@@ -276,24 +276,54 @@ def optimizer(pin: str) -> Finding:
 
 
 def attention() -> Finding:
-    """Try each kernel of `scaled_dot_product_attention`; all but the plain one save memory."""
+    """Try each kernel of attention; all but the plain one save memory.
+
+    Those of `scaled_dot_product_attention` and, on a card, those that take all examples at once.
+    """
     from llama_lora.check_machine import probe
 
-    dtype, device = compute_dtype(), "cpu" if present().capability is None else "cuda"
-    right, absent, wrong = [], [], []
-    for kernel in probe.ATTENTION_KERNELS:
+    card, dtype = present(), compute_dtype()
+    device = "cpu" if card.capability is None else "cuda"
+
+    def alone(kernel: str) -> float:
+        return probe.attention_error(kernel, dtype, device)
+
+    found, right, wrong = _tried(probe.ATTENTION_KERNELS, alone)
+    ok, stops = not wrong and len(right) > 1, not right
+    if card.capability is not None:
+        more, wrong = at_once(dtype, device)
+        found = f"{found}; {more}"
+        ok, stops = ok and not wrong, stops or card.attention in wrong
+    return Finding("attention", found, ok, stops=stops)
+
+
+def at_once(dtype, device: str) -> tuple[str, list[str]]:
+    """What the kernels do that take all examples of a row in one call, and which do it wrong."""
+    from llama_lora.check_machine import probe
+
+    def error(kernel: str) -> float:
+        return probe.at_once_error(kernel, dtype, device)
+
+    found, _, wrong = _tried(probe.AT_ONCE, error)
+    return f"all examples in one call: {found}", wrong
+
+
+def _tried(kernels, error_of) -> tuple[str, list[str], list[str]]:
+    """How each kernel fares, and the names of those that are right and of those that are wrong."""
+    from llama_lora.check_machine import probe
+
+    right, absent, wrong = {}, [], {}
+    for kernel in kernels:
         try:
-            error = probe.attention_error(kernel, dtype, device)
-            right.append(f"{kernel} {error:.2%} from fp32")
+            right[kernel] = f"{kernel} {error_of(kernel):.2%} from fp32"
         except probe.WrongResult as fault:
-            wrong.append(f"{kernel} {fault}")
-        except RuntimeError:
+            wrong[kernel] = f"{kernel} {fault}"
+        except (RuntimeError, ImportError, AttributeError, TypeError):
             absent.append(kernel)
-    parts = [", ".join(right or ["none runs"])]
-    parts += [f"wrong: {', '.join(wrong)}"] * bool(wrong)
+    parts = [", ".join(right.values()) or "none runs"]
+    parts += [f"wrong: {', '.join(wrong.values())}"] * bool(wrong)
     parts += [f"unavailable: {', '.join(absent)}"] * bool(absent)
-    ok = not wrong and len(right) > 1
-    return Finding("attention", "; ".join(parts), ok, stops=not right)
+    return "; ".join(parts), list(right), list(wrong)
 
 
 def learning(seconds: float | None, learning_rate: float | None = None) -> Finding:

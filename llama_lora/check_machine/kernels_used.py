@@ -2,12 +2,15 @@
 
 from torch.utils._python_dispatch import TorchDispatchMode
 
-# What `scaled_dot_product_attention` turns into; the plain kernel has no operator of its own.
+# What `scaled_dot_product_attention` turns into, and the kernels for all examples of a row; the
+# plain kernel has no operator of its own.
 ATTENTION = {
     "aten::_scaled_dot_product_flash_attention": "FlashAttention",
     "aten::_scaled_dot_product_flash_attention_for_cpu": "FlashAttention",
     "aten::_scaled_dot_product_cudnn_attention": "cuDNN",
     "aten::_scaled_dot_product_efficient_attention": "memory-efficient",
+    "torch_attn::_varlen_attn": "FlashAttention",
+    "aten::_efficient_attention_forward": "memory-efficient",
     "aten::_safe_softmax": "plain",
     "aten::_softmax": "plain",
 }
@@ -27,7 +30,7 @@ class Operators(TorchDispatchMode):
 
 
 def attention(names: set[str]) -> str:
-    """The kernels of `scaled_dot_product_attention` among these operators."""
+    """The kernels of attention among these operators."""
     return ", ".join(sorted({ATTENTION[name] for name in names & ATTENTION.keys()})) or "none"
 
 

@@ -11,6 +11,8 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from llama_lora.model import int8_linear
 from llama_lora.model.base import keep_nf4_layout
+from llama_lora.train.compute import attention_kernels
+from llama_lora.train.compute.packed_attention import attend_within_examples
 
 # The largest error, relative to fp32, by precision of the base and by dtype.
 TOLERANCES = {"8bit": 0.02, "4bit": 0.1, "none": 0.02}
@@ -24,7 +26,11 @@ ATTENTION_KERNELS = {
     "plain": SDPBackend.MATH,
 }
 
+AT_ONCE = {name: kernel for kernel, name in attention_kernels.NAMES.items()}
+
 WIDTH, TOKENS, RANK = 256, 128, 8
+HEAD_SIZE = 64
+EXAMPLES, WINDOW = [300, 37, 1, 90], 50  # tokens; a window leaves out whole blocks of keys
 
 
 class WrongResult(Exception):
@@ -65,6 +71,21 @@ def attention_error(kernel: str, dtype: torch.dtype, device: str) -> float:
     expected = _attend(SDPBackend.MATH, torch.float32, "cpu")
     found = _attend(ATTENTION_KERNELS[kernel], dtype, device)
     return _largest_error(found, expected, ATTENTION_ERROR)
+
+
+def at_once_error(kernel: str, dtype: torch.dtype, device: str) -> float:
+    """As `base_error`, for all examples of a row in one call by one of `AT_ONCE`.
+
+    With a window and without, queries in groups; beside one example after the other.
+    """
+    errors = []
+    for window in (None, WINDOW):
+        with attention_kernels.only(attention_kernels.LOOP):
+            expected = _attend_to_row(window, torch.float32, "cpu")
+        with attention_kernels.only(AT_ONCE[kernel]):
+            found = _attend_to_row(window, dtype, device)
+        errors.append(_largest_error(found, expected, ATTENTION_ERROR))
+    return max(errors)
 
 
 def optimizer_error(device: str) -> float:
@@ -142,11 +163,20 @@ def _moved(optimizer, device: str) -> torch.Tensor:
 
 def _attend(backend: SDPBackend, dtype: torch.dtype, device: str) -> list[torch.Tensor]:
     """The output, and the gradients of queries, keys and values."""
-    parts = _input(3, 1, 4, TOKENS, 64).to(device, dtype).unbind()
+    parts = _input(3, 1, 4, TOKENS, HEAD_SIZE).to(device, dtype).unbind()
     parts = [part.requires_grad_() for part in parts]
     with sdpa_kernel(backend), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # one for each reason why a kernel is not for this device
         output = scaled_dot_product_attention(*parts, is_causal=True)
+    output.float().square().mean().backward()
+    return [output.detach(), *(part.grad for part in parts)]
+
+
+def _attend_to_row(window: int | None, dtype: torch.dtype, device: str) -> list[torch.Tensor]:
+    """The output, and the gradients of queries, keys and values."""
+    row = _input(1, sum(EXAMPLES), 8, HEAD_SIZE).to(device, dtype).transpose(1, 2)
+    parts = [part.detach().requires_grad_() for part in row.split([4, 2, 2], 1)]
+    output, _ = attend_within_examples(None, *parts, window, example_lengths=EXAMPLES)
     output.float().square().mean().backward()
     return [output.detach(), *(part.grad for part in parts)]
 

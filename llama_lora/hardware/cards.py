@@ -70,7 +70,7 @@ class Card:
 
     @property
     def attention(self) -> str:
-        """The kernel that `scaled_dot_product_attention` chooses on it."""
+        """The kernel that attends in `dtype`, see `train/compute/attention_kernels.py`."""
         if self.capability is None:
             return "sdpa for CPU"
         return "FlashAttention" if self.capability >= FLASH_CAPABILITY else "memory-efficient"

@@ -96,6 +96,16 @@ def compute_dtype(card: Card | None = None):
     return torch.bfloat16 if fast_bf16 else torch.float32
 
 
+def autocast(*tensors) -> tuple:
+    """Cast as autocast would for an operator that it knows; it does not know our own."""
+    import torch
+
+    device = tensors[0].device.type
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return tensors
+    return tuple(tensor.to(torch.get_autocast_dtype(device)) for tensor in tensors)
+
+
 def switched_dtype():
     """The compute dtype that `DTYPE_SWITCH` asks for; None if it is not set."""
     import torch

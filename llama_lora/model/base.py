@@ -30,6 +30,7 @@ def load_base(folder, quantization: str = "none", dtype=None, device=None):
     from llama_lora.model import grouped_query_attention, int8_linear
 
     config = load_config(folder)
+    torch.backends.cuda.enable_cudnn_sdp(False)  # it makes a plan for nearly every new length
     dtype = dtype or compute_dtype()
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     stored = getattr(config, "quantization_config", None)

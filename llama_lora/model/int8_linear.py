@@ -12,6 +12,8 @@ import bitsandbytes
 import torch
 from torch.nn.functional import linear
 
+from llama_lora.hardware.device import autocast
+
 LARGEST = 127  # of the codes
 PIECE = 1 << 18  # weights that a core's cache holds while they are dequantized
 CARD_PIECE = 1 << 24
@@ -30,8 +32,7 @@ class Int8Linear(bitsandbytes.nn.Linear8bitLt):
     """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))
+        (x,) = autocast(x)
         bias = None if self.bias is None else self.bias.to(x.dtype)
         weight = self.weight.data, self.steps
         if torch.is_grad_enabled():

@@ -1,5 +1,6 @@
 """What check_machine.py looks at and tries, run on the CPU, and with simulated cards."""
 
+import inspect
 from importlib.metadata import version
 
 import pytest
@@ -10,7 +11,9 @@ from llama_lora.hardware.cards import (
     CARDS,
     GIB,
 )
+from llama_lora.train.compute import attention_kernels
 from tests.hardware.builds import BUILT_CU126, BUILT_CU130
+from tests.train.compute.kernels import Recorded
 
 CU126 = "pip install torch==2.13.0+cu126 --index-url https://download.pytorch.org/whl/cu126"
 
@@ -95,6 +98,46 @@ def test_attention_kernels_on_cpu():
     assert finding.ok
     assert "FlashAttention" in finding.found.split("unavailable: ")[0]
     assert "memory-efficient" in finding.found.split("unavailable: ")[1]
+
+    assert "in one call" not in finding.found  # a CPU has no such kernel
+
+
+@pytest.mark.parametrize("kernel", probe.AT_ONCE)
+def test_kernels_for_all_examples_are_compared_with_the_loop(kernel):
+    with Recorded() as seen:
+        assert probe.at_once_error(kernel, torch.bfloat16, "cpu") <= probe.ATTENTION_ERROR
+    name = probe.AT_ONCE[kernel]
+    forward, backward = seen.of(name)
+    assert len(forward) == len(backward) == 2
+    windows = {str(one.get("window_size")) for one in forward + backward}
+    expected = {"varlen": {"[-1, 0]", "[49, 0]"}, "efficient": {"None", "50"}}
+    assert windows == expected[name]
+    ran = {function.name().partition(".")[0] for function, _ in seen.calls}
+    assert kernel in kernels_used.attention(ran)
+
+
+def test_what_a_card_would_say_of_them(monkeypatch):
+    with Recorded():
+        found, wrong = checks.at_once(torch.bfloat16, "cpu")
+    assert found.startswith("all examples in one call: FlashAttention 0.")
+    assert "memory-efficient 0." in found
+    assert wrong == []
+    # As torch's own backward pass of the memory-efficient kernel: it forgets the window.
+    given = attention_kernels._for_both
+
+    def forgetful(begins, longest, window, scale):
+        backward = inspect.stack()[1].function == "backward"
+        return given(begins, longest, None if backward else window, scale)
+
+    monkeypatch.setattr(attention_kernels, "_for_both", forgetful)
+    with Recorded():
+        found, wrong = checks.at_once(torch.bfloat16, "cpu")
+    assert "wrong: memory-efficient" in found
+    assert wrong == ["memory-efficient"]
+    found, wrong = checks.at_once(torch.bfloat16, "cpu")  # which has neither
+    assert found == (
+        "all examples in one call: none runs; unavailable: FlashAttention, memory-efficient"
+    )
 
 
 def test_packages_that_differ_have_one_command():

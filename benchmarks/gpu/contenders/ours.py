@@ -4,13 +4,13 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import torch
 from torch.backends import cuda
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers.training_args import OptimizerNames
 
 from benchmarks.gpu.contenders import lengths
@@ -31,7 +31,8 @@ from llama_lora.hardware.device import out_of_memory
 from llama_lora.model.adapter import trainable
 from llama_lora.model.labels import IGNORE
 from llama_lora.train import lora_model, preparation
-from llama_lora.train.compute import chunked_loss
+from llama_lora.train.compute import attention_kernels, chunked_loss
+from llama_lora.train.compute.attention_kernels import EFFICIENT, LOOP, log_sums, sum_rows
 from llama_lora.train.data import packing
 from llama_lora.train.data.packing import MicroBatches, collate
 from llama_lora.train.memory import gradient_checkpointing
@@ -68,7 +69,9 @@ class Ours(Contender):
     def speed(self, row: Row) -> Iterator[dict]:
         pieces = self.pieces(row)
         training = MicroBatches(pieces, row.length, row.batch)
-        setup = self.setup(row, training.fullest, max(pieces.lengths))
+        kernel = self.attention(row)
+        room = {of.__name__: training.most(partial(of, kernel)) for of in (log_sums, sum_rows)}
+        setup = self.setup(row, training.fullest, max(pieces.lengths), **room)
         autos = {"parts": row.recompute == "auto", "offload": self.card.cuda}
         planned = forecast.choose(setup, self.card.limit, {name for name in autos if autos[name]})
         run = Run(self, row, planned.setup.part_tokens, planned.setup.parts)
@@ -115,10 +118,18 @@ class Ours(Contender):
             optim=row.optim,
             tokens=tokens,
             longest=longest,
+            attention=self.attention(row),
             recompute=row.recompute,
             **host,
             **more,
         )
+
+    def attention(self, row: Row) -> str:
+        """The kernel that the row asks for, or this device has."""
+        if asked := asked_for(row):
+            return asked
+        capability = torch.cuda.get_device_capability() if self.card.cuda else None
+        return forecast.kernel_of(self.shape, self.task.dtype, capability)
 
     # ---- The longest context ----
 
@@ -279,13 +290,19 @@ def set_back(base) -> None:
         torch._C._host_emptyCache()
 
 
+def asked_for(row: Row) -> str | None:
+    """The kernel that a row asks for, where there is a card."""
+    if row.kernel == "any" or not torch.cuda.is_available():
+        return None
+    return EFFICIENT if row.kernel == "memory-efficient" else LOOP
+
+
 @contextmanager
 def kernel(row: Row):
-    """Attention has the kernel that the row asks for, where there is a card."""
+    """Attention has the kernel that the row asks for."""
     with ExitStack() as undone:
-        if row.kernel == "memory-efficient" and torch.cuda.is_available():
-            undone.enter_context(sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION))
-        elif row.kernel != "any":
+        if asked := asked_for(row):
+            undone.enter_context(attention_kernels.only(asked))
             undone.callback(cuda.enable_cudnn_sdp, cuda.cudnn_sdp_enabled())
             cuda.enable_cudnn_sdp(row.kernel == "cuDNN")
         yield

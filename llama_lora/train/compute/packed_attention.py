@@ -1,9 +1,12 @@
 """Attention that keeps the examples of a row apart: each one attends only to itself.
 
-Nothing is padded, and nothing is masked unless a base has windows. With a mask of tokens × tokens,
-the kernels of older cards would compute everything that it hides, and at 40,000 tokens it takes 1.6
-GB. transformers makes one mask for all layers of a kind; here the layers get the only thing that
-`attend_within_examples` needs to know instead: the window.
+On a card one kernel computes all examples in one call, see `attention_kernels`; on a CPU, and for
+what the kernels do not take, each example has a call of its own.
+
+Nothing is padded, and there is no mask of tokens × tokens: the kernels of older cards would compute
+everything that it hides, and at 40,000 tokens it takes 1.6 GB. transformers makes one mask for all
+layers of a kind; here the layers get the only thing that `attend_within_examples` needs to know
+instead: the window.
 """
 
 import functools
@@ -14,6 +17,9 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from llama_lora.cli import InputError
+from llama_lora.hardware.device import autocast
+from llama_lora.train.compute import attention_kernels
+from llama_lora.train.compute.attention_kernels import LOOP
 
 BY_EXAMPLE = "by_example"
 STEP = 32  # tokens: the queries in a block of torch's kernel for CPUs
@@ -49,22 +55,18 @@ def attend_within_examples(
         InputError: the layer needs more than that.
     """
     _check(attention_mask, sliding_window, others)
-    groups = query.shape[1] // key.shape[1]
-    lengths = example_lengths or [query.shape[2]]
-    attended = [
-        block
-        for q, k, v in zip(*(whole.split(lengths, 2) for whole in (query, key, value)), strict=True)
-        for block in _blocks(
-            q,
-            # Keys and values are repeated: the memory-efficient kernel takes no grouped queries.
-            k.repeat_interleave(groups, 1) if groups > 1 else k,
-            v.repeat_interleave(groups, 1) if groups > 1 else v,
-            attention_mask,
-            dropout_p=dropout,
-            scale=scaling,
-        )
-    ]
-    return torch.cat(attended, 2).transpose(1, 2).contiguous(), None
+    query, key, value = autocast(query, key, value)
+    rows, _, tokens, _ = query.shape
+    lengths = tuple(example_lengths or [tokens])
+    beyond = attention_mask is not None and attention_mask < max(lengths)
+    window = attention_mask if beyond else None
+    kernel = attention_kernels.chosen(query, key, value, window, dropout)
+    if kernel == LOOP:
+        options = {"dropout_p": dropout, "scale": scaling}
+        return _one_by_one(query, key, value, lengths, window, **options), None
+    row = (whole.transpose(1, 2).flatten(0, 1) for whole in (query, key, value))
+    attended = attention_kernels.attend(kernel, *row, rows * lengths, window, scaling)
+    return attended.unflatten(0, (rows, tokens)), None
 
 
 def _check(attention_mask, sliding_window, others: dict) -> None:
@@ -83,6 +85,21 @@ def _check(attention_mask, sliding_window, others: dict) -> None:
             f"its layers attend with a window of {sliding_window}, but a mask for one of "
             f"{attention_mask}; use another base"
         )
+
+
+def _one_by_one(query, key, value, lengths, window, **options) -> torch.Tensor:
+    """The attention of each example after the other: [rows, tokens, heads, size]."""
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1 and query.device.type != "cpu":
+        # The memory-efficient kernel takes no grouped queries.
+        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+        groups = 1
+    attended = [
+        block
+        for example in zip(*(whole.split(lengths, 2) for whole in (query, key, value)), strict=True)
+        for block in _blocks(*example, window, enable_gqa=groups > 1, **options)
+    ]
+    return torch.cat(attended, 2).transpose(1, 2).contiguous()
 
 
 def _blocks(query, key, value, window: int | None, **options) -> Iterator[torch.Tensor]:

@@ -1,6 +1,7 @@
 """Micro-batches of whole examples without padding: no computation is wasted."""
 
 import random
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -77,7 +78,11 @@ class MicroBatches(torch.utils.data.Dataset):
     @property
     def fullest(self) -> int:
         """Tokens in the fullest micro-batch of this epoch."""
-        return max(int(self.lengths[members].sum()) for members in self.members if members)
+        return int(self.most(np.sum))
+
+    def most(self, size: Callable[[np.ndarray], int]) -> int:
+        """The most that `size` makes of the examples' lengths in a micro-batch of this epoch."""
+        return max(size(self.lengths[members]) for members in self.members if members)
 
     @property
     def fill(self) -> float:

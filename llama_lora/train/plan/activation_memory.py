@@ -8,11 +8,27 @@ micro-batch; what does not grow with the tokens has functions of its own.
 from dataclasses import dataclass
 
 from llama_lora.model.folder.shape import head_size
+from llama_lora.train.compute.attention_kernels import EFFICIENT, LOOP, VARLEN
 
 FP32 = 4
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP = ("gate_proj", "up_proj", "down_proj")
 IDS = 3 * 8  # ids, labels and positions
+
+
+@dataclass(frozen=True)
+class Attention:
+    """The kernel of attention, and what it has room for besides tensors of queries and keys.
+
+    Attributes:
+        kernel: see `attention_kernels.kernel_for`.
+        log_sums, sums: log-sum-exps, and rows of the fp32 sums of dQ, for each token; more than one
+            where a kernel pads examples.
+    """
+
+    kernel: str = LOOP
+    log_sums: float = 1
+    sums: float = 1
 
 
 @dataclass(frozen=True)
@@ -26,6 +42,7 @@ class Layer:
         size: bytes per element of the activations: 2 in fp16 and bf16, 4 in fp32.
         on_card: on a card, a dropout mask takes a byte per element; on a CPU it is an ordinary
             tensor.
+        attention: how it is computed.
     """
 
     hidden: int
@@ -39,6 +56,7 @@ class Layer:
     size: int
     dropout: float
     on_card: bool
+    attention: Attention
 
     @classmethod
     def of(cls, config, targets, *others) -> "Layer":
@@ -81,15 +99,21 @@ class Layer:
         return FP32 * self.hidden + FP32
 
     def of_attention(self) -> int:
-        """Among others, queries, keys and values of each head, the result, and the log-sums."""
+        """Among others, queries, keys and values, the result, and the log-sum-exps."""
+        keys = self.query if self.repeats else self.key
         return (
             self.of_norm()
             + self.of_input("q_proj", "k_proj", "v_proj")
-            + 4 * self.size * self.query
-            + FP32 * self.heads
+            + 2 * self.size * (self.query + keys)
+            + FP32 * self.heads * self.attention.log_sums
             + self.of_input("o_proj")
             + self.of_lora(*ATTENTION)
         )
+
+    @property
+    def repeats(self) -> bool:
+        """Whether keys and values are kept repeated for each query of a group."""
+        return self.attention.kernel == LOOP and self.on_card
 
     def of_mlp(self) -> int:
         """Among others, the outputs of gate and up, and the gate's SiLU."""
@@ -109,14 +133,14 @@ class Layer:
         if tiles > 1:
             inside = max(self._mlp_moments(self.of_norm() - self.shared(), tiled=True))
             mlp = 2 * stream + inside / tiles  # its input, and the gradient of that
-            return attention + max(mlp, *self._attention_moments())
+            return max(attention + max(mlp, *self._attention_moments()), self._first_norm())
         # The gradient that the last product gives or takes before the layer has to be recomputed:
         # of what autograd saves, not of what quantized products keep by themselves.
         ahead = 0 if self.quantization == "none" else wide
         if "down_proj" in self.targets:
             ahead = stream
         mlp = max(self._mlp_moments(self.of_norm(), tiled=False, ahead=ahead))
-        return attention + max(mlp, *self._attention_moments(ahead))
+        return max(attention + max(mlp, *self._attention_moments(ahead)), self._first_norm())
 
     def shared(self) -> int:
         """In fp32 a norm keeps its input itself instead of a copy."""
@@ -154,18 +178,30 @@ class Layer:
     def _attention_moments(self, ahead: int = 0) -> list[int]:
         stream, query, key = (self.size * n for n in (self.hidden, self.query, self.key))
         # Keys and values before they are repeated, and inputs that are not kept.
-        shown = ahead + (2 * key if self.key < self.query else 0)
+        grouped = self.key < self.query
+        shown = ahead + (2 * key if grouped and self.repeats else 0)
         shown += 0 if self.of_input("q_proj", "k_proj", "v_proj") else stream
         shown += 0 if self.of_input("o_proj") else query
         of_o = self.of_lora("o_proj") + self.of_input("o_proj")
-        sums = FP32 * self.query if self.on_card else 0  # FlashAttention sums dQ in fp32
+        # Of queries, keys and values; on a card, kernels sum dQ in fp32, and what they return, or
+        # take, for grouped queries has been repeated.
+        gradients = 2 * query + 2 * (query if self.repeats else key)
+        if self.on_card:
+            gradients += FP32 * self.query * self.attention.sums
+        if grouped:
+            gradients += {VARLEN: 2, EFFICIENT: 4}.get(self.attention.kernel, 0) * query
         return [
             shown + stream * (3 if "o_proj" in self.targets else 1),
-            # Gradients: of A's input, before and after dropout, and of queries, keys and values.
+            # Gradients of A's input, before and after dropout.
             query,
             2 * query - of_o,
-            4 * query - of_o + sums,
+            gradients - of_o,
         ]
+
+    def _first_norm(self) -> int:
+        """Its backward pass, when all that came after it is gone but the gradient beside it."""
+        stream = self.size * self.hidden
+        return self.of_norm() - self.shared() - FP32 + stream + 5 * FP32 * self.hidden
 
     def _results(self, name: str) -> int:
         """The results of a linear layer in the MLP: its own, B's, and B's scaled."""
@@ -176,7 +212,9 @@ class Layer:
         return width * (1 if self.on_card else self.size) if self.dropout else 0
 
 
-def kept_per_token(config, targets, lora_r, quantization, itemsize, dropout, on_card=True) -> int:
+def kept_per_token(
+    config, targets, lora_r, quantization, itemsize, dropout, on_card=True, attention=Attention()
+) -> float:
     """Bytes per token that one layer without checkpointing keeps for its backward pass.
 
     Args:
@@ -184,19 +222,27 @@ def kept_per_token(config, targets, lora_r, quantization, itemsize, dropout, on_
         targets: names of the linear layers with LoRA matrices, or ["all-linear"].
         itemsize: bytes per element of the activations.
     """
-    layer = Layer.of(config, targets, lora_r, quantization, itemsize, dropout, on_card)
+    layer = Layer.of(config, targets, lora_r, quantization, itemsize, dropout, on_card, attention)
     return layer.of_attention() + layer.of_mlp()
 
 
 def layer_peak_per_token(
-    config, targets, lora_r, quantization, itemsize, dropout, on_card=True, mlp_tiles=1
+    config,
+    targets,
+    lora_r,
+    quantization,
+    itemsize,
+    dropout,
+    on_card=True,
+    attention=Attention(),
+    mlp_tiles=1,
 ) -> float:
     """The most bytes per token that one layer takes while it recomputes and goes backward.
 
     They include what it then keeps and the gradient of its output, and come on top of
     `checkpoint_per_token`.
     """
-    layer = Layer.of(config, targets, lora_r, quantization, itemsize, dropout, on_card)
+    layer = Layer.of(config, targets, lora_r, quantization, itemsize, dropout, on_card, attention)
     return layer.peak(mlp_tiles)
 
 

@@ -3,6 +3,7 @@
 import math
 import re
 from dataclasses import dataclass, replace
+from functools import partial
 
 import psutil
 from transformers.training_args import OptimizerNames
@@ -10,7 +11,8 @@ from transformers.training_args import OptimizerNames
 from llama_lora.cli import InputError
 from llama_lora.hardware.cards import CARDS, GIB, Card, card_named
 from llama_lora.hardware.device import compute_dtype, present, processes_here
-from llama_lora.model.folder.shape import Shape
+from llama_lora.model.folder.shape import Shape, head_size
+from llama_lora.train.compute.attention_kernels import kernel_for, log_sums, sum_rows
 from llama_lora.train.plan import suggestions, time_estimate
 from llama_lora.train.plan.memory_plan import CUDA_AT_START, CUDA_CONTEXT, Plan, Setup, plan
 from llama_lora.train.plan.zero_memory import Zero
@@ -171,6 +173,8 @@ def of(shape: Shape, quantization: str, lora, args, training, windows=(None,)) -
     dtype = args.compute_dtype if here else compute_dtype(card)
     available, base_load = room(card, here, processes_here())
     on_card = card.memory is not None
+    longest = int(training.lengths.max())
+    kernel = kernel_of(shape, dtype, card.capability, windows, longest)
     setup = Setup(
         shape=shape,
         quantization=quantization,
@@ -181,7 +185,10 @@ def of(shape: Shape, quantization: str, lora, args, training, windows=(None,)) -
         use_dora=lora.use_dora,
         optim=OptimizerNames(args.optim).value,
         tokens=training.fullest,
-        longest=int(training.lengths.max()),
+        longest=longest,
+        attention=kernel,
+        log_sums=training.most(partial(log_sums, kernel)),
+        sum_rows=training.most(partial(sum_rows, kernel)),
         recompute=args.recompute,
         offload=args.offload_activations == "True" and on_card,
         mlp_tiles=args.mlp_tiles,
@@ -197,7 +204,9 @@ def of(shape: Shape, quantization: str, lora, args, training, windows=(None,)) -
     return Forecast(
         plan=choose(setup, available, autos),
         where=f"{processes} × {card.shown}" if processes > 1 else card.shown,
-        work=time_estimate.EpochWork.of(training.lengths, training.examples.labelled(), windows),
+        work=time_estimate.EpochWork.of(
+            training.lengths, training.examples.labelled(), windows, kernel
+        ),
         examples=len(training.examples),
         micro_batches=len(training),
         steps_per_epoch=steps,
@@ -207,6 +216,13 @@ def of(shape: Shape, quantization: str, lora, args, training, windows=(None,)) -
         rate_source=source,
         dequantizing_rate=dequantizing_rate_of(card, here, shape, quantization, dtype),
     )
+
+
+def kernel_of(shape: Shape, dtype, capability, windows=(None,), longest: int = 0) -> str:
+    """The kernel of attention; if it depends on the window, that of a layer where one matters."""
+    narrow = (window for window in windows if window is not None and window < longest)
+    size = head_size(shape.config)
+    return kernel_for(dtype, size, capability, window=min(narrow, default=None))
 
 
 def choose(setup: Setup, available: float, autos: set[str]) -> Plan:

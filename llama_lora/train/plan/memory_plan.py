@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from llama_lora.hardware.cards import GIB
 from llama_lora.model.folder.shape import Shape
 from llama_lora.train.compute import chunked_loss
+from llama_lora.train.compute.attention_kernels import LOOP
 from llama_lora.train.memory import allocator, gradient_checkpointing
 from llama_lora.train.plan import activation_memory
-from llama_lora.train.plan.activation_memory import FP32
+from llama_lora.train.plan.activation_memory import FP32, Attention
 from llama_lora.train.plan.zero_memory import Zero
 
 # What CUDA takes, unseen by torch: assumed, not measured. A fifth of a GiB is there from the start;
@@ -35,6 +36,9 @@ class Setup:
         targets: the adapted linear layers of a decoder layer, each with its outputs and inputs.
         tokens: in the fullest micro-batch; `parts` of about the same size are computed in turn.
         longest: tokens in the longest example, which parts do not split.
+        attention: the kernel, see `attention_kernels.kernel_for`.
+        log_sums, sum_rows: what it allocates for a micro-batch, at most, see there; 0: one for each
+            token.
         recompute: "True" for all layers, "False" for none, "auto" for as few as needed.
         offload: whether the inputs of recomputed layers wait in the host's memory.
         mlp_tiles: how many tiles a recomputed layer's MLP is computed in, or "auto".
@@ -53,6 +57,9 @@ class Setup:
     optim: str
     tokens: int
     longest: int
+    attention: str = LOOP
+    log_sums: int = 0
+    sum_rows: int = 0
     parts: int = 1
     recompute: str = "auto"
     offload: bool = False
@@ -68,6 +75,13 @@ class Setup:
             return self.tokens
         about = -(-self.tokens // self.parts) + self.longest // 2
         return min(self.tokens, max(self.longest, about))
+
+    @property
+    def attends(self) -> Attention:
+        """How attention is computed in the part that has most to hold for it."""
+        of_part = self.parts * self.part_tokens
+        log_sums, rows = (max(1, most / of_part) for most in (self.log_sums, self.sum_rows))
+        return Attention(self.attention, log_sums, rows)
 
     @property
     def tiles(self) -> int:
@@ -163,9 +177,10 @@ def activation_bytes(setup: Setup, recomputed: int) -> float:
     """What waits for the backward pass, and what the layer at work takes by itself."""
     config, size = setup.shape.config, setup.itemsize
     layer = (config, tuple(setup.targets), setup.lora_r, setup.quantization, size)
-    kept = activation_memory.kept_per_token(*layer, setup.lora_dropout, setup.on_card)
+    layer += setup.lora_dropout, setup.on_card, setup.attends
+    kept = activation_memory.kept_per_token(*layer)
     tiles = setup.tiles if recomputed else 1
-    peak = activation_memory.layer_peak_per_token(*layer, setup.lora_dropout, setup.on_card, tiles)
+    peak = activation_memory.layer_peak_per_token(*layer, tiles)
     weights = 0
     if setup.use_dora:
         scaled = activation_memory.dora_per_token(setup.targets, size)

@@ -42,7 +42,9 @@ def changes(setup: Setup) -> list[Change]:
 
 
 def shortened(setup: Setup, length: int) -> dict[str, int]:
-    return {"longest": length, "tokens": setup.tokens * length // setup.longest}
+    shrinking = "tokens", "log_sums", "sum_rows"
+    scaled = {name: getattr(setup, name) * length // setup.longest for name in shrinking}
+    return {"longest": length, **scaled}
 
 
 def ways_to_fit(setup: Setup, available: float, most: int = 3) -> list[tuple[str, Plan]]:

@@ -12,6 +12,7 @@ import numpy as np
 
 from llama_lora.model import int8_linear
 from llama_lora.model.folder.shape import Shape, head_size
+from llama_lora.train.compute.attention_kernels import LOOP
 from llama_lora.train.compute.packed_attention import BLOCK
 
 # The share that training reaches of the rate of matrix products. Assumed, based on the shares in
@@ -35,19 +36,31 @@ class EpochWork:
     attended: int
 
     @classmethod
-    def of(cls, lengths: np.ndarray, labelled: int, windows=(None,)) -> "EpochWork":
-        """From the examples' lengths, and the window of each layer (`attention_check.windows`)."""
+    def of(
+        cls, lengths: np.ndarray, labelled: int, windows=(None,), kernel: str = LOOP
+    ) -> "EpochWork":
+        """From the examples' lengths, and the window of each layer (`attention_check.windows`).
+
+        Args:
+            kernel: of attention; `LOOP` computes what a window hides from a block of queries.
+        """
         lengths = lengths.astype(np.int64)
-        layers = Counter(windows)
-        attended = sum(count * attended_in(lengths, window) for window, count in layers.items())
+        layers, block = Counter(windows), BLOCK if kernel == LOOP else 0
+        attended = sum(
+            count * attended_in(lengths, window, block) for window, count in layers.items()
+        )
         return cls(int(lengths.sum()), labelled, attended // layers.total())
 
 
-def attended_in(lengths: np.ndarray, window: int | None) -> int:
-    """The sum of squares; beyond a window what costs as much: blocks are masked, not halved."""
+def attended_in(lengths: np.ndarray, window: int | None, block: int) -> int:
+    """The sum of squares; beyond a window what costs as much: blocks are masked, not halved.
+
+    Args:
+        block: queries that are masked together.
+    """
     plain = lengths if window is None else np.minimum(lengths, window)
     behind = lengths - plain
-    return int((plain**2 + 2 * behind * ((window or 0) + np.minimum(behind, BLOCK))).sum())
+    return int((plain**2 + 2 * behind * ((window or 0) + np.minimum(behind, block))).sum())
 
 
 def operations(shape: Shape, work: EpochWork, lora_parameters: int, recomputed: float) -> float:

@@ -9,7 +9,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from peft import PeftModel
-from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AutoModelForCausalLM
 
 from llama_lora.cli import InputError
@@ -19,6 +18,7 @@ from llama_lora.model.folder.config import beyond_positions, positions, read_con
 from llama_lora.model.labels import IGNORE
 from llama_lora.model.template import Template, load_tokenizer
 from llama_lora.train.compute import attention_check, packed_attention
+from llama_lora.train.compute.attention_kernels import VARLEN
 from llama_lora.train.compute.packed_attention import BY_EXAMPLE, attend_within_examples
 from llama_lora.train.data.example import Example
 from llama_lora.train.data.examples import hold_out, load_examples
@@ -29,6 +29,7 @@ from tests.corpora import conversation, save
 from tests.eval.evaluation import evaluate, plain_losses
 from tests.train.compute import bases
 from tests.train.compute.bases import WINDOW
+from tests.train.compute.kernels import masked_product
 
 WINDOWED = ["mistral", "phi3", "gemma3", "qwen2"]
 SPLIT = "fastchat/data/split_long_conversation.py"
@@ -44,17 +45,6 @@ def short_blocks(monkeypatch):
     packed_attention._band.cache_clear()
     yield
     packed_attention._band.cache_clear()
-
-
-def masked_product(query, key, value, lengths, window):
-    """One product with a mask of tokens × tokens, by the definition of a window."""
-    tokens = torch.arange(query.shape[2])
-    example = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
-    distance = tokens[:, None] - tokens
-    seen = (distance >= 0) & (example[:, None] == example)
-    if window:
-        seen &= distance < window
-    return scaled_dot_product_attention(query, key, value, attn_mask=seen, enable_gqa=True)
 
 
 def assert_the_same(lengths, window, groups):
@@ -281,6 +271,8 @@ def test_what_a_window_saves():
     )
     assert plain == 10**2 + 5000**2
     assert windowed == 10**2 + 1000**2 + 2 * 4000 * (1000 + packed_attention.BLOCK)
+    on_card = time_estimate.EpochWork.of(lengths, 0, [1000], VARLEN).attended
+    assert on_card == 10**2 + 1000**2 + 2 * 4000 * 1000
     assert time_estimate.EpochWork.of(lengths, 0, [None, 1000]).attended == (plain + windowed) // 2
     assert time_estimate.EpochWork.of(lengths, 0, [9000]).attended == plain
 

@@ -10,6 +10,7 @@ from transformers import LlamaConfig
 from llama_lora.train import preparation
 from llama_lora.train.memory import gradient_checkpointing, tiled_mlp
 from llama_lora.train.plan import activation_memory
+from llama_lora.train.plan.activation_memory import Attention
 from tests.train.adapted import adapted_llama, layers_of, trainable
 
 SHAPES = [
@@ -95,7 +96,7 @@ def per_token(measure, model, tokens: int = 480) -> float:
 
 def arguments(setting, shape):
     quantization, dtype, dropout, targets = setting
-    return config_of(shape), targets, R, quantization, dtype.itemsize, dropout, False
+    return config_of(shape), targets, R, quantization, dtype.itemsize, dropout, False, Attention()
 
 
 EVERY = [(setting, shape) for setting in SETTINGS for shape in SHAPES]

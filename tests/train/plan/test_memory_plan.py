@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from llama_lora.cli import InputError
 from llama_lora.hardware.cards import CARDS
 from llama_lora.model.folder.shape import NF4_BYTES, Shape, shape_of
+from llama_lora.train.compute.attention_kernels import EFFICIENT, LOOP, VARLEN
 from llama_lora.train.plan import forecast, suggestions, time_estimate
 from llama_lora.train.plan.memory_plan import COMFORTABLE, CUDA_CONTEXT, GIB, Setup, memory, plan
 from tests.conftest import TRAIN, run_here, shipped
@@ -108,6 +109,36 @@ def test_auto_recomputes_no_more_layers_than_needed():
     assert sum(memory(found.setup, found.recomputed - 1).values()) > COMFORTABLE * between
 
 
+def test_the_log_sums_of_padded_examples_are_counted():
+    """By the memory-efficient kernel, in every layer that does not recompute."""
+    given = {"tokens": 4000, "attention": EFFICIENT}
+
+    def activations(**more):
+        return memory(setup(**given, **more), 0)["activations"]
+
+    padded = activations(log_sums=10_000)
+    assert padded - activations() == 32 * 4 * 32 * (10_000 - 4000)  # layers, bytes, heads, tokens
+    assert activations(sum_rows=100_000) > activations() + 4 * 4096 * 50_000
+    parts = [setup(**given, log_sums=10_000, parts=parts).attends.log_sums for parts in (1, 2, 99)]
+    assert parts[0] == 2.5 > parts[1] > parts[2] == 1
+
+
+@pytest.mark.parametrize(
+    ("card", "kernel"), [("T4", EFFICIENT), ("P100", EFFICIENT), ("A100", VARLEN), ("CPU", LOOP)]
+)
+def test_the_kernel_is_that_of_the_card(card, kernel):
+    dtype = getattr(torch, CARDS[card].dtype)
+    assert forecast.kernel_of(SEVEN, dtype, CARDS[card].capability) == kernel
+
+
+def test_only_windows_that_matter_decide_the_kernel():
+    def on_a_p100(*more):
+        return forecast.kernel_of(SEVEN, torch.float32, (6, 0), *more)
+
+    assert on_a_p100((None, 512), 512) == EFFICIENT
+    assert on_a_p100((None, 512), 513) == LOOP
+
+
 def test_auto_computes_in_parts_before_layers_recompute():
     whole = setup(tokens=8192)
     room = plan(replace(whole, parts=4, recompute="False"), 0).total / COMFORTABLE
@@ -136,6 +167,9 @@ setups = st.builds(
     parts=st.sampled_from([1, 2]),
     use_dora=st.booleans(),
     on_card=st.booleans(),
+    attention=st.sampled_from([LOOP, VARLEN, EFFICIENT]),
+    log_sums=st.sampled_from([0, 200_000]),
+    sum_rows=st.sampled_from([0, 400_000]),
 )
 
 
