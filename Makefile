@@ -53,6 +53,7 @@ bench: .venv/complete $(D)/adapter/summary.json  ## measure every figure in docs
 	python3 -m benchmarks.corpus.language --write
 	python3 -m benchmarks.corpus.stages --write
 	python3 -m benchmarks.model.rounding --write
+	python3 -m benchmarks.model.eight_bits --write
 	python3 -m benchmarks.training.loss_memory --write
 	python3 -m benchmarks.training.train_speed --write
 	python3 -m benchmarks.training.learning --write

@@ -42,7 +42,7 @@ class ModelArguments:
         default="auto",
         metadata={
             "choices": list(QUANTIZATIONS),
-            "help": "Precision of the frozen base; auto: 8bit where the card runs it, else 4bit.",
+            "help": "Precision of the frozen base; auto: 8bit, or what its folder stores.",
         },
     )
 

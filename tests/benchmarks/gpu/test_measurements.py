@@ -249,7 +249,8 @@ def test_a_card_is_not_asked_for_what_it_cannot_do_or_does_in_another_row():
         return [row for row in every if row.is_for(capability)]
 
     p100, t4, h200 = rows(6, 0), rows(7, 5), rows(9, 0)
-    assert {row.quantization for row in p100} == {"4bit", "none"}
+    assert {row.contender for row in p100 if row.quantization == "8bit"} == {"ours"}
+    assert {row.quantization for row in p100} == {"4bit", "8bit", "none"}
     assert {row.kernel for row in t4} == {"any"}
     assert len(h200) == len(named(gpu_rows, "full"))
     command = gpu_rows.Rows(gpu_rows.KINDS["full"]).command()
