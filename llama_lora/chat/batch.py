@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
+from llama_lora.chat import growing_cache
 from llama_lora.chat.detokenizer import text_of
 from llama_lora.chat.prompt import Prompter, TooLong
 from llama_lora.chat.sampling import Sampling, generator, processors, stop_ids
@@ -174,6 +175,7 @@ class BatchWriter:
             rows = self._model.generate(
                 input_ids=ids,
                 attention_mask=mask,
+                past_key_values=growing_cache.by_layer(self._model.config, width + max(limits)),
                 generation_config=GenerationConfig(
                     max_new_tokens=max(limits),
                     do_sample=False,

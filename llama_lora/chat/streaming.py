@@ -4,8 +4,9 @@ from collections.abc import Callable, Iterator
 from contextlib import closing
 
 import torch
-from transformers import DynamicCache
+from transformers.cache_utils import Cache
 
+from llama_lora.chat import growing_cache
 from llama_lora.chat.detokenizer import Detokenizer
 from llama_lora.chat.prompt import Prompter
 from llama_lora.chat.sampling import Sampling, processors, stop_ids
@@ -35,7 +36,7 @@ class Decoder:
         self._tokenizer = template.tokenizer
         self._activate = activate
         self._stop_ids = stop_ids(model, template)
-        self._kept = DynamicCache(), []  # and the ids in it
+        self._kept = self._empty()
 
     def stream(
         self, prompt: list[int], sampling: Sampling, random: torch.Generator
@@ -72,25 +73,29 @@ class Decoder:
             if cached is not None:
                 self._kept = cache, cached
 
-    def _shared_with(self, prompt: list[int]) -> tuple[DynamicCache, list[int]]:
+    def _empty(self) -> tuple[Cache, list[int]]:
+        """A cache, and the ids in it."""
+        return growing_cache.whole(self.prompter.window), []
+
+    def _shared_with(self, prompt: list[int]) -> tuple[Cache, list[int]]:
         """Take the cache, cut back to what it shares with the prompt, and the ids in it.
 
         Whoever takes it has it alone: a stream that was dropped but not yet closed cannot disturb
         the next one.
         """
-        (cache, cached), self._kept = self._kept, (DynamicCache(), [])
+        (cache, cached), self._kept = self._kept, self._empty()
         shared = 0
         for old, wanted in zip(cached, prompt[:-1], strict=False):
             if old != wanted:
                 break
             shared += 1
         if not shared:
-            return DynamicCache(), []
+            return self._empty()
         cache.crop(shared - len(cached))
         return cache, cached[:shared]
 
     @torch.inference_mode()
-    def _next(self, fresh: list[int], cache: DynamicCache, chain, answer: list[int]) -> int:
+    def _next(self, fresh: list[int], cache: Cache, chain, answer: list[int]) -> int:
         """The next token after the cache and the `fresh` ids, which join the cache."""
         self._activate()
         device = self.model.device
