@@ -11,12 +11,12 @@ from typing import NamedTuple
 import torch
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
-from llama_lora.chat import growing_cache
 from llama_lora.chat.detokenizer import text_of
 from llama_lora.chat.prompt import Prompter, TooLong
 from llama_lora.chat.sampling import Sampling, generator, processors, stop_ids
 from llama_lora.cli import InputError
 from llama_lora.hardware.device import out_of_memory
+from llama_lora.model import growing_cache
 from llama_lora.model.folder.config import positions
 from llama_lora.model.folder.shape import head_size
 
@@ -104,6 +104,8 @@ def answers(
         except RuntimeError as error:
             if len(batch) == 1 or not out_of_memory(error):
                 raise
+            written = None
+        if written is None:  # the error, which held what was computed, is gone
             batch_size = len(batch) // 2
             torch.cuda.empty_cache()
             logger.warning(

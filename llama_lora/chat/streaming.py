@@ -6,10 +6,12 @@ from contextlib import closing
 import torch
 from transformers.cache_utils import Cache
 
-from llama_lora.chat import growing_cache
 from llama_lora.chat.detokenizer import Detokenizer
+from llama_lora.chat.out_of_memory import OutOfMemory
 from llama_lora.chat.prompt import Prompter
 from llama_lora.chat.sampling import Sampling, processors, stop_ids
+from llama_lora.hardware.device import out_of_memory
+from llama_lora.model import growing_cache
 
 
 class Decoder:
@@ -51,7 +53,11 @@ class Decoder:
     def tokens(
         self, prompt: list[int], sampling: Sampling, random: torch.Generator
     ) -> Iterator[int]:
-        """The ids of the answer, without the one that ends it."""
+        """The ids of the answer, without the one that ends it.
+
+        Raises:
+            OutOfMemory: nothing is kept of what was computed, and its memory is free again.
+        """
         self.finish_reason = ""
         cache, cached = self._shared_with(prompt)
         fresh, answer = prompt[len(cached) :], []
@@ -69,9 +75,18 @@ class Decoder:
                 answer.append(token)
                 fresh = [token]
             self.finish_reason = "length"
+            return
+        except RuntimeError as error:
+            if not out_of_memory(error):
+                raise
         finally:
             if cached is not None:
                 self._kept = cache, cached
+        # By now the error is gone, and with it the tensors of the pass that failed.
+        del cache
+        torch.cuda.empty_cache()
+        in_4bit = getattr(self.model, "is_loaded_in_4bit", False)
+        raise OutOfMemory(len(prompt), len(answer), in_4bit)
 
     def _empty(self) -> tuple[Cache, list[int]]:
         """A cache, and the ids in it."""
