@@ -5,12 +5,12 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
+from benchmarks.operators import Counted
 from llama_lora.chat.adapters import BASE, load_adapters
 from llama_lora.hardware.device import DTYPE_SWITCH, dtype_name
 from llama_lora.model import adapter
 from llama_lora.model.base import load_base
 from tests.conftest import ROOT, error_line, run_here
-from tests.operators import Counted
 from tests.weights.merging import TARGETS, logits, make_adapter
 
 HALVES = torch.bfloat16, torch.float16

@@ -4,6 +4,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
+from benchmarks.operators import Counted
 from llama_lora.chat.batch import answers
 from llama_lora.chat.sampling import Sampling, generator
 from llama_lora.chat.session import Chat
@@ -13,7 +14,6 @@ from llama_lora.model.base import load_base
 from llama_lora.model.grouped_query_attention import UNGROUPED
 from llama_lora.model.growing_cache import STEP
 from llama_lora.model.template import Template, load_tokenizer
-from tests.operators import Counted
 from tests.train.compute import bases
 from tests.weights.merging import make_base
 
