@@ -3,18 +3,26 @@
 make demo && python3 -m benchmarks.model.first_token --write
 
 A chat asks question after question, all of which stay in its context; the first token of each
-answer is awaited. Then as many questions are answered one by one and in a batch.
+answer is awaited. Then as many questions are answered one by one and in a batch. Last, answers go
+on after a short and a long prompt: the base's in each precision, with the adapter and without, and
+with the adapter and the cache as the libraries have them.
 """
 
 import argparse
 import statistics
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from itertools import product
 from pathlib import Path
 
 from benchmarks import pages
 from benchmarks.pages import ROOT
 
 TOPICS = ["rain", "bread", "trains", "glass", "bees", "chess", "salt", "clouds"]
+PROMPTS = 100, 1500  # tokens
+ROUNDS = 3
+ALONE, ADAPTED, PLAIN = "alone", "with the adapter", "the same as the libraries do it"
 
 
 def parse_args() -> argparse.Namespace:
@@ -34,20 +42,30 @@ def parse_args() -> argparse.Namespace:
 def main(args: argparse.Namespace) -> None:
     from transformers.utils import logging
 
-    from llama_lora.chat.adapters import load
+    from llama_lora.chat.adapters import load_adapters
     from llama_lora.chat.sampling import Sampling
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    sampling = Sampling(temperature=0, max_new_tokens=args.tokens)
-    model, template, summary = load(args.base_model, args.lora_weights)
-    waits, rate = chat(model, template, sampling)
-    rates = {size: batch(model, template, sampling, size) for size in (1, len(TOPICS))}
+    folders = {ADAPTED: args.lora_weights}
+    adapters, summary = load_adapters(args.base_model, folders)
+    asked = adapters.model, adapters.first, Sampling(temperature=0, max_new_tokens=args.tokens)
+    waits, rate = chat(*asked)
+    rates = {size: batch(*asked, size) for size in (1, len(TOPICS))}
+    about = meaning(args, adapters.model, summary)
+    del adapters, asked
+    rows = []
+    for quantization in pages.PRECISIONS:
+        adapters, _ = load_adapters(args.base_model, folders, quantization)
+        rows += by_way(adapters, quantization, args.tokens)
+        del adapters
     pages.publish(
         args,
-        "How soon an answer begins",
-        meaning(args, model, summary),
+        "How soon an answer begins, and how fast it goes on",
+        about,
         pages.table(figures(waits, rate, rates), left=1),
+        WAYS,
+        pages.table(rows, left=2),
     )
 
 
@@ -80,14 +98,111 @@ def batch(model, template, sampling, size: int) -> float:
     return written / (time.perf_counter() - began)
 
 
+def by_way(adapters, quantization: str, tokens: int) -> list[dict]:
+    """A row for the base alone and for each way to use the adapter; they take turns."""
+    ways = ALONE, ADAPTED, PLAIN
+    rates = {pair: [] for pair in product(ways, PROMPTS)}
+    for _ in range(ROUNDS):
+        for way, length in rates:
+            with used(adapters, way) as decoder:
+                rates[way, length].append(rate_after(decoder, length, tokens))
+    return [row(adapters, quantization, way, rates) for way in ways]
+
+
+def row(adapters, quantization: str, way: str, rates: dict) -> dict:
+    with used(adapters, way) as decoder:
+        counted = operators_of_one(decoder, max(PROMPTS))
+    return {
+        "base": quantization,
+        "": way,
+        **{
+            f"tokens/s after {length:,}": f"{statistics.median(rates[way, length]):.1f}"
+            for length in PROMPTS
+        },
+        "operators a token": f"{counted.names.total():,}",
+        "of them casts": f"{counted.names['aten::_to_copy']:,}",
+        "MB copied a token": f"{counted.copied / 1e6:.1f}",
+    }
+
+
+@contextmanager
+def used(adapters, way: str) -> Iterator:
+    """A decoder that answers in that way."""
+    from llama_lora.chat.adapters import BASE
+
+    with as_the_libraries(adapters.model) if way == PLAIN else nullcontext():
+        yield adapters.decoder(BASE if way == ALONE else ADAPTED)
+
+
+@contextmanager
+def as_the_libraries(model) -> Iterator[None]:
+    """With the matrices in fp32, as peft loads them, and with transformers' own cache."""
+    from transformers import DynamicCache
+
+    from llama_lora.model import growing_cache
+
+    matrices = [matrix for name, matrix in model.named_parameters() if ".lora_" in name]
+    own, ours = [matrix.data for matrix in matrices], growing_cache.whole
+    growing_cache.whole = lambda longest: DynamicCache()
+    for matrix in matrices:
+        matrix.data = matrix.data.float()
+    try:
+        yield
+    finally:
+        growing_cache.whole = ours
+        for matrix, data in zip(matrices, own, strict=True):
+            matrix.data = data
+
+
+def rate_after(decoder, length: int, count: int) -> float:
+    """Tokens a second after a prompt of this length and the first token."""
+    tokens = begun(decoder, length, count)
+    began = time.perf_counter()
+    written = sum(1 for _ in tokens)
+    return written / (time.perf_counter() - began)
+
+
+def operators_of_one(decoder, length: int):
+    """What runs for the second token of an answer."""
+    from benchmarks.operators import Counted
+
+    tokens = begun(decoder, length, 2)
+    with Counted() as counted:
+        next(tokens)
+    return counted
+
+
+def begun(decoder, length: int, count: int) -> Iterator[int]:
+    """The rest of an answer whose first token is there; it has `count`, whatever they are."""
+    from llama_lora.chat.sampling import Sampling, generator
+
+    decoder._stop_ids = set()
+    words = decoder.model.get_input_embeddings().weight.shape[0]
+    prompt = [number * 7919 % words for number in range(length)]
+    sampling = Sampling(temperature=0, max_new_tokens=count)
+    tokens = decoder.tokens(prompt, sampling, generator(decoder.model, 0))
+    next(tokens)
+    return tokens
+
+
 def meaning(args: argparse.Namespace, model, summary: str) -> str:
     size = sum(parameter.numel() for parameter in model.parameters()) / 1e6
     return f"""\
 {pages.origin()}:
-{summary.replace(f"{ROOT}/", "")}; {size:,.0f} M weights.
+{summary.replace(f"{ROOT}/", "").replace(ADAPTED, "adapter")}; {size:,.0f} M weights.
 A chat of {len(TOPICS)} questions, all of which stay in the context, with the likeliest answers of
 at most {args.tokens} tokens; then the same questions as a file of prompts. The aim is a first token
 within a second."""
+
+
+WAYS = f"""\
+Below, an answer goes on after a prompt of so many tokens: the median of {ROUNDS} rounds in which
+the rows of a base take turns. As the libraries do it: peft casts the adapter's matrices to fp32,
+and so the input and the result of each product with them; transformers' cache copies all keys and
+values to append a token. Here the matrices are in the base's dtype, and the cache grows 256 tokens
+at a time. On a card, each operator is a launch or more, and what is copied takes its share of the
+memory's bandwidth: a 7B has 23 times as much to copy. On a CPU, products of one token with small
+matrices take longer in 16 bits than casting to fp32 does."""
 
 
 def figures(waits: list[float], rate: float, rates: dict[int, float]) -> list[dict]:

@@ -16,6 +16,7 @@ from llama_lora.chat.prompt import Prompter, TooLong
 from llama_lora.chat.sampling import Sampling, generator, processors, stop_ids
 from llama_lora.cli import InputError
 from llama_lora.hardware.device import out_of_memory
+from llama_lora.model import growing_cache
 from llama_lora.model.folder.config import positions
 from llama_lora.model.folder.shape import head_size
 
@@ -103,6 +104,8 @@ def answers(
         except RuntimeError as error:
             if len(batch) == 1 or not out_of_memory(error):
                 raise
+            written = None
+        if written is None:  # the error, which held what was computed, is gone
             batch_size = len(batch) // 2
             torch.cuda.empty_cache()
             logger.warning(
@@ -174,6 +177,7 @@ class BatchWriter:
             rows = self._model.generate(
                 input_ids=ids,
                 attention_mask=mask,
+                past_key_values=growing_cache.by_layer(self._model.config, width + max(limits)),
                 generation_config=GenerationConfig(
                     max_new_tokens=max(limits),
                     do_sample=False,

@@ -5,6 +5,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 
+from llama_lora.chat.out_of_memory import OutOfMemory
 from llama_lora.cli import InputError
 
 COMMANDS = """commands in a chat:
@@ -15,8 +16,9 @@ COMMANDS = """commands in a chat:
   /save FILE      save the conversation as a corpus file
   /help           show this
 
-Through a pipe, every line is a question or a command. In a terminal, an empty line ends the chat.
-Ctrl-C stops an answer or, at the prompt, ends the chat."""
+Through a pipe, every line is a question or a command. If memory runs out for an answer, the next
+line follows, and the exit code is 1. In a terminal, an empty line ends the chat. Ctrl-C stops an
+answer or, at the prompt, ends the chat."""
 
 # Control characters, which could steer the terminal, are shown as visible stand-ins.
 CONTROLS = {code: 0x2400 + code for code in range(32) if chr(code) not in "\t\n"}
@@ -42,16 +44,28 @@ class Console:
         }
 
     def run(self) -> None:
-        """Answer line after line; in a terminal, a failed or stopped answer does not end the
-        chat."""
+        """Answer line after line.
+
+        An answer that memory runs out for does not end the chat, nor does, in a terminal, one that
+        is stopped or fails otherwise.
+
+        Raises:
+            InputError: through a pipe: what failed; or at the end, that memory ran out.
+        """
         sys.stdin.reconfigure(errors="replace")
+        cut_short = 0
         for line in _read_lines(self._terminal):
             try:
                 self._obey(line)
+            except OutOfMemory as error:
+                tell(error.told("/reset"))
+                cut_short += 1
             except (InputError, KeyboardInterrupt) as error:
                 if not self._terminal:
                     raise
                 tell(str(error) or "stopped")
+        if cut_short and not self._terminal:
+            raise InputError(f"answers cut short because memory ran out: {cut_short:,}")
 
     def _obey(self, line: str) -> None:
         command, _, text = line.partition(" ")
@@ -93,14 +107,16 @@ class Console:
 
 def show(chat, pieces: Iterator[str], label: str = "") -> None:
     """Print an answer of `chat` as it comes, then a newline."""
+    begun = False
     try:
         with contextlib.closing(pieces):
             for piece in pieces:
                 shown = piece.translate(CONTROLS) if sys.stdout.isatty() else piece
                 print(label + shown, end="", flush=True)
-                label = ""
-    except KeyboardInterrupt:
-        print()
+                label, begun = "", True
+    except (KeyboardInterrupt, InputError) as error:
+        if begun or isinstance(error, KeyboardInterrupt):
+            print(flush=True)
         raise
     print(flush=True)
     if not chat.stopped:

@@ -54,6 +54,7 @@ class Chat:
         Raises:
             InputError: the question alone fills the model's window, or the model's scores are not
                 finite.
+            OutOfMemory: what was said until then is kept as if it had been interrupted.
         """
         self._asked = self.turns, {"from": "human", "value": sound_text(question)}
         return self._answer()

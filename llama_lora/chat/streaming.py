@@ -4,11 +4,14 @@ from collections.abc import Callable, Iterator
 from contextlib import closing
 
 import torch
-from transformers import DynamicCache
+from transformers.cache_utils import Cache
 
 from llama_lora.chat.detokenizer import Detokenizer
+from llama_lora.chat.out_of_memory import OutOfMemory
 from llama_lora.chat.prompt import Prompter
 from llama_lora.chat.sampling import Sampling, processors, stop_ids
+from llama_lora.hardware.device import out_of_memory
+from llama_lora.model import growing_cache
 
 
 class Decoder:
@@ -35,7 +38,7 @@ class Decoder:
         self._tokenizer = template.tokenizer
         self._activate = activate
         self._stop_ids = stop_ids(model, template)
-        self._kept = DynamicCache(), []  # and the ids in it
+        self._kept = self._empty()
 
     def stream(
         self, prompt: list[int], sampling: Sampling, random: torch.Generator
@@ -50,7 +53,11 @@ class Decoder:
     def tokens(
         self, prompt: list[int], sampling: Sampling, random: torch.Generator
     ) -> Iterator[int]:
-        """The ids of the answer, without the one that ends it."""
+        """The ids of the answer, without the one that ends it.
+
+        Raises:
+            OutOfMemory: nothing is kept of what was computed, and its memory is free again.
+        """
         self.finish_reason = ""
         cache, cached = self._shared_with(prompt)
         fresh, answer = prompt[len(cached) :], []
@@ -68,29 +75,42 @@ class Decoder:
                 answer.append(token)
                 fresh = [token]
             self.finish_reason = "length"
+            return
+        except RuntimeError as error:
+            if not out_of_memory(error):
+                raise
         finally:
             if cached is not None:
                 self._kept = cache, cached
+        # By now the error is gone, and with it the tensors of the pass that failed.
+        del cache
+        torch.cuda.empty_cache()
+        in_4bit = getattr(self.model, "is_loaded_in_4bit", False)
+        raise OutOfMemory(len(prompt), len(answer), in_4bit)
 
-    def _shared_with(self, prompt: list[int]) -> tuple[DynamicCache, list[int]]:
+    def _empty(self) -> tuple[Cache, list[int]]:
+        """A cache, and the ids in it."""
+        return growing_cache.whole(self.prompter.window), []
+
+    def _shared_with(self, prompt: list[int]) -> tuple[Cache, list[int]]:
         """Take the cache, cut back to what it shares with the prompt, and the ids in it.
 
         Whoever takes it has it alone: a stream that was dropped but not yet closed cannot disturb
         the next one.
         """
-        (cache, cached), self._kept = self._kept, (DynamicCache(), [])
+        (cache, cached), self._kept = self._kept, self._empty()
         shared = 0
         for old, wanted in zip(cached, prompt[:-1], strict=False):
             if old != wanted:
                 break
             shared += 1
         if not shared:
-            return DynamicCache(), []
+            return self._empty()
         cache.crop(shared - len(cached))
         return cache, cached[:shared]
 
     @torch.inference_mode()
-    def _next(self, fresh: list[int], cache: DynamicCache, chain, answer: list[int]) -> int:
+    def _next(self, fresh: list[int], cache: Cache, chain, answer: list[int]) -> int:
         """The next token after the cache and the `fresh` ids, which join the cache."""
         self._activate()
         device = self.model.device

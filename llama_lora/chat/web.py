@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from llama_lora.chat.adapters import BASE, Adapters
+from llama_lora.chat.out_of_memory import OutOfMemory
 from llama_lora.chat.sampling import Sampling, generator
 from llama_lora.cli import InputError
 from llama_lora.text import sound_text
@@ -265,6 +266,8 @@ class Answering:
                     yield
             if decoder.finish_reason == "length":
                 side.note = "cut off: the longest answer or the model's window is used up"
+        except OutOfMemory as error:
+            side.note = error.told("a new chat")
         except InputError as error:
             side.note = str(error)
 

@@ -28,11 +28,11 @@ from llama_lora.hardware.device import (
     compute_dtype,
     cores,
     dtype_name,
+    expect_all_sizes,
     present,
     resolve_quantization,
 )
 from llama_lora.text import brief
-from llama_lora.train.memory import allocator
 
 OLDEST_PYTHON = 3, 11
 BUILT_ON_THE_SPOT = {"pyicu", "pycld2"}
@@ -90,7 +90,7 @@ def examine(requirements: Path, folder: Path) -> Iterator[Finding]:
     if find_spec("torch") is None:
         yield Finding("torch", "not installed", False, setup_command(), stops=True)
         return
-    allocator.expect_all_sizes()  # as in training, before the first block is allocated
+    expect_all_sizes()  # as in training
     found = [*devices(pins["torch"]), imports("training", TRAINING, INSTALL_ALL, stops=True)]
     yield from found
     if any(finding.stops for finding in found):

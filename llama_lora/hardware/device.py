@@ -29,8 +29,19 @@ def present() -> Card:
 
     if not torch.cuda.is_available():
         return CARDS[CPU]
+    expect_all_sizes()
     found = torch.cuda.get_device_properties()
     return like(found.name, (found.major, found.minor), found.total_memory)
+
+
+def expect_all_sizes() -> None:
+    """Let CUDA's blocks grow, instead of keeping one of each size; call it before CUDA starts.
+
+    Micro-batches hardly ever have the same number of tokens, nor have an answer's keys and values,
+    and blocks of one size do not fit another. CUDA reads the setting when it starts.
+    """
+    if not os.environ.keys() & {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"}:
+        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
 
 
 def device_name() -> str:

@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 
 from llama_lora.cli import InputError, warn_once
+from llama_lora.hardware.device import DTYPE_SWITCH, dtype_name
 from llama_lora.model.folder import base_fingerprint, older_libraries
 from llama_lora.model.folder.tensors import not_only_tensors
 from llama_lora.model.template import has_tokenizer, load_template
@@ -179,22 +180,31 @@ def _read_tensors(path: Path) -> dict:
 def load_adapter(model, folder, weights: dict, name: str = "default"):
     """`model` with the adapter in `folder` on it, for inference.
 
+    Its matrices are in the base's compute dtype, so that nothing is cast for their products. Those
+    of DoRA are in fp32: its magnitudes differ from the lengths of the base's rows by less than 16
+    bits can tell.
+
     Args:
         model: a base that the adapter fits (`check_fits`); other adapters may already be on it.
         weights: the result of `read_weights` for `folder`.
         name: the adapter's name in peft.
 
     Raises:
-        InputError: the adapter was made for another base.
+        InputError: the adapter was made for another base, or overflows in its dtype.
     """
     from peft import PeftModel, get_peft_model_state_dict
 
+    in_fp32 = read_config(folder).use_dora
+    if not in_fp32:
+        _check_range(folder, weights, model.dtype)
+    # peft's own cast is to fp32.
+    kinds = {"is_trainable": False, "autocast_adapter_dtype": in_fp32}
     try:
         if isinstance(model, PeftModel):
-            model.load_adapter(str(folder), name, is_trainable=False)
+            model.load_adapter(str(folder), name, **kinds)
             adapted = model
         else:
-            adapted = PeftModel.from_pretrained(model, folder, name, is_trainable=False)
+            adapted = PeftModel.from_pretrained(model, folder, name, **kinds)
     except (RuntimeError, ValueError, KeyError) as error:
         raise _misfit(folder, model, brief(error)) from error
     # Otherwise peft would look for the config of the base that the adapter names, even on the Hub.
@@ -202,7 +212,31 @@ def load_adapter(model, folder, weights: dict, name: str = "default"):
     if differing := set(weights) ^ set(get_peft_model_state_dict(adapted, adapter_name=name)):
         problem = f"{len(differing)} matrices fit none of its layers, first {min(differing)}"
         raise _misfit(folder, model, problem)
+    if not in_fp32:
+        _cast_matrices(adapted, name)
     return adapted.eval()
+
+
+def _check_range(folder, weights: dict, dtype) -> None:
+    """Raise `InputError` that names the first of `weights` that overflows in `dtype`."""
+    for name, tensor in weights.items():
+        if not tensor.to(dtype).isfinite().all():
+            largest = tensor.abs().max().item()
+            raise InputError(
+                f"{folder}: {name} holds {largest:.6g}, which overflows in {dtype_name(dtype)}; "
+                f"{DTYPE_SWITCH}=float32 computes with it"
+            )
+
+
+def _cast_matrices(model, name: str) -> None:
+    """Cast the matrices of the adapter `name` to the base's dtype.
+
+    peft does so itself where the base's weights are floating-point numbers, and leaves them in the
+    file's dtype beside quantized ones.
+    """
+    for parameter, matrix in model.named_parameters():
+        if re.search(rf"\.lora_[AB]\.{re.escape(name)}\.", parameter):
+            matrix.data = matrix.data.to(model.dtype)
 
 
 def check_fits(folder, weights: dict, model) -> None:

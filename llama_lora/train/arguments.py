@@ -22,10 +22,10 @@ from llama_lora.hardware.device import (
     cores,
     device_name,
     dtype_name,
+    expect_all_sizes,
     switched_dtype,
 )
 from llama_lora.model.adapter import HUB_ID
-from llama_lora.train.memory import allocator
 
 
 @dataclass
@@ -224,7 +224,7 @@ class TrainingArguments(transformers.TrainingArguments):
         self.use_cpu = not torch.cuda.is_available()
         # DeepSpeed refuses fp16 on a P100 otherwise, which computes it without tensor cores.
         os.environ.setdefault("DS_ALLOW_DEPRECATED_FP16", "1")
-        allocator.expect_all_sizes()
+        expect_all_sizes()
         self.remove_unused_columns = False
         self.train_sampling_strategy = "sequential"  # the rows come in the order to train on
         self.prediction_loss_only = True

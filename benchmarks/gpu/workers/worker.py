@@ -16,7 +16,7 @@ MARK = "gpu_16gb "  # what a line of findings begins with, among whatever librar
 
 def main() -> None:
     """Each request is a line; at the end of its findings is told how many bytes are still held."""
-    from llama_lora.train.memory.allocator import expect_all_sizes
+    from llama_lora.hardware.device import expect_all_sizes
 
     expect_all_sizes()
     for line in sys.stdin:

@@ -1,8 +1,7 @@
-"""The allocators of activations: torch's for CUDA or, without a card, the C library's."""
+"""The C library's allocator, which has the activations where there is no card."""
 
 import contextlib
 import ctypes
-import os
 import platform
 
 MMAP_THRESHOLD = -3  # M_MMAP_THRESHOLD of glibc's malloc.h
@@ -43,12 +42,3 @@ def _tell_glibc(bound: int) -> None:
         libc = ctypes.CDLL(None)
         libc.mallopt(MMAP_THRESHOLD, bound)
         libc.malloc_trim(0)  # of what is already free
-
-
-def expect_all_sizes() -> None:
-    """Let CUDA's blocks grow, instead of keeping one of each size; call it before the first one.
-
-    Micro-batches hardly ever have the same number of tokens, and blocks of one do not fit another.
-    """
-    if not os.environ.keys() & {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"}:
-        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
