@@ -16,7 +16,7 @@ from llama_lora.model.folder.shape import NF4_BYTES, Shape, shape_of
 from llama_lora.train.compute.attention_kernels import EFFICIENT, LOOP, VARLEN
 from llama_lora.train.plan import forecast, suggestions, time_estimate
 from llama_lora.train.plan.memory_plan import COMFORTABLE, CUDA_CONTEXT, GIB, Setup, memory, plan
-from tests.conftest import TRAIN, run_here, shipped
+from tests.conftest import README_FLAGS, TRAIN, run_here, shipped
 
 LLAMA_7B = SimpleNamespace(
     hidden_size=4096,
@@ -270,6 +270,15 @@ def test_a_dry_run_needs_no_weights_and_no_card(train, tmp_path):
     assert "20 examples" in done.stdout
     assert "fits, " in done.stdout
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("card", ["P100", "T4", "V100"])
+def test_the_readmes_flags_plan_8_bits(card, train):
+    done = train(*README_FLAGS, "--dry_run", "True", "--plan_for", card)
+    assert done.returncode == 0, done.stderr
+    assert f"8-bit base on {card} " in done.stdout
+    assert " M in 8 bits, " in done.stdout
+    assert "% of it to dequantize weights" in done.stdout
 
 
 def test_a_dry_run_here_measures_the_rate(train):
