@@ -261,7 +261,12 @@ def cards_named(text: str) -> tuple[Card, int]:
         InputError: it is neither a known card nor a size.
     """
     found = re.fullmatch(r"(?:(\d)\s*[x×]\s*)?(.+)", text.strip(), re.IGNORECASE)
-    return card_named(found[2]), int(found[1] or 1)
+    card = card_named(found[2])
+    if card.memory is None:
+        raise InputError(
+            f"--plan_for {text}: expected a card; without the flag, the plan is for this machine"
+        )
+    return card, int(found[1] or 1)
 
 
 def room(card: Card, here: bool, processes: int) -> tuple[float, float]:

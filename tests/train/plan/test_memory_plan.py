@@ -16,7 +16,7 @@ from llama_lora.model.folder.shape import NF4_BYTES, Shape, shape_of
 from llama_lora.train.compute.attention_kernels import EFFICIENT, LOOP, VARLEN
 from llama_lora.train.plan import forecast, suggestions, time_estimate
 from llama_lora.train.plan.memory_plan import COMFORTABLE, CUDA_CONTEXT, GIB, Setup, memory, plan
-from tests.conftest import README_FLAGS, TRAIN, run_here, shipped
+from tests.conftest import README_FLAGS, TRAIN, error_line, run_here, shipped
 
 LLAMA_7B = SimpleNamespace(
     hidden_size=4096,
@@ -293,6 +293,10 @@ def test_a_card_that_is_none_is_one_line(train):
     assert "abacus" in done.stderr
     assert "T4" in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+def test_a_plan_for_a_cpu_is_made_on_it(train):
+    assert "expected a card" in error_line(train("--dry_run", "True", "--plan_for", "CPU"))
 
 
 def test_a_training_that_cannot_fit_stops_before_weights_are_loaded(train, monkeypatch):
