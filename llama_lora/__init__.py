@@ -18,6 +18,12 @@ logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
     os.environ.setdefault(name, "128")
 
+# On a card, let blocks of memory grow, instead of keeping one of each size: micro-batches hardly
+# ever have the same number of tokens, nor have an answer's keys and values. CUDA reads this when it
+# starts, for which importing bitsandbytes is enough.
+if not os.environ.keys() & {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"}:
+    os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+
 # A process that ends gives everything back: there is no garbage to look for among the million
 # objects of the libraries, which takes a second.
 atexit.register(gc.freeze)

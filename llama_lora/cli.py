@@ -30,6 +30,28 @@ class Terminated(BaseException):
     """SIGTERM asked the run to end."""
 
 
+# What errors say for lack of memory besides `torch.OutOfMemoryError`, which is for tensors alone.
+LACKING = (
+    "CUDA error: out of memory",  # the runtime: for a kernel, a stream, pinned memory
+    "CUDA driver error: out of memory",  # while a segment of the allocator grows
+    "_STATUS_ALLOC_FAILED",  # cuBLAS, cuBLASLt and their kin
+    # Each thread makes handles of its own, the backward pass's when memory is fullest. A device
+    # that is broken cannot make one either, but fails at the next call with the cause.
+    "CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate",
+    "CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasLtCreate",
+)
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Whether a computation failed because memory ran out: in torch, in CUDA or in its libraries.
+
+    Failures that may have other causes do not count, such as `CUBLAS_STATUS_EXECUTION_FAILED`.
+    """
+    if type(error).__name__ == "OutOfMemoryError":  # torch's; it takes a second to import
+        return True
+    return isinstance(error, RuntimeError) and any(said in str(error) for said in LACKING)
+
+
 def one_line_errors(main: Callable) -> Callable:
     """Make `main` end as a command should.
 
@@ -50,7 +72,7 @@ def one_line_errors(main: Callable) -> Callable:
         except InputError as error:
             sys.exit(fail(str(error), alone=isinstance(error, LocalError)))
         except RuntimeError as error:
-            if "out of memory" not in str(error):  # as torch and CUDA say
+            if not out_of_memory(error):
                 raise
             sys.exit(fail(f"out of memory on the card: {error}", alone=True))
         except KeyboardInterrupt:

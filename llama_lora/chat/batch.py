@@ -14,8 +14,7 @@ from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaLis
 from llama_lora.chat.detokenizer import text_of
 from llama_lora.chat.prompt import Prompter, TooLong
 from llama_lora.chat.sampling import Sampling, generator, processors, stop_ids
-from llama_lora.cli import InputError
-from llama_lora.hardware.device import out_of_memory
+from llama_lora.cli import InputError, out_of_memory
 from llama_lora.model import growing_cache
 from llama_lora.model.folder.config import positions
 from llama_lora.model.folder.shape import head_size
@@ -62,7 +61,7 @@ def answers(
         numbers: with the seed, they decide each conversation's random numbers; default: its index.
 
     Raises:
-        torch.OutOfMemoryError: a single conversation does not fit.
+        RuntimeError: a single conversation does not fit into memory.
         InputError: a prompt holds a token that the model has no embedding for.
     """
     if settings.seed is None:

@@ -10,7 +10,7 @@ from llama_lora.chat.detokenizer import Detokenizer
 from llama_lora.chat.out_of_memory import OutOfMemory
 from llama_lora.chat.prompt import Prompter
 from llama_lora.chat.sampling import Sampling, processors, stop_ids
-from llama_lora.hardware.device import out_of_memory
+from llama_lora.cli import out_of_memory
 from llama_lora.model import growing_cache
 
 

@@ -28,7 +28,6 @@ from llama_lora.hardware.device import (
     compute_dtype,
     cores,
     dtype_name,
-    expect_all_sizes,
     present,
     resolve_quantization,
 )
@@ -90,7 +89,6 @@ def examine(requirements: Path, folder: Path) -> Iterator[Finding]:
     if find_spec("torch") is None:
         yield Finding("torch", "not installed", False, setup_command(), stops=True)
         return
-    expect_all_sizes()  # as in training
     found = [*devices(pins["torch"]), imports("training", TRAINING, INSTALL_ALL, stops=True)]
     yield from found
     if any(finding.stops for finding in found):
@@ -291,21 +289,21 @@ def attention() -> Finding:
     found, right, wrong = _tried(probe.ATTENTION_KERNELS, alone)
     ok, stops = not wrong and len(right) > 1, not right
     if card.capability is not None:
-        more, wrong = at_once(dtype, device)
+        more, right, wrong = at_once(dtype, device)
         found = f"{found}; {more}"
-        ok, stops = ok and not wrong, stops or card.attention in wrong
+        ok, stops = ok and not wrong, stops or card.attention not in right
     return Finding("attention", found, ok, stops=stops)
 
 
-def at_once(dtype, device: str) -> tuple[str, list[str]]:
-    """What the kernels do that take all examples of a row in one call, and which do it wrong."""
+def at_once(dtype, device: str) -> tuple[str, list[str], list[str]]:
+    """As `_tried`, of the kernels that take all examples of a row in one call."""
     from llama_lora.check_machine import probe
 
     def error(kernel: str) -> float:
         return probe.at_once_error(kernel, dtype, device)
 
-    found, _, wrong = _tried(probe.AT_ONCE, error)
-    return f"all examples in one call: {found}", wrong
+    found, right, wrong = _tried(probe.AT_ONCE, error)
+    return f"all examples in one call: {found}", right, wrong
 
 
 def _tried(kernels, error_of) -> tuple[str, list[str], list[str]]:

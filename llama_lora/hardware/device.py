@@ -11,16 +11,6 @@ QUANTIZATIONS = ("auto", "8bit", "4bit", "none")
 # Which of these a CPU has decides the compute dtype and the kernels that run.
 INSTRUCTIONS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
 DTYPE_SWITCH = "LLAMA_LORA_DTYPE"  # an environment variable: float32, bfloat16 or float16
-# What errors say for lack of memory besides `torch.OutOfMemoryError`, which is for tensors alone.
-LACKING = (
-    "CUDA error: out of memory",  # the runtime: for a kernel, a stream, pinned memory
-    "CUDA driver error: out of memory",  # while a segment of the allocator grows
-    "_STATUS_ALLOC_FAILED",  # cuBLAS, cuBLASLt and their kin
-    # Each thread makes handles of its own, the backward pass's when memory is fullest. A device
-    # that is broken cannot make one either, but fails at the next call with the cause.
-    "CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate",
-    "CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasLtCreate",
-)
 
 
 def present() -> Card:
@@ -29,36 +19,13 @@ def present() -> Card:
 
     if not torch.cuda.is_available():
         return CARDS[CPU]
-    expect_all_sizes()
     found = torch.cuda.get_device_properties()
     return like(found.name, (found.major, found.minor), found.total_memory)
-
-
-def expect_all_sizes() -> None:
-    """Let CUDA's blocks grow, instead of keeping one of each size; call it before CUDA starts.
-
-    Micro-batches hardly ever have the same number of tokens, nor have an answer's keys and values,
-    and blocks of one size do not fit another. CUDA reads the setting when it starts.
-    """
-    if not os.environ.keys() & {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"}:
-        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
 
 
 def device_name() -> str:
     """The device's name as people know it, with its capability."""
     return present().shown
-
-
-def out_of_memory(error: Exception) -> bool:
-    """Whether a computation failed because memory ran out: in torch, in CUDA or in its libraries.
-
-    Failures that may have other causes do not count, such as `CUBLAS_STATUS_EXECUTION_FAILED`.
-    """
-    import torch
-
-    return isinstance(error, torch.OutOfMemoryError) or (
-        isinstance(error, RuntimeError) and any(said in str(error) for said in LACKING)
-    )
 
 
 def cores() -> int:

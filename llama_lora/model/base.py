@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from llama_lora.cli import InputError
-from llama_lora.hardware.device import compute_dtype, dtype_name, out_of_memory, present
+from llama_lora.cli import InputError, out_of_memory
+from llama_lora.hardware.device import compute_dtype, dtype_name, present
 from llama_lora.model.folder import quantized_weights
 from llama_lora.model.folder.config import load_config
 from llama_lora.text import named
@@ -31,6 +31,9 @@ def load_base(folder, quantization: str = "none", dtype=None, device=None):
 
     config = load_config(folder)
     torch.backends.cuda.enable_cudnn_sdp(False)  # it makes a plan for nearly every new length
+    # A product that is cut up adds its parts in fp32.
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     dtype = dtype or compute_dtype()
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     stored = getattr(config, "quantization_config", None)

@@ -13,16 +13,15 @@ from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_f
 from transformers.masking_utils import sdpa_mask
 
 from llama_lora.cli import InputError
-from llama_lora.hardware.cards import Card
+from llama_lora.hardware.cards import FLASH_CAPABILITY, Card
 
 UNGROUPED = "sdpa_ungrouped"
-FLASH = (8, 0)  # the compute capability that FlashAttention asks for
 
 
 def implementation(card: Card) -> str:
     """The attention implementation for a model that answers on `card`."""
-    fused = card.capability is None or card.capability >= FLASH  # a CPU has a kernel of its own
-    return "sdpa" if fused else UNGROUPED
+    on_card = card.capability is not None  # a CPU has a kernel of its own
+    return UNGROUPED if on_card and card.capability < FLASH_CAPABILITY else "sdpa"
 
 
 def sdpa_with_repeated_keys(

@@ -16,7 +16,7 @@ from llama_lora.hardware.device import autocast
 
 LARGEST = 127  # of the codes
 PIECE = 1 << 18  # weights that a core's cache holds while they are dequantized
-CARD_PIECE = 1 << 24
+CARD_PIECE = 1 << 24  # few calls, and 64 MiB in fp32
 FEW = 16  # rows: on a CPU, more are faster with the whole weight dequantized
 
 _kept = threading.local()  # buffers by dtype
@@ -26,10 +26,17 @@ class Int8Linear(bitsandbytes.nn.Linear8bitLt):
     """A product of activations in their own dtype with the weight dequantized to that dtype.
 
     Its backward pass dequantizes the weight again, so no activation is saved for it.
-
-    Attributes:
-        steps: fp32 [out, 1]; times the int8 codes of `weight`, they are the weights.
     """
+
+    @property
+    def steps(self) -> torch.Tensor:
+        """fp32 [out, 1]; times the int8 codes of `weight`, they are the weights."""
+        scales, steps = self.__dict__.get("_steps", (None, None))
+        if scales is not self.weight.SCB:  # those of another weight, or device
+            scales = self.weight.SCB
+            steps = scales[:, None] * (1 / LARGEST)
+            self.__dict__["_steps"] = scales, steps
+        return steps
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         (x,) = autocast(x)
@@ -37,17 +44,17 @@ class Int8Linear(bitsandbytes.nn.Linear8bitLt):
         weight = self.weight.data, self.steps
         if torch.is_grad_enabled():
             return _Product.apply(x, *weight, bias)
-        if x.device.type == "cpu" and x.dtype != torch.float16 and x.numel() <= FEW * x.shape[-1]:
+        few = 0 < x.numel() <= FEW * x.shape[-1]
+        if few and x.device.type == "cpu" and x.dtype != torch.float16:
             return _few_rows(x, *weight, bias)
         return linear(x, dequantized(*weight, x.dtype), bias)
 
 
 def use_in(model: torch.nn.Module) -> None:
-    """Let all 8-bit layers of `model`, which are on their device, compute as `Int8Linear`."""
+    """Let all 8-bit layers of `model` compute as `Int8Linear`."""
     for module in model.modules():
         if isinstance(module, bitsandbytes.nn.Linear8bitLt):
             module.__class__ = Int8Linear
-            module.steps = module.weight.SCB[:, None] * (1 / LARGEST)
 
 
 def dequantized(codes: torch.Tensor, steps: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -61,19 +68,17 @@ def dequantized(codes: torch.Tensor, steps: torch.Tensor, dtype: torch.dtype) ->
     return whole
 
 
-def quantize(
-    weight: torch.Tensor, threshold: float = 0.0
-) -> tuple[torch.Tensor, torch.Tensor, None]:
+def quantize(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
     """Codes and scales of `weight`, as from bitsandbytes' kernel in plain torch.
 
     Its kernel for cards divides approximately, so that some codes would depend on the device.
 
     Args:
         weight: fp16 [out, in].
-        threshold: of outliers, which weights have none of; for bitsandbytes, which calls this.
 
     Returns:
-        int8 [out, in], fp32 [out] of which a 127th is a step, and None for the outliers' columns.
+        int8 [out, in], fp32 [out] of which a 127th is a step, and None, where bitsandbytes' kernel
+        has the columns of outliers.
     """
     scales = weight.abs().amax(1).float()
     codes = torch.empty_like(weight, dtype=torch.int8)
@@ -108,12 +113,13 @@ class _Product(torch.autograd.Function):
             return None, None, None, None
         weight = dequantized(*ctx.weight, upstream.dtype)
         rows = upstream.reshape(-1, upstream.shape[-1])
-        return (rows @ weight).view(*upstream.shape[:-1], -1), None, None, None
+        of_x = (rows @ weight).view(*upstream.shape[:-1], weight.shape[1])
+        return of_x, None, None, None
 
 
 def _few_rows(x: torch.Tensor, codes: torch.Tensor, steps: torch.Tensor, bias) -> torch.Tensor:
     """The product with the codes themselves, whose results are scaled."""
-    rows = x.reshape(-1, x.shape[-1])
+    rows = x.reshape(-1, x.shape[-1]).contiguous()
     if _packs(rows, codes):
         product = torch.ops.aten._weight_int8pack_mm(rows, codes, rows.new_ones(len(codes)))
     else:
@@ -123,11 +129,14 @@ def _few_rows(x: torch.Tensor, codes: torch.Tensor, steps: torch.Tensor, bias) -
     product *= steps[:, 0]
     if bias is not None:
         product += bias
-    return product.view(*x.shape[:-1], -1)
+    return product.view(*x.shape[:-1], len(codes))
 
 
 def _packs(rows: torch.Tensor, codes: torch.Tensor) -> bool:
-    """Whether torch has a fast kernel for it that is safe: it checks neither size nor alignment."""
+    """Whether torch's kernel may be called, which is fast in bf16 alone.
+
+    It loads 16 numbers at a time from aligned addresses (int8mm_kernel.cpp), and checks neither.
+    """
     aligned = not (rows.shape[1] % 16 or rows.data_ptr() % 32 or codes.data_ptr() % 16)
     return rows.dtype == torch.bfloat16 and aligned
 

@@ -22,7 +22,6 @@ from llama_lora.hardware.device import (
     cores,
     device_name,
     dtype_name,
-    expect_all_sizes,
     switched_dtype,
 )
 from llama_lora.model.adapter import HUB_ID
@@ -224,7 +223,6 @@ class TrainingArguments(transformers.TrainingArguments):
         self.use_cpu = not torch.cuda.is_available()
         # DeepSpeed refuses fp16 on a P100 otherwise, which computes it without tensor cores.
         os.environ.setdefault("DS_ALLOW_DEPRECATED_FP16", "1")
-        expect_all_sizes()
         self.remove_unused_columns = False
         self.train_sampling_strategy = "sequential"  # the rows come in the order to train on
         self.prediction_loss_only = True

@@ -24,7 +24,8 @@ class Preparation(TrainerCallback):
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         base = model.get_base_model()
-        zero = Zero.of(args, args.compute_dtype.itemsize, args.world_size)
+        hidden = base.config.get_text_config().hidden_size
+        zero = Zero.of(args, args.compute_dtype.itemsize, args.world_size, hidden)
         reserved = bytes_to_come(OptimizerNames(args.optim).value, trainable(model), zero)
         with self.autocast():
             check_isolation(base)

@@ -96,9 +96,11 @@ class Schedule(TrainerCallback):
     In fp16 a step whose gradients overflow is skipped, and the Trainer then leaves out the
     schedule's step, too, unless a fused optimizer skips it unseen. After a few of them the rate
     would end above 0. The schedules that follow the held-out loss have no end, and are left alone.
+    So is one that DeepSpeed's own config asks for.
     """
 
     def on_step_end(self, args, state, control, lr_scheduler=None, **kwargs):
+        lr_scheduler = getattr(lr_scheduler, "scheduler", lr_scheduler)  # accelerate wraps some
         if isinstance(lr_scheduler, LambdaLR):
             while lr_scheduler.last_epoch < state.global_step:
                 lr_scheduler.step()

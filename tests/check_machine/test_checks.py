@@ -118,7 +118,7 @@ def test_kernels_for_all_examples_are_compared_with_the_loop(kernel):
 
 def test_what_a_card_would_say_of_them(monkeypatch):
     with Recorded():
-        found, wrong = checks.at_once(torch.bfloat16, "cpu")
+        found, _, wrong = checks.at_once(torch.bfloat16, "cpu")
     assert found.startswith("all examples in one call: FlashAttention 0.")
     assert "memory-efficient 0." in found
     assert wrong == []
@@ -131,13 +131,27 @@ def test_what_a_card_would_say_of_them(monkeypatch):
 
     monkeypatch.setattr(attention_kernels, "_for_both", forgetful)
     with Recorded():
-        found, wrong = checks.at_once(torch.bfloat16, "cpu")
+        found, _, wrong = checks.at_once(torch.bfloat16, "cpu")
     assert "wrong: memory-efficient" in found
     assert wrong == ["memory-efficient"]
-    found, wrong = checks.at_once(torch.bfloat16, "cpu")  # which has neither
+    found, right, _ = checks.at_once(torch.bfloat16, "cpu")  # which has neither
     assert found == (
         "all examples in one call: none runs; unavailable: FlashAttention, memory-efficient"
     )
+    assert right == []
+
+
+@pytest.mark.parametrize("missing", ["memory-efficient", "FlashAttention"])
+def test_a_card_trains_if_its_own_kernel_runs(missing, monkeypatch):
+    def error(kernel, dtype, device):
+        if kernel == missing:
+            raise RuntimeError("CUDA error: no kernel image is available for execution")
+        return 0.001
+
+    monkeypatch.setattr(checks, "present", lambda: CARDS["T4"])
+    monkeypatch.setattr(probe, "attention_error", lambda *_: 0.001)
+    monkeypatch.setattr(probe, "at_once_error", error)
+    assert checks.attention().stops == (missing == CARDS["T4"].attention)
 
 
 def test_packages_that_differ_have_one_command():

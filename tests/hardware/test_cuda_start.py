@@ -1,62 +1,66 @@
-"""CUDA finds the setting of its memory in place when it starts, whichever script starts it."""
+"""CUDA finds the setting of its memory in place when it starts, whichever script starts it.
+
+Each in a process of its own: whatever imports bitsandbytes first starts CUDA.
+"""
 
 import os
+import subprocess
+import sys
 
 import pytest
-import torch
 
-from llama_lora.check_machine.checks import examine
-from llama_lora.model.base import load_base
-from tests.conftest import ROOT, TRAIN, run_here
+from tests.conftest import ROOT, TRAIN
 
 NAMES = "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"
+CARD = """
+import os, runpy, sys, torch
+
+def start(*_):
+    print("read:", *(os.environ.get(name) for name in {names}), flush=True)
+    os._exit(7)
+
+torch.cuda.is_available = lambda: True
+torch.cuda.device_count = lambda: 1
+torch.cuda._lazy_init, torch.cuda.set_device = start, lambda device: start()
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
 
 
-class Started(Exception):
-    """Of a card that is not there; its message is the setting that it would have read."""
+def read_by_cuda(script, *flags, **setting) -> str:
+    """What stands in the environment when a card that is not there would be started."""
+    environment = {name: value for name, value in os.environ.items() if name not in NAMES}
+    driver = CARD.format(names=NAMES)
+    done = subprocess.run(
+        [sys.executable, "-c", driver, *map(str, [ROOT / script, *flags])],
+        capture_output=True,
+        text=True,
+        env=environment | setting,
+    )
+    assert done.returncode == 7, done.stderr
+    return done.stdout.partition("read: ")[2]
 
 
-@pytest.fixture
-def card(monkeypatch):
-    """A card that ends the run as soon as CUDA starts."""
-
-    def start(*_):
-        raise Started([os.environ.get(name) for name in NAMES])
-
-    monkeypatch.setattr(os, "environ", dict(os.environ))
-    for name in NAMES:
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    for name in ("_lazy_init", "set_device"):
-        monkeypatch.setattr(torch.cuda, name, start)
+@pytest.fixture(params=["generate", "adapter", "evaluate", "train", "check_machine"])
+def script(request, tiny_base, random_lora, tmp_path):
+    """A script that loads a base, with its flags."""
+    base, data = ("--base_model", tiny_base), ("--data_path", ROOT / "data/dummy_en.json")
+    return {
+        "generate": ("generate.py", *base, "--prompt", "Who are you?"),
+        "adapter": ("generate.py", *base, "--prompt", "Hi", "--lora_weights", random_lora),
+        "evaluate": ("fastchat/eval/evaluate.py", *base, *data, "--output_dir", tmp_path),
+        "train": (TRAIN, "--model_name_or_path", tiny_base, *data, "--output_dir", tmp_path),
+        "check_machine": ("fastchat/train/check_machine.py", "--folder", tmp_path),
+    }[request.param]
 
 
-@pytest.fixture(params=["generate.py", "fastchat/eval/evaluate.py", TRAIN, "check_machine", "base"])
-def starting(request, tiny_base, tmp_path):
-    """Something that loads a base."""
-    script, own = request.param, ("--base_model", tiny_base)
-    data = "--data_path", ROOT / "data/dummy_en.json"
-    flags = {
-        "generate.py": (*own, "--prompt", "Who are you?"),
-        "fastchat/eval/evaluate.py": (*own, *data, "--output_dir", tmp_path),
-        TRAIN: ("--model_name_or_path", tiny_base, *data, "--output_dir", tmp_path),
-    }
-    if script == "base":
-        return lambda: load_base(tiny_base, dtype=torch.float16)
-    if script == "check_machine":
-        return lambda: list(examine(ROOT / "requirements.txt", tmp_path))
-    return lambda: run_here(script, *flags[script])
-
-
-def test_blocks_grow_wherever_a_base_is_loaded(starting, card):
-    with pytest.raises(Started, match="expandable_segments:True"):
-        starting()
+def test_blocks_grow_wherever_a_base_is_loaded(script):
+    assert "expandable_segments:True" in read_by_cuda(*script)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_setting_of_the_users_own_stays(starting, card, monkeypatch, name):
-    monkeypatch.setenv(name, "max_split_size_mb:128")
-    with pytest.raises(Started) as found:
-        starting()
-    assert str(found.value).count("max_split_size_mb:128") == 1
-    assert "expandable_segments" not in str(found.value)
+def test_a_setting_of_the_users_own_stays(name, tiny_base):
+    own = {name: "max_split_size_mb:128"}
+    read = read_by_cuda("generate.py", "--base_model", tiny_base, "--prompt", "Hi", **own)
+    assert read.split().count("max_split_size_mb:128") == 1
+    assert "expandable_segments" not in read

@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from llama_lora.cli import one_line_errors
-from llama_lora.hardware.device import out_of_memory
+from llama_lora.cli import one_line_errors, out_of_memory
 
 # What the CUDA runtime's errors end with.
 ELSEWHERE = (
@@ -52,7 +51,7 @@ def test_other_failures_are_not_lack_of_memory(error):
     assert not out_of_memory(error)
 
 
-@pytest.mark.parametrize("kind", ["tensor", "runtime", "driver"])
+@pytest.mark.parametrize("kind", LACKING)
 def test_a_script_ends_in_one_line(kind, capsys):
     @one_line_errors
     def main():

@@ -56,7 +56,7 @@ def test_nothing_is_cast_for_the_products_of_an_adapter(
     assert casts(loaded) >= found[BASE] + 2 * len(TARGETS) * loaded.config.num_hidden_layers
 
 
-@pytest.mark.parametrize("quantization", ["none", "4bit"])
+@pytest.mark.parametrize("quantization", PRECISIONS)
 def test_answers_are_those_of_the_adapter_in_fp32(random_base, random_lora, dtype, quantization):
     """Within what the dtype rounds, while the adapter changes the scores by far more."""
     adapters, _ = load_adapters(random_base, {"one": random_lora}, quantization)
@@ -72,7 +72,7 @@ def test_answers_are_those_of_the_adapter_in_fp32(random_base, random_lora, dtyp
     assert change.norm() / expected.norm() > 0.1
 
 
-@pytest.mark.parametrize("quantization", ["none", "4bit"])
+@pytest.mark.parametrize("quantization", PRECISIONS)
 def test_dora_stays_in_fp32(tmp_path, random_base, dtype, quantization):
     folder = make_adapter(tmp_path, random_base, use_dora=True)
     model = load_adapters(random_base, {"dora": folder}, quantization)[0].model

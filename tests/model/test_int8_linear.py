@@ -147,6 +147,22 @@ def test_an_evaluation_leaves_nothing_that_a_training_trips_over():
     assert x.grad.any()
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rows", [2, 20])
+def test_an_input_may_be_transposed_or_empty(rows, dtype):
+    linear, x = layer(64, 96), torch.randn(96, rows).to(dtype).T
+    with torch.no_grad():
+        assert error(linear(x), linear, x) < 4 * torch.finfo(dtype).eps
+        assert linear(x[:0]).shape == (0, 64)
+
+
+def test_another_weight_has_its_own_steps():
+    linear, other, x = layer(64, 96), layer(64, 96, seed=1), torch.randn(20, 96)
+    linear(x)
+    linear.weight, linear.bias = other.weight, other.bias
+    assert torch.equal(linear(x), other(x))
+
+
 def test_threads_do_not_share_what_they_dequantize():
     layers = [layer(300, 200, seed=seed) for seed in range(2)]
     x = torch.randn(40, 200)

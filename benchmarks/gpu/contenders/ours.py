@@ -26,8 +26,7 @@ from benchmarks.gpu.contenders.contender import (
 )
 from benchmarks.gpu.contenders.profiles import profile
 from benchmarks.gpu.rows import SEARCHING, Row
-from llama_lora.cli import InputError
-from llama_lora.hardware.device import out_of_memory
+from llama_lora.cli import InputError, out_of_memory
 from llama_lora.model.adapter import trainable
 from llama_lora.model.labels import IGNORE
 from llama_lora.train import lora_model, preparation

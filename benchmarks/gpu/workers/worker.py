@@ -16,9 +16,6 @@ MARK = "gpu_16gb "  # what a line of findings begins with, among whatever librar
 
 def main() -> None:
     """Each request is a line; at the end of its findings is told how many bytes are still held."""
-    from llama_lora.hardware.device import expect_all_sizes
-
-    expect_all_sizes()
     for line in sys.stdin:
         try:
             for findings in answer(json.loads(line)):
@@ -135,7 +132,7 @@ def measure_rows(request: dict) -> Iterator[dict]:
     from benchmarks.gpu.contenders import base
     from benchmarks.gpu.contenders.card import SmallCard
     from benchmarks.gpu.contenders.contender import Task
-    from llama_lora.hardware.device import out_of_memory
+    from llama_lora.cli import out_of_memory
 
     folder = base.made(Path(request["cache"]), request["shape"], first.base)
     with SmallCard(request["gib"]) as card:
@@ -181,8 +178,7 @@ def contender_of(row: Row) -> type:
 
 def attempts(contender, row, card) -> Iterator[dict]:
     """A row's findings; whoever cannot compute a micro-batch in parts tries smaller ones."""
-    from llama_lora.cli import LocalError
-    from llama_lora.hardware.device import out_of_memory
+    from llama_lora.cli import LocalError, out_of_memory
 
     while True:
         problem = None

@@ -12,7 +12,9 @@ from itertools import accumulate
 
 import torch
 from torch.autograd.function import once_differentiable
+from torch.autograd.graph import saved_tensors_hooks
 
+from llama_lora.hardware.cards import FLASH_CAPABILITY
 from llama_lora.text import brief
 
 VARLEN, EFFICIENT, LOOP = "varlen", "efficient", "loop"
@@ -60,8 +62,9 @@ def _flash_takes(dtype, head_size: int, capability: tuple[int, int], gradient: b
     smaller = any(first <= capability <= last for first, last in SMALLER)
     if gradient and smaller and 192 < head_size <= 224:
         return False
-    sixteen_bits = dtype in (torch.float16, torch.bfloat16)
-    return capability >= (8, 0) and sixteen_bits and head_size % 8 == 0 and head_size <= 256
+    if capability < FLASH_CAPABILITY or dtype not in (torch.float16, torch.bfloat16):
+        return False
+    return head_size % 8 == 0 and head_size <= 256
 
 
 def _efficient_takes(dtype, head_size: int, capability: tuple[int, int], windowed: bool) -> bool:
@@ -156,6 +159,10 @@ def _needs_gradient(*tensors: torch.Tensor) -> bool:
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
+def _same(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor
+
+
 @functools.cache
 def _is_there(kernel: str) -> bool:
     """Whether this torch has the operators of a kernel, as they are called here; says so if not."""
@@ -163,7 +170,8 @@ def _is_there(kernel: str) -> bool:
         flash = torch.backends.cuda.is_flash_attention_available()
         if kernel == VARLEN and torch.cuda.is_available() and not flash:
             raise RuntimeError("it was built without FlashAttention")
-        with torch.inference_mode(False), torch.enable_grad():
+        # With hooks of its own: a checkpointed layer would take what it saves for the layer's.
+        with torch.inference_mode(False), torch.enable_grad(), saved_tensors_hooks(_same, _same):
             like = {"dtype": torch.float16, "device": "meta", "requires_grad": True}
             query, key = torch.empty(2, 2, 8, **like), torch.empty(2, 1, 8, **like)
             attended = ATTEND[kernel](query, key, key, (1, 1), None, None)

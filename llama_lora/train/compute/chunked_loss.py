@@ -72,7 +72,7 @@ def compute_in_chunks(model) -> None:
     whole = model.forward
 
     def forward(*args, labels=None, labelled=None, num_items_in_batch=None, **kwargs):
-        kwargs.pop("example_labelled", None)
+        kwargs.pop("example_labelled", None)  # of a micro-batch that was not split
         if labels is None:
             return whole(*args, **kwargs)
         hidden = model.base_model(*args, **kwargs).last_hidden_state[:, :-1]

@@ -10,14 +10,13 @@ from operator import sub
 
 import torch
 
-from llama_lora.cli import LocalError
-from llama_lora.hardware.device import out_of_memory
+from llama_lora.cli import LocalError, out_of_memory
 
 
 def split(batch: dict, parts: int) -> list[dict]:
     """A micro-batch of `packing.collate` in up to `parts` parts with about as many tokens each.
 
-    With as many parts as examples, each part is one example.
+    With as many parts as examples, each part is one example. They are what the model takes.
     """
     lengths = batch["example_lengths"]
     parts = len(lengths) if parts >= len(lengths) else parts
@@ -31,12 +30,10 @@ def split(batch: dict, parts: int) -> list[dict]:
         filled += length
     sizes = [sum(group) for group in groups]
     rest = iter(batch["example_labelled"])
-    counts = [list(islice(rest, len(group))) for group in groups]
-    labelled = batch["labelled"].split([sum(count) for count in counts])
+    labelled = batch["labelled"].split([sum(islice(rest, len(group))) for group in groups])
     columns = {
         **{key: batch[key].split(sizes, 1) for key in ("input_ids", "labels", "position_ids")},
         "labelled": map(sub, labelled, accumulate(sizes, initial=0)),
-        "example_labelled": counts,
         "example_lengths": groups,
     }
     return [dict(zip(columns, part, strict=True)) for part in zip(*columns.values(), strict=True)]

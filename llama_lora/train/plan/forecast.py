@@ -194,7 +194,7 @@ def of(shape: Shape, quantization: str, lora, args, training, windows=(None,)) -
         mlp_tiles=args.mlp_tiles,
         on_card=on_card,
         base_load=base_load,
-        zero=Zero.of(args, dtype.itemsize, processes),
+        zero=Zero.of(args, dtype.itemsize, processes, shape.config.hidden_size),
     )
     wanted = {"parts": args.in_parts, "offload": args.offload_activations == "auto" and on_card}
     autos = {name for name, holds in wanted.items() if holds}

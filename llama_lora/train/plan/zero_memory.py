@@ -25,8 +25,11 @@ class Zero:
     buckets: float
 
     @classmethod
-    def of(cls, args, itemsize: int, processes: int) -> "Zero | None":
-        """By `TrainingArguments`, for a compute dtype; None where torch trains by itself."""
+    def of(cls, args, itemsize: int, processes: int, hidden: int) -> "Zero | None":
+        """By `TrainingArguments`, for a compute dtype; None where torch trains by itself.
+
+        `hidden` is the base's hidden size, which transformers makes buckets of "auto" by.
+        """
         config = getattr(args, "hf_deepspeed_config", None)
 
         def setting(name: str, default):
@@ -40,6 +43,7 @@ class Zero:
         twice = 2 if setting("overlap_comm", False) else 1
         contiguous = setting("contiguous_gradients", True)
         size = setting("reduce_bucket_size", BUCKET)
+        size = hidden**2 if size == "auto" else size
         return cls(stage, itemsize, processes, twice * size if contiguous else 0)
 
     @property

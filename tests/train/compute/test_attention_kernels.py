@@ -290,9 +290,26 @@ def on_a_card(monkeypatch):
 @pytest.mark.parametrize(("capability", "kernel"), [(A100, VARLEN), (T4, EFFICIENT)])
 def test_a_card_gets_its_kernel(on_a_card, capability, kernel):
     on_a_card(capability)
+    row = given_row([9, 5], dtype=FP16)
+    with Recorded():  # the first time it is also tried whether it is there
+        value_and_gradients(row, example_lengths=[9, 5])
     with Recorded() as seen:
-        value_and_gradients(given_row([9, 5], dtype=FP16), example_lengths=[9, 5])
-    assert len(seen.of(kernel)[0]) >= 1
+        value_and_gradients(row, example_lengths=[9, 5])
+    assert len(seen.of(kernel)[0]) == 1
+
+
+@pytest.mark.parametrize(("capability", "kernel"), [(A100, VARLEN), (T4, EFFICIENT)])
+def test_a_checkpointed_layer_may_be_the_first_to_ask(on_a_card, capability, kernel):
+    on_a_card(capability)
+    attention_kernels._is_there.cache_clear()
+    query, key, value = given_row([9, 5], dtype=FP16)
+
+    def layer(query):
+        return attend_within_examples(None, query, key, value, None, example_lengths=[9, 5])[0]
+
+    with Recorded():
+        attended = checkpoint(layer, query, use_reentrant=False)
+        assert torch.autograd.grad(attended.sum(), query)[0].any()
 
 
 def changed(query, key, value, bias):

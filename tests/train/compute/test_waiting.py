@@ -56,14 +56,16 @@ def test_no_layer_and_no_loss_waits(quantization, dtype, tmp_path):
             assert waiting.found == {ONCE_A_PASS: parts}
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("quantization", ["none", "8bit"])
-def test_layers_and_loss_need_no_values(quantization, tmp_path):
+def test_layers_and_loss_need_no_values(quantization, dtype, tmp_path):
     """On the meta device, where to ask for a value, or to copy one to the host, is an error."""
-    model = adapted_llama(tmp_path, quantization)
+    model = adapted_llama(tmp_path, quantization, dtype)
     for module in model.modules():
-        if isinstance(module, Int8Linear):
-            module.weight = torch.nn.Parameter(module.weight.data, requires_grad=False)
-            module.steps = module.steps.to("meta")
+        if isinstance(module, Int8Linear):  # whose parameter does not move there
+            codes, scales = module.weight.data.to("meta"), module.weight.SCB.to("meta")
+            module.weight = torch.nn.Parameter(codes, requires_grad=False)
+            module.weight.SCB = scales
     model.to("meta")
     batch = {k: v.to("meta") if torch.is_tensor(v) else v for k, v in micro_batch(5).items()}
     mask = torch.ones_like(batch["input_ids"])  # with which transformers looks at no positions
@@ -80,12 +82,18 @@ A_STEP = {
 }
 
 
-@pytest.mark.parametrize("layers", [1, 3])
-def test_who_waits_in_a_training(layers, llama_tokenizer, tmp_path, monkeypatch):
+IN_FP16 = (
+    A_MICRO_BATCH | {("aten::_local_scalar_dense", "trainer.py _loss_scale"): 1},
+    A_STEP | {("aten::_local_scalar_dense", "stopping.py _was_skipped"): 1},
+)
+
+
+@pytest.mark.parametrize(("layers", "dtype"), [(1, "float32"), (3, "float32"), (3, "float16")])
+def test_who_waits_in_a_training(layers, dtype, llama_tokenizer, tmp_path, monkeypatch):
     """Whatever the number of layers, and of examples in a micro-batch."""
     base = bases.saved(tmp_path / "base", "llama", llama_tokenizer, num_hidden_layers=layers)
     corpus = save(tmp_path / "split.json", shipped("dummy_en.json"))
-    monkeypatch.setenv(DTYPE_SWITCH, "float32")
+    monkeypatch.setenv(DTYPE_SWITCH, dtype)
     counted = []
 
     def counting(trainer, *args, **kwargs):
@@ -107,6 +115,7 @@ def test_who_waits_in_a_training(layers, llama_tokenizer, tmp_path, monkeypatch)
         )
         assert done.returncode == 0, done.stderr
     for two, four in (counted[:2], counted[2:]):
-        expected = {who: 4 * times for who, times in A_MICRO_BATCH.items()}
-        expected |= {who: 2 * times for who, times in A_STEP.items()}
+        a_micro_batch, a_step = (A_MICRO_BATCH, A_STEP) if dtype == "float32" else IN_FP16
+        expected = {who: 4 * times for who, times in a_micro_batch.items()}
+        expected |= {who: 2 * times for who, times in a_step.items()}
         assert four - two == expected

@@ -110,12 +110,14 @@ def test_deepspeed_takes_what_the_plan_counts(
 def test_the_plan_reads_deepspeeds_settings(parsed):
     """Ours, and DeepSpeed's own where nothing is set."""
     args = parsed("--deepspeed", CONFIG)[-1]
-    assert Zero.of(args, 2, 2) == Zero(2, 2, 2, 2 * 2e7)
+    assert Zero.of(args, 2, 2, 64) == Zero(2, 2, 2, 2 * 2e7)
     args = parsed("--deepspeed", '{"zero_optimization": {"stage": 1}}')[-1]
-    assert Zero.of(args, 4, 1) == Zero(1, 4, 1, 5e8)
+    assert Zero.of(args, 4, 1, 64) == Zero(1, 4, 1, 5e8)
     args = parsed("--deepspeed", '{"zero_optimization": {"stage": 0}}')[-1]
-    assert Zero.of(args, 4, 1) is None
-    assert Zero.of(parsed()[-1], 2, 1) is None
+    assert Zero.of(args, 4, 1, 64) is None
+    assert Zero.of(parsed()[-1], 2, 1, 64) is None
+    auto = '{"zero_optimization": {"stage": 2, "reduce_bucket_size": "auto"}}'
+    assert Zero.of(parsed("--deepspeed", auto)[-1], 2, 1, 64) == Zero(2, 2, 1, 64**2)
 
 
 def test_two_cards_divide_the_optimizer_and_not_the_matrices():
