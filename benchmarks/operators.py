@@ -32,8 +32,8 @@ def longest(profile: torch.profiler.profile) -> tuple[list[tuple[str, int, float
 class Counted(TorchDispatchMode):
     """Counts the operators that run under it by `names`, and the bytes that they have `copied`.
 
-    Views are not counted. Those made of others are counted as these, which torch leaves whole in
-    inference mode.
+    Views are not counted. Operators made of others, which torch leaves whole in inference mode, are
+    counted as these.
     """
 
     def __init__(self):
