@@ -42,6 +42,7 @@ def main(args: argparse.Namespace) -> None:
         {"8 bits": "weights only, here", **errors(args, examples, exact, lambda model: None)},
         {"8 bits": "LLM.int8", **errors(args, examples, exact, llm_int8)},
     ]
+    measured = list(products())
     pages.publish(
         args,
         "Why 8 bits are weights only",
@@ -50,8 +51,9 @@ def main(args: argparse.Namespace) -> None:
         pages.table(rows, left=1),
         MEANING.format(pieces=len(examples), tokens=sum(len(one.ids) for one in examples)),
         "## How long a product takes",
-        pages.table(list(products()), left=3),
+        pages.table(measured, left=3),
         SPEED,
+        slower(measured),
     )
 
 
@@ -76,6 +78,17 @@ In milliseconds, of a square weight, without gradients, the best of several roun
 their turn. "dequantized by bitsandbytes" is what it trains with on a CPU. A single row, as in an
 answer, is multiplied with the codes themselves (in bf16 by a kernel of PyTorch's), and more than 16
 rows with the weight dequantized piece by piece into memory that is used again."""
+
+
+def slower(rows: list[dict]) -> str:
+    """Where weights-only is slower than LLM.int8, and by how much at most."""
+    ratios = [(float(row["here"]) / float(row["LLM.int8"]), row) for row in rows]
+    most, row = max(ratios, key=lambda pair: pair[0])
+    count = sum(ratio > 1 for ratio, _ in ratios)
+    return (
+        f"It is slower than LLM.int8 in {count} of these {len(rows)} rows, by {most:.1f} times at "
+        f"most ({row['width']} wide, {row['rows']} rows in {row['dtype']})."
+    )
 
 
 def pieces(args: argparse.Namespace) -> list:

@@ -63,8 +63,12 @@ def dequantized(codes: torch.Tensor, steps: torch.Tensor, dtype: torch.dtype) ->
         whole = torch.empty(codes.shape, dtype=dtype, device=codes.device)
         return torch.mul(codes, steps, out=whole)
     whole, rows = _buffer(codes.shape, dtype), _rows(codes, PIECE)
-    for piece, *given in zip(*(all.split(rows) for all in (whole, codes, steps)), strict=True):
-        torch.mul(*given, out=piece)
+    in_pieces = (all.split(rows) for all in (whole, codes, steps))
+    for piece, of_codes, of_steps in zip(*in_pieces, strict=True):
+        in_fp32 = piece if dtype == torch.float32 else _buffer(piece.shape, torch.float32)
+        in_fp32.copy_(of_codes).mul_(of_steps)
+        if in_fp32 is not piece:
+            piece.copy_(in_fp32)
     return whole
 
 
