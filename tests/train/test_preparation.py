@@ -133,12 +133,13 @@ def test_what_shares_a_micro_batch_changes_no_gradient(quantization, dtype, tmp_
         return total
 
     expected = gradients(len(rows))
+    rounding = max(1e-5, 8 * torch.finfo(dtype).eps)
     for parts, tile in ((1, None), (3, None), (1, 64)):
         if tile:
             gradient_checkpointing.checkpoint(model.get_base_model(), layers_of(model))
             tiled_mlp.set_up(model.get_base_model(), layers_of(model), tile)
         for ours, theirs in zip(gradients(parts), expected, strict=True):
-            assert (ours - theirs).norm() < 8 * torch.finfo(dtype).eps * theirs.norm()
+            assert (ours - theirs).norm() < rounding * theirs.norm()
 
 
 @pytest.mark.parametrize("quantization", PRECISIONS)
