@@ -44,7 +44,7 @@ def parse_args() -> argparse.Namespace:
     help = "prompt template; auto: the adapter's, else the base's own, else vicuna_v1.1"
     add("--template", choices=["auto", "vicuna_v1.1", "model"], default="auto", help=help)
     precision = parser.add_mutually_exclusive_group()
-    help = "precision of the base's weights"
+    help = "precision of the base's weights; auto: 8bit"
     precision.add_argument("--quantization", choices=QUANTIZATIONS, default="none", help=help)
     for bits in ("8bit", "4bit"):
         more = {"type": flag, "nargs": "?", "const": True, "default": False}

@@ -36,6 +36,7 @@ def main(args: argparse.Namespace) -> None:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+    origin = pages.origin()  # before the dtype of this machine is switched
     examples = pieces(args)
     exact = gradients(args, "none", [examples])
     rows = [
@@ -47,7 +48,7 @@ def main(args: argparse.Namespace) -> None:
         args,
         "Why 8 bits are weights only",
         WHY,
-        f"{pages.origin()}.",
+        f"{origin}.",
         pages.table(rows, left=1),
         MEANING.format(pieces=len(examples), tokens=sum(len(one.ids) for one in examples)),
         "## How long a product takes",
@@ -62,22 +63,26 @@ bitsandbytes' own 8-bit product, LLM.int8, rounds the activations to 8 bits as w
 columns in which some row of the same call has an outlier. So a token's result depends on what else
 is in its micro-batch; the product needs a card of compute capability 7.5; and it asks the card for
 the outliers, which empties its queue at every layer. Here the weight alone is in 8 bits, with
-bitsandbytes' codes: for each product it is dequantized to the dtype that is computed in, forward
-and backward. The numbers are those of bitsandbytes' own training on a CPU, bit for bit, and the
-same on every device but for the rounding of that dtype."""
+bitsandbytes' codes, and the activations stay as they are: for a product the weight is dequantized
+to the dtype that is computed in, forward and backward. In training the numbers are those of
+bitsandbytes' own training on a CPU, bit for bit, and the same on every device but for the rounding
+of that dtype."""
 
 MEANING = """\
 Both in fp32 on the demo's base (SmolLM2-135M), with LoRA matrices of rank 16 off their zero, on
 {pieces} pieces of the demo's chats with {tokens:,} tokens, as shares of the norm: how far the
 gradients of all LoRA matrices are from those over the unquantized base; and how far they are from
 each other if the pieces share a row or are computed one by one. LLM.int8 is forced here, as cards
-compute it."""
+compute it.
+How far a layer's output is off, and what 4 bits make of it: [cards.md](cards.md)."""
 
 SPEED = """\
 In milliseconds, of a square weight, without gradients, the best of several rounds in which all take
-their turn. "dequantized by bitsandbytes" is what it trains with on a CPU. A single row, as in an
-answer, is multiplied with the codes themselves (in bf16 by a kernel of PyTorch's), and more than 16
-rows with the weight dequantized piece by piece into memory that is used again."""
+their turn. "dequantized by bitsandbytes" is what it trains with on a CPU. On a CPU, up to 16 rows
+without gradients, such as the token of an answer, are multiplied with the codes themselves, and the
+result is scaled: in bf16 by a kernel of PyTorch's, in fp32 piece by piece. For more rows, and in
+training, the weight is dequantized piece by piece into memory that is used again. A card
+dequantizes it each time, for a single token, too."""
 
 
 def slower(rows: list[dict]) -> str:

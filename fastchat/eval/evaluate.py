@@ -33,7 +33,7 @@ def parse_args() -> argparse.Namespace:
         type=Path,
         help="folder for evaluation.html and .json; default: the adapter's",
     )
-    help = "precision of the base's weights"
+    help = "precision of the base's weights; auto: 8bit"
     add("--quantization", choices=QUANTIZATIONS, default="none", help=help)
     count = between(1, kind=int)
     add("--max_length", type=count, default=2048, help="tokens read of each conversation")
