@@ -10,11 +10,9 @@ import argparse
 import os
 import time
 from functools import partial
-from pathlib import Path
 
 from benchmarks import pages
-from benchmarks.model.rounding import loaded, read, relative
-from benchmarks.pages import ROOT
+from benchmarks.model.rounding import loaded, parser, read, relative
 
 WIDTHS, ROWS = (576, 4096), (1, 16, 512)
 ROUNDS = 12
@@ -23,13 +21,7 @@ THRESHOLD = 6.0  # of outliers, transformers' default
 
 
 def parse_args() -> argparse.Namespace:
-    parser = pages.parser(__doc__, "eight-bits.md")
-    add = parser.add_argument
-    add("--base", type=Path, default=ROOT / ".demo/base", help="base model folder")
-    add("--data", type=Path, default=ROOT / ".demo/split.json", help="corpus file, split")
-    add("--pieces", type=int, default=8, help="how many of its pieces, packed into one row")
-    add("--length", type=int, default=256, help="longest piece, in tokens")
-    return parser.parse_args()
+    return parser(__doc__, "eight-bits.md", pieces=8, length=256).parse_args()
 
 
 def main(args: argparse.Namespace) -> None:

@@ -22,13 +22,18 @@ RANK = 16
 
 
 def parse_args() -> argparse.Namespace:
-    parser = pages.parser(__doc__, "cards.md")
-    add = parser.add_argument
+    return parser(__doc__, "cards.md", pieces=16, length=512).parse_args()
+
+
+def parser(doc: str, page: str, pieces: int, length: int) -> argparse.ArgumentParser:
+    """A parser with what `read` needs, by default so many pieces of so many tokens."""
+    told = pages.parser(doc, page)
+    add = told.add_argument
     add("--base", type=Path, default=ROOT / ".demo/base", help="base model folder")
     add("--data", type=Path, default=ROOT / ".demo/split.json", help="corpus file, split")
-    add("--pieces", type=int, default=16, help="how many of its pieces, one a step")
-    add("--length", type=int, default=512, help="longest piece, in tokens")
-    return parser.parse_args()
+    add("--pieces", type=int, default=pieces, help="how many of its pieces")
+    add("--length", type=int, default=length, help="longest piece, in tokens")
+    return told
 
 
 def main(args: argparse.Namespace) -> None:

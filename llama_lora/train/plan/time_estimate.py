@@ -81,8 +81,7 @@ def operations(shape: Shape, work: EpochWork, lora_parameters: int, recomputed: 
 
 def measured_rate(shape: Shape, dtype, device: str) -> float:
     """Operations per second in products of a token block with the base's largest linear layer."""
-    largest = max(shape.linears.values(), key=lambda size: size[0] * size[1])
-    return _rate_of_products(*largest, dtype, device)
+    return _rate_of_products(*_largest(shape), dtype, device)
 
 
 def dequantizing_seconds(shape: Shape, parts: float, recomputed: float, rate: float | None):
@@ -103,8 +102,12 @@ def measured_dequantizing_rate(shape: Shape, quantization: str, dtype, device) -
     """Weights per second of the base's largest linear layer that are dequantized here."""
     if quantization == "none":
         return None
-    largest = max(shape.linears.values(), key=lambda size: size[0] * size[1])
-    return _rate_of_dequantizing(*largest, quantization, dtype, device)
+    return _rate_of_dequantizing(*_largest(shape), quantization, dtype, device)
+
+
+def _largest(shape: Shape) -> tuple[int, int]:
+    """Outputs and inputs of the largest linear layer."""
+    return max(shape.linears.values(), key=lambda size: size[0] * size[1])
 
 
 @functools.cache
