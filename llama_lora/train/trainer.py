@@ -10,7 +10,6 @@ from transformers import PrinterCallback
 from llama_lora.cli import InputError
 from llama_lora.model import adapter
 from llama_lora.model.adapter import trainable
-from llama_lora.model.labels import IGNORE
 from llama_lora.train import checkpoints
 from llama_lora.train.best_adapter import Best
 from llama_lora.train.data.packing import MicroBatches, collate
@@ -206,7 +205,7 @@ class LoraTrainer(transformers.Trainer):
         for number in range(self.args.process_index, len(held_out), self.args.world_size):
             batch = collate([held_out[number]])
             del batch["names"]
-            count = int((batch["labels"] != IGNORE).sum())
+            count = len(batch["labelled"])
             summed = self.held_out_parts.compute_in_parts(self._summed_loss, batch)
             total += torch.tensor([summed, count], dtype=total.dtype, device=total.device)
         summed, count = self.accelerator.reduce(total).tolist()
