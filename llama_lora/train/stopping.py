@@ -117,7 +117,8 @@ class Diverged(Exception):
 
 def is_finite(tensors: list[torch.Tensor]) -> bool:
     """Whether all values are finite."""
-    return bool(torch.stack([tensor.float().sum().isfinite() for tensor in tensors]).all())
+    largest = torch._foreach_norm(tensors, float("inf"))
+    return bool(torch.stack(largest).isfinite().all())
 
 
 def resume_command(deepspeed: bool, processes: int) -> str:

@@ -12,6 +12,7 @@ from llama_lora.model import adapter
 from llama_lora.model.adapter import trainable
 from llama_lora.train import checkpoints
 from llama_lora.train.best_adapter import Best
+from llama_lora.train.compute.dropout import keys_in_step
 from llama_lora.train.data.packing import MicroBatches, collate
 from llama_lora.train.logs import LogFile, LogLine, Totals
 from llama_lora.train.memory import onednn_warmup
@@ -117,6 +118,7 @@ class LoraTrainer(transformers.Trainer):
         self.model.train()
         self.totals.in_step = num_items_in_batch  # of all processes and micro-batches
         names, batch = inputs.pop("names"), self._prepare_inputs(inputs)
+        batch["token_keys"] = keys_in_step(batch["token_keys"], self.state.global_step)
 
         def loss_of(part):
             return self.compute_loss(self.model, part, num_items_in_batch=num_items_in_batch)

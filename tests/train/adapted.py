@@ -9,6 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from llama_lora.model import adapter
 from llama_lora.model.base import load_base
+from llama_lora.train import lora_model
 from llama_lora.train.compute import chunked_loss, packed_attention
 from llama_lora.train.data.example import Example
 from llama_lora.train.data.packing import collate
@@ -43,6 +44,7 @@ def adapted_llama(
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.1)
+    lora_model.compute_in_few_operators(model, seed=0)
     return model.train()
 
 

@@ -27,15 +27,27 @@ class LinearCrossEntropy(torch.autograd.Function):
     def forward(ctx, hidden, weight, labels, labelled):
         gradient = torch.zeros_like(hidden) if hidden.requires_grad else None
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        for rows in labelled.split(max(1, CHUNK_BYTES // (4 * len(weight)))):
-            words = labels[rows, None]
-            logits = linear(hidden[rows].to(weight.dtype), weight).float()
-            log_sums = logits.logsumexp(1, keepdim=True)
-            total += (log_sums - logits.gather(1, words)).sum()
+        chunks = labelled.split(max(1, CHUNK_BYTES // (4 * len(weight))))
+        room = torch.empty(len(chunks[0]), len(weight), device=weight.device)  # for all chunks
+        products = (
+            room if weight.dtype == room.dtype else torch.empty_like(room, dtype=weight.dtype)
+        )
+        for rows in chunks:
+            words, logits = labels[rows, None], room[: len(rows)]
+            product = products[: len(rows)]
+            torch.mm(hidden[rows].to(weight.dtype), weight.t(), out=product)
+            if product is not logits:
+                logits.copy_(product)
+            largest = logits.amax(1, keepdim=True)
+            right = logits.gather(1, words).sub_(largest)
+            sums = logits.sub_(largest).exp_().sum(1, keepdim=True)
+            total += (sums.log() - right).sum()
             if gradient is not None:
-                logits.sub_(log_sums).exp_()  # now the probabilities
-                logits.scatter_add_(1, words, torch.full_like(words, -1, dtype=logits.dtype))
-                gradient[rows] = (logits.to(weight.dtype) @ weight).to(gradient.dtype)
+                logits.div_(sums)  # now the probabilities
+                logits.scatter_add_(1, words, torch.full_like(sums, -1))
+                if product is not logits:
+                    product.copy_(logits)
+                gradient[rows] = (product @ weight).to(gradient.dtype)
         ctx.save_for_backward(gradient)
         return total
 
@@ -73,6 +85,7 @@ def compute_in_chunks(model) -> None:
 
     def forward(*args, labels=None, labelled=None, num_items_in_batch=None, **kwargs):
         kwargs.pop("example_labelled", None)  # of a micro-batch that was not split
+        kwargs.pop("token_keys", None)  # where nothing takes them, see `lora_layers`
         if labels is None:
             return whole(*args, **kwargs)
         hidden = model.base_model(*args, **kwargs).last_hidden_state[:, :-1]

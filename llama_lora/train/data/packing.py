@@ -1,6 +1,7 @@
 """Micro-batches of whole examples without padding: no computation is wasted."""
 
 import random
+import zlib
 from collections.abc import Callable
 
 import numpy as np
@@ -103,7 +104,8 @@ def collate(micro_batches: list[list[Example]]) -> dict:
     Returns:
         int64 `input_ids`, `labels` and `position_ids` of [1, tokens]; `example_lengths`, by which
         `attend_within_examples` keeps the examples apart; where the `labelled` tokens are, int64,
-        and how many each example has; and the examples' `names`.
+        and how many each example has; int64 `token_keys`, a number for each token that depends on
+        its example and position alone; and the examples' `names`.
     """
     (examples,) = micro_batches
     examples = examples or [EMPTY]
@@ -114,11 +116,19 @@ def collate(micro_batches: list[list[Example]]) -> dict:
         "input_ids": _as_row([example.ids for example in examples]),
         "labels": _as_row(labels),
         "position_ids": _as_row(positions),
+        "token_keys": _as_row(
+            [_key(one) + at for one, at in zip(examples, positions, strict=True)]
+        ),
         "example_lengths": [len(example.ids) for example in examples],
         "labelled": torch.from_numpy(np.flatnonzero(np.concatenate(labels) != IGNORE)),
         "example_labelled": [np.count_nonzero(one != IGNORE) for one in labels],
         "names": [example.id for example in examples],
     }
+
+
+def _key(example: Example) -> int:
+    """A number of which others have the next 2^31 only by chance."""
+    return zlib.crc32(example.id.encode(errors="surrogatepass")) << 31
 
 
 def _as_row(parts: list[np.ndarray]) -> torch.Tensor:

@@ -12,6 +12,8 @@ import torch
 
 from llama_lora.cli import LocalError, out_of_memory
 
+ROW = "input_ids", "labels", "position_ids", "token_keys"  # [1, tokens] each
+
 
 def split(batch: dict, parts: int) -> list[dict]:
     """A micro-batch of `packing.collate` in up to `parts` parts with about as many tokens each.
@@ -32,7 +34,7 @@ def split(batch: dict, parts: int) -> list[dict]:
     rest = iter(batch["example_labelled"])
     labelled = batch["labelled"].split([sum(islice(rest, len(group))) for group in groups])
     columns = {
-        **{key: batch[key].split(sizes, 1) for key in ("input_ids", "labels", "position_ids")},
+        **{key: batch[key].split(sizes, 1) for key in ROW},
         "labelled": map(sub, labelled, accumulate(sizes, initial=0)),
         "example_lengths": groups,
     }
@@ -121,5 +123,17 @@ class Gradients(Parts):
 
     def as_loss(self, gradients: list[torch.Tensor]) -> torch.Tensor:
         """A scalar whose gradients are `gradients`, for an engine that calls backward itself."""
-        pairs = zip(self.parameters, gradients, strict=True)
-        return sum((parameter.float() * gradient).sum() for parameter, gradient in pairs)
+        return _Known.apply(gradients, *self.parameters)
+
+
+class _Known(torch.autograd.Function):
+    """A scalar of no value to speak of, with gradients that are known."""
+
+    @staticmethod
+    def forward(ctx, gradients, *parameters):
+        ctx.gradients = gradients
+        return gradients[0].new_zeros(())
+
+    @staticmethod
+    def backward(ctx, upstream):
+        return None, *torch._foreach_mul(ctx.gradients, upstream)

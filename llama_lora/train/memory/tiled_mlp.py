@@ -12,6 +12,8 @@ import contextlib
 import torch
 from torch.utils.checkpoint import get_device_states, set_device_states
 
+from llama_lora.train.compute import lora_layers
+
 # Layers in which only the MLP uses the output of the norm before it.
 NORM_BEFORE_MLP = ("llama", "mistral", "qwen2", "qwen3")
 
@@ -29,7 +31,7 @@ def set_up(model, layers: list, size: int) -> bool:
         return False
     for layer in layers:
         norm, mlp = layer.post_attention_layernorm, layer.mlp
-        steps = [type(module).forward.__get__(module) for module in (norm, mlp)]
+        steps = [module.forward for module in (norm, mlp)]
         norm.forward, mlp.forward = _pass, _Tiles(steps, mlp, size)
     return bool(layers)
 
@@ -44,18 +46,25 @@ class _Tiles:
     def __init__(self, steps: list, mlp, size: int):
         self.steps, self.size = steps, size
         self.parameters = [p for p in mlp.parameters() if p.requires_grad]
+        self.dropout = lora_layers.dropout_of(mlp)
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
-        if hidden.shape[1] <= self.size:
-            return self.run(hidden)
+        tokens = hidden.shape[1]
+        if tokens <= self.size:
+            return self.run(hidden, slice(None))
         if torch.is_grad_enabled() and hidden.requires_grad:
             kept = _Keep.apply(hidden)
             return _Tiled.apply(self, kept.grad_fn, kept, *self.parameters)
-        return torch.cat([self.run(tile) for tile in hidden.split(self.size, 1)], 1)
+        return torch.cat([self.run(hidden[:, tile], tile) for tile in self.tiles(tokens)], 1)
 
-    def run(self, hidden: torch.Tensor) -> torch.Tensor:
-        for step in self.steps:
-            hidden = step(hidden)
+    def tiles(self, tokens: int) -> list[slice]:
+        return [slice(start, start + self.size) for start in range(0, tokens, self.size)]
+
+    def run(self, hidden: torch.Tensor, tile: slice) -> torch.Tensor:
+        """The results for these of the tokens, of which `hidden` is the input."""
+        with self.dropout.only(tile) if self.dropout else contextlib.nullcontext():
+            for step in self.steps:
+                hidden = step(hidden)
         return hidden
 
 
@@ -82,10 +91,8 @@ class _Tiled(torch.autograd.Function):
         ctx.tiles, ctx.keep, ctx.parameters = tiles, keep, parameters
         ctx.as_now = _Circumstances(hidden)
         result = torch.empty_like(hidden)
-        for tile, place in zip(
-            hidden.split(tiles.size, 1), result.split(tiles.size, 1), strict=True
-        ):
-            place.copy_(tiles.run(tile))
+        for tile in tiles.tiles(hidden.shape[1]):
+            result[:, tile] = tiles.run(hidden[:, tile], tile)
         return result
 
     @staticmethod
@@ -93,23 +100,22 @@ class _Tiled(torch.autograd.Function):
         (hidden,) = ctx.keep.saved_tensors
         gradient = torch.empty_like(hidden)
         sums = [torch.zeros_like(p, dtype=torch.float32) for p in ctx.parameters]
-        tiles = (whole.split(ctx.tiles.size, 1) for whole in (hidden, upstream, gradient))
         with ctx.as_now.again():
-            for tile, above, place in zip(*tiles, strict=True):
-                _add_gradients(ctx, tile, above, place, sums)
+            for tile in ctx.tiles.tiles(hidden.shape[1]):
+                gradient[:, tile] = _add_gradients(ctx, hidden, upstream, tile, sums)
         found = [total.to(p.dtype) for total, p in zip(sums, ctx.parameters, strict=True)]
         return None, None, gradient, *found
 
 
-def _add_gradients(ctx, tile, above, place, sums: list) -> None:
-    """Recompute a tile; put its gradient in `place`, and add the weights' gradients to `sums`."""
-    tile = tile.detach().requires_grad_()
+def _add_gradients(ctx, hidden, upstream, tile: slice, sums: list) -> torch.Tensor:
+    """The gradient of a tile, which is recomputed; those of the weights are added to `sums`."""
+    given = hidden[:, tile].detach().requires_grad_()
     with torch.enable_grad():
-        result = ctx.tiles.run(tile)
-    of_tile, *of_weights = torch.autograd.grad(result, (tile, *ctx.parameters), above)
-    place.copy_(of_tile)
+        result = ctx.tiles.run(given, tile)
+    of_tile, *of_weights = torch.autograd.grad(result, (given, *ctx.parameters), upstream[:, tile])
     for total, one in zip(sums, of_weights, strict=True):
         total.add_(one)
+    return of_tile
 
 
 class _Circumstances:
