@@ -34,7 +34,7 @@ from llama_lora.train.compute import attention_kernels, chunked_loss
 from llama_lora.train.compute.attention_kernels import EFFICIENT, LOOP, log_sums, sum_rows
 from llama_lora.train.data import packing
 from llama_lora.train.data.packing import MicroBatches, collate
-from llama_lora.train.memory import gradient_checkpointing
+from llama_lora.train.memory import gradient_checkpointing, tiled_mlp
 from llama_lora.train.memory.out_of_memory import Gradients
 from llama_lora.train.plan import forecast, memory_plan, time_estimate
 
@@ -281,10 +281,9 @@ def on_device(examples: list, device: torch.device) -> dict:
 def set_back(base) -> None:
     """Undo what `set_up` did for the row before, and let go of its memory on the host."""
     gradient_checkpointing.checkpoint(base, [])
+    tiled_mlp.undo(base.base_model.layers)
     for layer in base.base_model.layers:
         layer.__dict__.pop("_gradient_checkpointing_func", None)
-        for module in (layer.post_attention_layernorm, layer.mlp):
-            module.__dict__.pop("forward", None)
     if torch.cuda.is_available():
         torch._C._host_emptyCache()
 

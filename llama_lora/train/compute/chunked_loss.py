@@ -7,7 +7,6 @@ which runs on every card and every CPU.
 """
 
 import torch
-from torch.nn.functional import linear
 from transformers.modeling_outputs import CausalLMOutput
 
 from llama_lora.cli import InputError

@@ -13,6 +13,7 @@ import torch
 
 BEGINS = 1 << 24  # places in the sequence where a row may begin
 WIDEST = 1 << 17  # numbers in a row
+BYTES = BEGINS + WIDEST
 # Odd constants of xxHash (Collet), as signed numbers.
 FACTORS = -0x61C8864E7A143579, -0x3D4D51C2D82B14B1, 0x165667B19E3779F9
 
@@ -22,17 +23,22 @@ def keys_in_step(keys: torch.Tensor, step: int) -> torch.Tensor:
     return keys + step * 0x9E3779B1 * (1 << 20)
 
 
+def _random(share: float, seed: int) -> torch.Tensor:
+    """uint8 [`BYTES`], drawn on the host: the same for every device."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.empty(BYTES, dtype=torch.uint8).bernoulli_(1 - share, generator=generator)
+
+
 class Dropout:
     """The masks of all inputs in a model."""
 
-    def __init__(self, share: float, seed: int):
+    def __init__(self, share: float, seed: int, device: torch.device):
         """
         Args:
             share: of the numbers that are dropped, 0 to below 1.
         """
-        self.share, self.seed = share, seed
-        self.inputs, self.part = 0, slice(None)
-        self._sequence = self._begins = None
+        self.share, self.inputs, self.part = share, 0, slice(None)
+        self._sequence, self._begins = _random(share, seed).to(device) if share else None, None
 
     def add_input(self) -> int:
         """The number of another input, for `begins`."""
@@ -49,23 +55,16 @@ class Dropout:
         hashed = keys * FACTORS[2] + inputs[:, None, None]
         for factor in FACTORS[1:]:
             hashed = (hashed ^ (hashed >> 31)) * factor
-        self._begins = (hashed >> 32) & (BEGINS - 1)
+        self._begins = ((hashed >> 32) & (BEGINS - 1)).int()
 
     def begins(self, number: int) -> torch.Tensor:
-        """Where the rows of an input begin, for `rows`: int64 [all tokens]."""
+        """Where the rows of an input begin, for `rows`: int32 [all tokens]."""
         return self._begins[number][:, self.part].flatten()
 
     def rows(self, begins: torch.Tensor, width: int) -> torch.Tensor:
         """uint8 [len(begins), width]: 0 where a number is dropped, else 1."""
-        if self._sequence is None or self._sequence.device != begins.device:
-            self._sequence = self._random(begins.device)
-        return self._sequence.as_strided((BEGINS, width), (1, 1)).index_select(0, begins)
-
-    def _random(self, device: torch.device) -> torch.Tensor:
-        generator = torch.Generator().manual_seed(self.seed)  # the same for every device
-        with torch.inference_mode(False):
-            sequence = torch.empty(BEGINS + WIDEST, dtype=torch.uint8)
-            return sequence.bernoulli_(1 - self.share, generator=generator).to(device)
+        windows = self._sequence.to(begins.device).as_strided((BEGINS, width), (1, 1))
+        return windows.index_select(0, begins)
 
     @contextmanager
     def only(self, tokens: slice) -> Iterator[None]:

@@ -25,7 +25,7 @@ def set_up(model, seed: int) -> None:
     numbered.
     """
     layers = {name: module for name, module in model.named_modules() if adapted(module)}
-    dropout = Dropout(max(map(_dropped, layers.values()), default=0.0), seed)
+    dropout = Dropout(max(map(_dropped, layers.values()), default=0.0), seed, model.device)
     for names in _by_input(layers):
         SharedInput([layers[name] for name in names], dropout)
     model.get_base_model().register_forward_pre_hook(partial(_draw, dropout), with_kwargs=True)

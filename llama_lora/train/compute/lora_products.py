@@ -101,8 +101,10 @@ def gradients(given: Input, layers, inner, matrices, upstream, of_input: bool) -
         torch.addmm(of_part, above, b.to(dtype), beta=0, alpha=scale, out=of_part)
         of_b.append((above.t() @ part).mul_(scale))
         if of_input:
-            weight = dense(layer.base, dtype)
-            of_x = above @ weight if of_x is None else of_x.addmm_(above, weight)
+            if of_x is None:
+                of_x = above @ dense(layer.base, dtype)
+            else:
+                of_x.addmm_(above, dense(layer.base, dtype))
     of_a = of_inner.t() @ given.dropped
     if of_input and given.dropout is None:
         of_x.addmm_(of_inner, _stacked(matrices, dtype))

@@ -29,11 +29,18 @@ def set_up(model, layers: list, size: int) -> bool:
     """
     if model.config.model_type not in NORM_BEFORE_MLP:
         return False
+    undo(layers)
     for layer in layers:
         norm, mlp = layer.post_attention_layernorm, layer.mlp
-        steps = [module.forward for module in (norm, mlp)]
-        norm.forward, mlp.forward = _pass, _Tiles(steps, mlp, size)
+        norm.forward, mlp.forward = _pass, _Tiles([norm.forward, mlp.forward], mlp, size)
     return bool(layers)
+
+
+def undo(layers: list) -> None:
+    """Let the MLPs of `layers` take all tokens at once again."""
+    for layer in layers:
+        if isinstance(layer.mlp.forward, _Tiles):
+            layer.post_attention_layernorm.forward, layer.mlp.forward = layer.mlp.forward.steps
 
 
 def _pass(hidden: torch.Tensor) -> torch.Tensor:

@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from llama_lora.model.folder.shape import head_size
 from llama_lora.train.compute.attention_kernels import EFFICIENT, LOOP, VARLEN
 
-FP32 = 4
+FP32 = INT32 = 4
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP = ("gate_proj", "up_proj", "down_proj")
-IDS = 3 * 8  # ids, labels and positions
+IDS = 4 * 8  # ids, labels, positions and keys
+INPUTS = ("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",)
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ class Layer:
         on_card: on a card, a dropout mask takes a byte per element; on a CPU it is an ordinary
             tensor.
         attention: how it is computed.
+        dora: whether peft computes the adapted layers, instead of `lora_products`.
     """
 
     hidden: int
@@ -57,6 +59,7 @@ class Layer:
     dropout: float
     on_card: bool
     attention: Attention
+    dora: bool = False
 
     @classmethod
     def of(cls, config, targets, *others) -> "Layer":
@@ -81,22 +84,23 @@ class Layer:
     # What the backward pass needs.
 
     def of_lora(self, *names: str) -> int:
-        """The inputs after dropout with the masks, and the outputs of A."""
+        """The outputs of A; peft also keeps the inputs after dropout, with the masks."""
         adapted = [name for name in names if name in self.targets]
-        dropped = self.size if self.dropout else 0
-        return sum(
-            dropped * self.width(name) + self.mask(self.width(name)) + self.size * self.r
-            for name in adapted
-        )
+        ranks = self.size * self.r * len(adapted)
+        if not (self.dora and self.dropout):
+            return ranks
+        mask = 1 if self.on_card else self.size
+        return ranks + sum((self.size + mask) * self.width(name) for name in adapted)
 
     def of_input(self, *names: str) -> int:
-        """The input that linear layers share; without dropout, A multiplies it as it is."""
+        """The input that linear layers share; peft keeps it only if A multiplies it as it is."""
         adapted = any(name in self.targets for name in names)
-        return self.size * self.width(names[0]) if adapted and not self.dropout else 0
+        kept = adapted and not (self.dora and self.dropout)
+        return self.size * self.width(names[0]) if kept else 0
 
     def of_norm(self) -> int:
-        """Its input in fp32, and the reciprocal of the root mean square."""
-        return FP32 * self.hidden + FP32
+        """Its input, and the reciprocal of the root mean square."""
+        return self.size * self.hidden + FP32
 
     def of_attention(self) -> int:
         """Among others, queries, keys and values, the result, and the log-sum-exps."""
@@ -106,9 +110,14 @@ class Layer:
             + self.of_input("q_proj", "k_proj", "v_proj")
             + 2 * self.size * (self.query + keys)
             + FP32 * self.heads * self.attention.log_sums
-            + self.of_input("o_proj")
-            + self.of_lora(*ATTENTION)
+            + self.of_o_proj()
+            + self.of_lora("q_proj", "k_proj", "v_proj")
         )
+
+    def of_o_proj(self) -> int:
+        """Its input is the kernel's result, which is copied only from several calls."""
+        copied = self.attention.kernel == LOOP
+        return self.of_input("o_proj") * copied + self.of_lora("o_proj")
 
     @property
     def repeats(self) -> bool:
@@ -116,104 +125,60 @@ class Layer:
         return self.attention.kernel == LOOP and self.on_card
 
     def of_mlp(self) -> int:
-        """Among others, the outputs of gate and up, and the gate's SiLU."""
+        """Among others, the outputs of gate and up, from which the rest is computed again."""
         return (
             self.of_norm()
             + self.of_input("gate_proj", "up_proj")
-            + 3 * self.size * self.intermediate
-            + self.of_input("down_proj")
+            + 2 * self.size * self.intermediate
+            + (self.of_input("down_proj") if self.dora else 0)
             + self.of_lora(*MLP)
         )
 
-    # The most it holds besides its input while it recomputes and goes backward.
+    # What it holds besides, while it goes backward.
 
     def peak(self, tiles: int) -> float:
-        stream, wide = self.size * self.hidden, self.size * self.intermediate
-        attention = self.of_attention() - self.shared() + stream
+        """The most that it holds, with the gradient of its output but without its input."""
+        mlp = self.of_mlp() + self._in_mlp()
         if tiles > 1:
-            inside = max(self._mlp_moments(self.of_norm() - self.shared(), tiled=True))
-            mlp = 2 * stream + inside / tiles  # its input, and the gradient of that
-            return max(attention + max(mlp, *self._attention_moments()), self._first_norm())
-        # The gradient that the last product gives or takes before the layer has to be recomputed:
-        # of what autograd saves, not of what quantized products keep by themselves.
-        ahead = 0 if self.quantization == "none" else wide
-        if "down_proj" in self.targets:
-            ahead = stream
-        mlp = max(self._mlp_moments(self.of_norm(), tiled=False, ahead=ahead))
-        return max(attention + max(mlp, *self._attention_moments(ahead)), self._first_norm())
+            mlp = 2 * self.size * self.hidden + mlp / tiles  # its input, and the gradient of that
+        return self.of_attention() + max(mlp, *self._in_attention())
 
-    def shared(self) -> int:
-        """In fp32 a norm keeps its input itself instead of a copy."""
-        return self.size * self.hidden if self.size == FP32 else 0
+    def _in_mlp(self) -> int:
+        """Gradients of its parts, and what is computed again; all as wide as the gate."""
+        wide = self.size * self.intermediate
+        if self.dora:
+            return 6 * wide
+        if "down_proj" not in self.targets:
+            return 5 * wide
+        return 4 * wide + self._in_dropout("down_proj")
 
-    def _mlp_moments(self, norm: int, tiled: bool, ahead: int = 0) -> list[float]:
-        stream, wide = self.size * self.hidden, self.size * self.intermediate
-        loras = self.of_lora("gate_proj", "up_proj")
-        adapted = "down_proj" in self.targets
-        mask = self.mask(self.intermediate) if adapted else 0
-        forward = norm + stream + ahead  # with the norm's output
-        backward = norm + self.of_input("gate_proj", "up_proj")
-        if tiled:
-            backward += stream  # the tile's result
-        else:
-            forward += stream - self.shared()  # the residuals
-        moments = [
-            forward + self.of_lora("gate_proj") + self._results("gate_proj"),
-            forward + loras + 2 * wide + self._results("up_proj"),
-            # Gradients: of A's input, before and after dropout, and of gate and up.
-            backward + self.of_lora(*MLP) + self.of_input("down_proj") + 4 * wide,
-            backward + loras + mask + 5 * wide,
-            backward + loras + 6 * wide,
-            norm - FP32 + stream * tiled + 5 * FP32 * self.hidden,
-        ]
-        if adapted or tiled:  # otherwise recomputing ends before the last product
-            copies = 2 if adapted and self.quantization == "4bit" else 1
-            results = 3 if adapted and tiled else 1  # else it ends when A's output is there
-            moments += [
-                forward + loras + 4 * wide + copies * stream,
-                forward + self.of_lora(*MLP) + 4 * wide + results * stream,
-            ]
-        return moments
-
-    def _attention_moments(self, ahead: int = 0) -> list[int]:
-        stream, query, key = (self.size * n for n in (self.hidden, self.query, self.key))
-        # Keys and values before they are repeated, and inputs that are not kept.
-        grouped = self.key < self.query
-        shown = ahead + (2 * key if grouped and self.repeats else 0)
-        shown += 0 if self.of_input("q_proj", "k_proj", "v_proj") else stream
-        shown += 0 if self.of_input("o_proj") else query
-        of_o = self.of_lora("o_proj") + self.of_input("o_proj")
+    def _in_attention(self) -> list[int]:
+        query, key = self.size * self.query, self.size * self.key
         # Of queries, keys and values; on a card, kernels sum dQ in fp32, and what they return, or
         # take, for grouped queries has been repeated.
         gradients = 2 * query + 2 * (query if self.repeats else key)
         if self.on_card:
             gradients += FP32 * self.query * self.attention.sums
-        if grouped:
+        if self.key < self.query:
             gradients += {VARLEN: 2, EFFICIENT: 4}.get(self.attention.kernel, 0) * query
-        return [
-            shown + stream * (3 if "o_proj" in self.targets else 1),
-            # Gradients of A's input, before and after dropout.
-            query,
-            2 * query - of_o,
-            gradients - of_o,
-        ]
+        of_input = query * (2 if self.dropout else 1) + self._in_dropout("o_proj")
+        return [of_input, gradients - self.of_o_proj()]
 
-    def _first_norm(self) -> int:
-        """Its backward pass, when all that came after it is gone but the gradient beside it."""
-        stream = self.size * self.hidden
-        return self.of_norm() - self.shared() - FP32 + stream + 5 * FP32 * self.hidden
-
-    def _results(self, name: str) -> int:
-        """The results of a linear layer in the MLP: its own, B's, and B's scaled."""
-        return self.size * self.intermediate * (3 if name in self.targets else 1)
-
-    def mask(self, width: int) -> int:
-        """A dropout mask."""
-        return width * (1 if self.on_card else self.size) if self.dropout else 0
+    def _in_dropout(self, name: str) -> int:
+        """The mask of a layer's input, a byte each, and the gradient of A's outputs."""
+        return self.width(name) + self.size * self.r if self.dropout else 0
 
 
 def kept_per_token(
-    config, targets, lora_r, quantization, itemsize, dropout, on_card=True, attention=Attention()
+    config,
+    targets,
+    lora_r,
+    quantization,
+    itemsize,
+    dropout,
+    on_card=True,
+    attention=Attention(),
+    dora=False,
 ) -> float:
     """Bytes per token that one layer without checkpointing keeps for its backward pass.
 
@@ -222,7 +187,8 @@ def kept_per_token(
         targets: names of the linear layers with LoRA matrices, or ["all-linear"].
         itemsize: bytes per element of the activations.
     """
-    layer = Layer.of(config, targets, lora_r, quantization, itemsize, dropout, on_card, attention)
+    others = lora_r, quantization, itemsize, dropout, on_card, attention, dora
+    layer = Layer.of(config, targets, *others)
     return layer.of_attention() + layer.of_mlp()
 
 
@@ -236,14 +202,15 @@ def layer_peak_per_token(
     on_card=True,
     attention=Attention(),
     mlp_tiles=1,
+    dora=False,
 ) -> float:
     """The most bytes per token that one layer takes while it recomputes and goes backward.
 
     They include what it then keeps and the gradient of its output, and come on top of
     `checkpoint_per_token`.
     """
-    layer = Layer.of(config, targets, lora_r, quantization, itemsize, dropout, on_card, attention)
-    return layer.peak(mlp_tiles)
+    others = lora_r, quantization, itemsize, dropout, on_card, attention, dora
+    return Layer.of(config, targets, *others).peak(mlp_tiles)
 
 
 def checkpoint_per_token(config, itemsize: int) -> int:
@@ -251,19 +218,26 @@ def checkpoint_per_token(config, itemsize: int) -> int:
     return itemsize * config.hidden_size
 
 
+def masks_per_token(targets, dropout: float) -> int:
+    """Bytes per token for where the rows of a layer's dropout masks begin, whatever recomputes."""
+    targets = ATTENTION + MLP if "all-linear" in targets else targets
+    adapted = sum(any(name in targets for name in names) for names in INPUTS)
+    return INT32 * adapted if dropout else 0
+
+
 def beside_layers_per_token(config, itemsize: int) -> int:
-    """Bytes per token held while layers go backward: rotary angles, ids and labels."""
+    """Bytes per token held while layers go backward: rotary angles, ids, labels and keys."""
     return 2 * itemsize * head_size(config) + IDS
 
 
 def ends_per_token(config, itemsize: int) -> int:
     """Bytes per token that are kept outside the layers until the layers go backward.
 
-    Besides the above: the last norm's input in fp32, and the gradient of the hidden states that the
-    loss in chunks computes; `layer_peak_per_token` has the gradient that this turns into.
+    Besides the above: the last norm's input, and the gradient of the hidden states that the loss in
+    chunks computes; `layer_peak_per_token` has the gradient that this turns into.
     """
     hidden = config.hidden_size
-    last = FP32 * hidden + FP32 + itemsize * hidden
+    last = 2 * itemsize * hidden + FP32
     return beside_layers_per_token(config, itemsize) + last
 
 

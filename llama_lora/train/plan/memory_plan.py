@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from llama_lora.hardware.cards import GIB
 from llama_lora.model.folder.shape import Shape
-from llama_lora.train.compute import chunked_loss
+from llama_lora.train.compute import chunked_loss, dropout
 from llama_lora.train.compute.attention_kernels import LOOP
 from llama_lora.train.memory import allocator, gradient_checkpointing
 from llama_lora.train.plan import activation_memory
@@ -178,10 +178,10 @@ def activation_bytes(setup: Setup, recomputed: int) -> float:
     config, size = setup.shape.config, setup.itemsize
     layer = (config, tuple(setup.targets), setup.lora_r, setup.quantization, size)
     layer += setup.lora_dropout, setup.on_card, setup.attends
-    kept = activation_memory.kept_per_token(*layer)
+    kept = activation_memory.kept_per_token(*layer, dora=setup.use_dora)
     tiles = setup.tiles if recomputed else 1
-    peak = activation_memory.layer_peak_per_token(*layer, tiles)
-    weights = 0
+    peak = activation_memory.layer_peak_per_token(*layer, tiles, dora=setup.use_dora)
+    weights = 0  # and what else does not grow with the tokens
     if setup.use_dora:
         scaled = activation_memory.dora_per_token(setup.targets, size)
         kept, peak = kept + scaled, peak + scaled
@@ -193,6 +193,10 @@ def activation_bytes(setup: Setup, recomputed: int) -> float:
     whole = setup.shape.layers - recomputed
     at_work = peak if recomputed else max(0, peak - kept)  # what is kept is already counted
     held = whole * kept + waiting * activation_memory.checkpoint_per_token(config, size)
+    if setup.lora_dropout and not setup.use_dora:
+        weights = dropout.BYTES
+        masks = activation_memory.masks_per_token(tuple(setup.targets), setup.lora_dropout)
+        held += setup.shape.layers * masks
     at_the_loss = activation_memory.ends_per_token(config, size)
     in_a_layer = activation_memory.beside_layers_per_token(config, size) + at_work
     return setup.part_tokens * (held + max(at_the_loss, in_a_layer)) + weights

@@ -100,7 +100,7 @@ def test_packed_rows_are_each_example_alone_under_eager_attention(kind):
     row = collate(
         [[Example("", "", ids.numpy(), np.full(len(ids), IGNORE, np.int32)) for ids in parts]]
     )
-    for ours in ("labels", "names", "labelled", "example_labelled"):
+    for ours in ("labels", "names", "labelled", "example_labelled", "token_keys"):
         del row[ours]
     packed = bases.model(kind, BY_EXAMPLE)(**row, use_cache=False).logits[0]
     eager, wide = bases.model(kind, "eager"), bases.model(kind, "eager", sliding_window=400)

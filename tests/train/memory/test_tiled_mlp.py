@@ -62,13 +62,10 @@ def test_dora_and_mlps_without_trained_weights(tmp_path):
 
 
 def test_dropout_is_the_same_when_recomputed(tmp_path):
-    """Against autograd through the same tiles, drawing from the same seed."""
-    model = adapted_llama(tmp_path, dropout=0.3)
+    """As peft draws it: against autograd through the same tiles, from the same seed."""
+    model = adapted_llama(tmp_path, dropout=0.3, use_dora=True)
     layer = layers_of(model)[0]
-    whole = [
-        type(module).forward.__get__(module)
-        for module in (layer.post_attention_layernorm, layer.mlp)
-    ]
+    whole = [module.forward for module in (layer.post_attention_layernorm, layer.mlp)]
     parameters = [p for p in layer.mlp.parameters() if p.requires_grad]
     tiled_mlp.set_up(model.get_base_model(), [layer], 6)
     hidden = torch.randn(1, 20, 32, requires_grad=True)
@@ -87,6 +84,16 @@ def test_dropout_is_the_same_when_recomputed(tmp_path):
     assert torch.equal(found, expected)
     assert torch.equal(drawn, next_drawn)
     assert close(tiled, by_autograd)
+
+
+def test_a_tile_drops_what_the_whole_does(tmp_path):
+    model = adapted_llama(tmp_path, dropout=0.3)
+    model.get_base_model().enable_input_require_grads()
+    expected_loss, expected = step(model)
+    tiled_mlp.set_up(model.get_base_model(), layers_of(model), 8)
+    loss, found = step(model)
+    assert loss.item() == pytest.approx(expected_loss.item(), rel=1e-6)
+    assert close(found, expected)
 
 
 def test_dropout_is_the_same_in_checkpointed_layers(tmp_path):
@@ -119,7 +126,7 @@ def test_each_tile_is_computed_twice_and_no_more(tmp_path):
     tiled_mlp.set_up(model.get_base_model(), layers_of(model), 10)
     widths = []
     for layer in layers_of(model):
-        layer.mlp.down_proj.register_forward_hook(lambda m, a, out: widths.append(out.shape[1]))
+        layer.mlp.gate_proj.register_forward_hook(lambda m, a, out: widths.append(out.shape[1]))
     step(model, tokens=35)
     assert sorted(widths) == [5] * 4 + [10] * 12
 
@@ -145,7 +152,7 @@ def test_evaluation_is_tiled_as_well(tmp_path):
         expected = model(input_ids=ids).logits
         tiled_mlp.set_up(model.get_base_model(), layers_of(model), 8)
         widths = []
-        layers_of(model)[0].mlp.down_proj.register_forward_hook(
+        layers_of(model)[0].mlp.gate_proj.register_forward_hook(
             lambda m, a, out: widths.append(out.shape[1])
         )
         found = model(input_ids=ids).logits

@@ -109,19 +109,18 @@ every_kind = pytest.mark.parametrize(("setting", "shape"), SOME + REST, ids=str)
 def test_what_waits_for_the_backward_pass(tmp_path, setting, shape):
     itemsize = setting[1].itemsize
     two, three = (built(tmp_path / str(n), n, setting, shape) for n in (2, 3))
-    expected = activation_memory.kept_per_token(*arguments(setting, shape))
+    masks = activation_memory.masks_per_token(setting[3], setting[2])
+    expected = activation_memory.kept_per_token(*arguments(setting, shape)) + masks
     found = per_token(held, two, 64)
     assert per_token(held, three, 64) - found == expected
     ends = (
         activation_memory.ends_per_token(config_of(shape), itemsize) - activation_memory.IDS
     )  # which the test made
-    if itemsize < activation_memory.FP32:  # which otherwise the first norm keeps
-        ends += activation_memory.checkpoint_per_token(config_of(shape), itemsize)  # the embeddings
     assert found == 2 * expected + ends
     for model in (two, three):
         gradient_checkpointing.checkpoint(model.get_base_model(), layers_of(model))
     found = per_token(held, three, 64) - per_token(held, two, 64)
-    assert found == activation_memory.checkpoint_per_token(config_of(shape), itemsize)
+    assert found == masks + activation_memory.checkpoint_per_token(config_of(shape), itemsize)
 
 
 @every_kind
@@ -130,12 +129,14 @@ def test_the_peak_while_a_layer_recomputes(tmp_path, setting, shape):
     model = built(tmp_path, 3, setting, shape)
     base, layers = model.get_base_model(), layers_of(model)
     gradient_checkpointing.checkpoint(base, layers)
-    outside = 3 * activation_memory.checkpoint_per_token(config_of(shape), itemsize) + POSITION
+    of_layer = activation_memory.checkpoint_per_token(config_of(shape), itemsize)
+    of_layer += activation_memory.masks_per_token(setting[3], setting[2])
+    outside = 3 * of_layer + POSITION
     outside += (
         activation_memory.beside_layers_per_token(config_of(shape), itemsize)
         - activation_memory.IDS
     )
-    for count in (1, 5):
+    for count in (1, 3):
 
         def measure(model, tokens, count=count):
             tiled_mlp.set_up(base, layers, -(-tokens // count))
@@ -157,7 +158,11 @@ def test_what_dora_keeps_besides(tmp_path, dropout):
         return slope, held(model, 64) - 64 * slope
 
     without, frozen = found("4bit", False), found("4bit", True)
-    assert frozen[0] - without[0] == activation_memory.dora_per_token(targets, 2)
+    of_layer = arguments(("4bit", torch.bfloat16, dropout, targets), shape)
+    expected = activation_memory.kept_per_token(*of_layer, dora=True)
+    expected += activation_memory.dora_per_token(targets, 2)
+    ends = activation_memory.ends_per_token(config_of(shape), 2) - activation_memory.IDS
+    assert frozen[0] == expected + ends
     weights = activation_memory.dora_weights(targets, "4bit", 2, dropout)
     assert weights == (2 * 2 * 64 * 192 if dropout else 0)
     scales = 4 * 4 * sum(outputs for outputs, _ in targets.values())
@@ -170,7 +175,7 @@ def test_dora_is_measured_a_layer_at_a_time(tmp_path):
     setting = "4bit", torch.bfloat16, 0.1, targets
     model = built(tmp_path, 3, setting, shape, use_dora=True)
     per_token, fixed = gradient_checkpointing.layer_bytes(model.get_base_model(), layers_of(model))
-    expected = activation_memory.kept_per_token(*arguments(setting, shape))
+    expected = activation_memory.kept_per_token(*arguments(setting, shape), dora=True)
     expected += activation_memory.dora_per_token(targets, 2)
     expected -= activation_memory.checkpoint_per_token(config_of(shape), 2)
     assert per_token == pytest.approx(expected, rel=0.05)
