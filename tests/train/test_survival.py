@@ -223,7 +223,7 @@ def test_another_learning_rate_on_resuming_is_obeyed(train, stopped):
 
 def test_a_finished_run_that_is_started_again_stays_as_it_is(train, tmp_path):
     evals = ["--eval_ratio", "0.2", "--eval_strategy", "steps", "--eval_steps", "1"]
-    rising = ["--learning_rate", "0.3", "--lr_scheduler_type", "constant"]
+    rising = ["--learning_rate", "0.05", "--lr_scheduler_type", "constant"]
     more = [*evals, *rising, "--resume_from_checkpoint", "auto"]
     assert train(tmp_path, *more)[0] == 0
     before = load_file(tmp_path / "adapter_model.safetensors")
