@@ -116,9 +116,13 @@ class Diverged(Exception):
 
 
 def is_finite(tensors: list[torch.Tensor]) -> bool:
-    """Whether all values are finite."""
-    largest = torch._foreach_norm(tensors, float("inf"))
-    return bool(torch.stack(largest).isfinite().all())
+    """Whether all values are finite; a card is waited for."""
+    return bool(all_finite(tensors))
+
+
+def all_finite(tensors: list[torch.Tensor]) -> torch.Tensor:
+    """The same as a boolean tensor."""
+    return torch.stack(torch._foreach_norm(tensors, float("inf"))).isfinite().all()
 
 
 def resume_command(deepspeed: bool, processes: int) -> str:

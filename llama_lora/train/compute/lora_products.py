@@ -97,9 +97,10 @@ def gradients(given: Input, layers, inner, matrices, upstream, of_input: bool) -
     for layer, b, above, (part, of_part) in zip(
         layers, matrices[1::2], upstream, parts, strict=True
     ):
-        scale = layer.scale * given.scale
-        torch.addmm(of_part, above, b.to(dtype), beta=0, alpha=scale, out=of_part)
-        of_b.append((above.t() @ part).mul_(scale))
+        options = {"beta": 0, "alpha": layer.scale * given.scale}  # so that the sum is a product
+        b = b.to(dtype)
+        torch.addmm(of_part, above, b, **options, out=of_part)
+        of_b.append(torch.addmm(b, above.t(), part, **options))
         if of_input:
             if of_x is None:
                 of_x = above @ dense(layer.base, dtype)
@@ -116,7 +117,8 @@ def gradients(given: Input, layers, inner, matrices, upstream, of_input: bool) -
 
 def _stacked(matrices, dtype: torch.dtype) -> torch.Tensor:
     """All A matrices, one below the other: [ranks, in]."""
-    return torch.cat([a.to(dtype) for a in matrices[::2]])
+    first, *others = (a.to(dtype) for a in matrices[::2])
+    return torch.cat([first, *others]) if others else first
 
 
 def _parts(inner: torch.Tensor, matrices) -> tuple[torch.Tensor, ...]:

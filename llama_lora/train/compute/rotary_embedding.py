@@ -1,6 +1,7 @@
 """Rotary position embedding (Su et al. 2021) in three operators instead of five, and three back."""
 
 import types
+from functools import partial
 
 import torch
 
@@ -32,8 +33,10 @@ def _turned(x, cosine, sine, sign: int) -> torch.Tensor:
     return turned
 
 
-def rotated(query, key, cosine, sine, unsqueeze_dim: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
-    """Queries and keys as transformers' function of `NAME` returns them."""
+def rotated(own, query, key, cosine, sine, unsqueeze_dim: int = 1) -> tuple:
+    """Queries and keys as `own`, transformers' function of `NAME`, returns them."""
+    if cosine.shape[-1] != query.shape[-1]:  # a part of each head stays as it is
+        return own(query, key, cosine, sine, unsqueeze_dim)
     cosine, sine = cosine.unsqueeze(unsqueeze_dim), sine.unsqueeze(unsqueeze_dim)
     return Rotated.apply(query, cosine, sine), Rotated.apply(key, cosine, sine)
 
@@ -52,7 +55,7 @@ def set_up(model) -> None:
         if (own, size) not in proven:
             proven[own, size] = size is not None and _is_same(own, size)
         if proven[own, size]:
-            names = {**forward.__globals__, NAME: rotated}
+            names = {**forward.__globals__, NAME: partial(rotated, own)}
             ours = types.FunctionType(
                 forward.__code__, names, None, forward.__defaults__, forward.__closure__
             )
@@ -67,7 +70,7 @@ def _is_same(own, size: int) -> bool:
     angles = torch.randn(1, 3, size // 2, generator=generator).repeat(1, 1, 2)
     given = query, key, angles.cos(), angles.sin()
     try:
-        pairs = zip(own(*given), rotated(*given), strict=True)
+        pairs = zip(own(*given), rotated(own, *given), strict=True)
         return all(torch.allclose(theirs, ours, atol=1e-6) for theirs, ours in pairs)
     except (RuntimeError, TypeError, ValueError):  # it takes other arguments, or another size
         return False

@@ -111,7 +111,7 @@ class Gradients(Parts):
         total, gradients = 0.0, None
         for part in parts:
             loss = loss_of(part)
-            new = [g.float() for g in torch.autograd.grad(loss * scale, self.parameters)]
+            new = _cast(torch.autograd.grad(loss * scale, self.parameters), [torch.float32])
             total = total + loss.detach()
             if gradients is None:
                 gradients = new
@@ -131,9 +131,20 @@ class _Known(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, gradients, *parameters):
-        ctx.gradients = gradients
+        ctx.gradients, ctx.dtypes = gradients, [one.dtype for one in parameters]
         return gradients[0].new_zeros(())
 
     @staticmethod
     def backward(ctx, upstream):
-        return None, *torch._foreach_mul(ctx.gradients, upstream)
+        return None, *_cast(torch._foreach_mul(ctx.gradients, upstream), ctx.dtypes)
+
+
+def _cast(tensors, dtypes: list[torch.dtype]) -> list[torch.Tensor]:
+    """All `tensors` in these dtypes, or the one, in few operators instead of one for each."""
+    if all(tensor.dtype in dtypes for tensor in tensors):
+        return list(tensors)
+    dtypes = dtypes * (len(tensors) // len(dtypes))
+    pairs = zip(tensors, dtypes, strict=True)
+    copies = [torch.empty_like(tensor, dtype=dtype) for tensor, dtype in pairs]
+    torch._foreach_copy_(copies, tensors)
+    return copies

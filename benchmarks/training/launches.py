@@ -1,0 +1,186 @@
+"""How many kernels a micro-batch starts on a card, counted without one.
+
+python3 -m benchmarks.training.launches
+
+The gradients of a micro-batch of a 7B base in 16 bits, and an optimizer step, on tensors without
+values, whose operators are counted: those that start a kernel on a card, as often as they do.
+Where torch has a kernel of its own for cards, and composes what it does elsewhere, that is counted.
+LoRA matrices are in 16 bits, as DeepSpeed trains them.
+"""
+
+import argparse
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from benchmarks import pages
+
+# A 7B, but narrow: that changes no count.
+LAYERS, VOCABULARY = 32, 32000
+SHAPE = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "vocab_size": VOCABULARY,
+    "pad_token_id": 0,
+}
+EXAMPLES = (512,) * 4  # tokens of each, all labelled
+DTYPE = torch.float16
+SHOWN = 24  # operators
+# Kernels that operators start; 1 where nothing stands here.
+KERNELS = {
+    **dict.fromkeys(
+        (
+            *("aten::empty", "aten::empty_like", "aten::empty_strided", "aten::new_empty"),
+            *("aten::new_empty_strided", "aten::_unsafe_view", "aten::_reshape_alias"),
+            *("aten::detach", "aten::lift_fresh", "aten::set_", "aten::resize_"),
+        ),
+        0,
+    ),
+    # dQ's sums cleared, the sums over dO · O, the pass itself, and dQ cast to 16 bits.
+    "aten::_flash_attention_backward": 4,
+    "aten::_efficient_attention_backward": 2,
+    "aten::_fused_rms_norm_backward": 1,  # of the input alone
+}
+LISTS = 110, 64, 48, 36, 30  # tensors of 1, 2, … lists that a kernel takes at a time
+
+
+class Launches(TorchDispatchMode):
+    """Counts the kernels that operators start, by operator."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if not function.is_view:
+            name = function.name().partition(".")[0]
+            self.counts[name] += _kernels(name, args)
+        return result
+
+def _kernels(name: str, args) -> int:
+    if name.startswith(("aten::_foreach", "aten::_fused_adam")):
+        lists = [arg for arg in args if isinstance(arg, list | tuple) and arg]
+        return -(-len(lists[0]) // LISTS[min(len(lists), len(LISTS)) - 1])
+    return KERNELS.get(name, 1)
+
+
+@contextmanager
+def as_on_a_card(launches: Launches) -> Iterator[None]:
+    """Meanwhile dropout and RMSNorm are single operators, as they are on a card."""
+    functions = torch.nn.functional
+    before = functions.dropout, functions.rms_norm
+
+    class Norm(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            launches.counts["aten::_fused_rms_norm"] += 1
+            return torch.empty_like(x)
+
+        @staticmethod
+        def backward(ctx, upstream):
+            launches.counts["aten::_fused_rms_norm_backward"] += 1
+            return torch.empty_like(upstream)
+
+    def dropout(x, p=0.5, training=True, inplace=False):
+        return torch.native_dropout(x, p, True)[0] if training and p else x
+
+    functions.dropout, functions.rms_norm = dropout, lambda x, *_: Norm.apply(x)
+    try:
+        yield
+    finally:
+        functions.dropout, functions.rms_norm = before
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("--quantization", choices=("none", "8bit"), default="8bit", help="precision of the base")
+    add("--dropout", type=float, default=0.05, help="share that LoRA drops")
+    add("--kernel", choices=("varlen", "efficient"), default="efficient", help="of attention")
+    add("--checkpointing", action="store_true", help="all layers recompute")
+    return parser.parse_args()
+
+
+def main(args: argparse.Namespace) -> None:
+    found = counted(args.quantization, args.dropout, args.kernel, args.checkpointing)
+    rows = [
+        {"operator": f"`{name}`", **{part: counts[name] for part, counts in found.items()}}
+        for name, _ in sum(found.values(), Counter()).most_common(SHOWN)
+    ]
+    rows.append({"operator": "all", **{part: counts.total() for part, counts in found.items()}})
+    print(pages.table(rows))
+
+
+def counted(quantization: str, dropout: float, kernel: str, checkpointing: bool) -> dict:
+    """Kernels by operator: of the gradients of a micro-batch, and of what is done with them."""
+    from llama_lora.train.compute import attention_kernels
+    from llama_lora.train.memory.out_of_memory import Gradients
+    from llama_lora.train.stopping import all_finite
+
+    model = without_values(quantization, dropout, checkpointing)
+    parameters = [one for one in model.parameters() if one.requires_grad]
+    gradients = Gradients(parameters, print)
+
+    def loss_of(part: dict) -> torch.Tensor:
+        # With a mask: without values, transformers cannot see whether positions restart.
+        more = {"attention_mask": torch.ones_like(part["input_ids"])}
+        return model(**part, **more, num_items_in_batch=sum(EXAMPLES)).loss
+
+    with attention_kernels.only(kernel):
+        with Launches() as computing, as_on_a_card(computing):
+            loss, found = gradients.compute(loss_of, micro_batch(), scale=1024.0)
+        with Launches() as handing_over:
+            all_finite([loss, *found])
+            gradients.as_loss(found).backward()
+    return {"gradients": computing.counts, "checked and handed over": handing_over.counts}
+
+
+def without_values(quantization: str, dropout: float, checkpointing: bool):
+    """The base with LoRA on all linear layers, as training loads it, and then on no device."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from llama_lora.model.int8_linear import Int8Linear
+    from llama_lora.train import lora_model
+    from llama_lora.train.arguments import LoraArguments
+    from llama_lora.train.memory import gradient_checkpointing
+
+    lora = LoraArguments(lora_dropout=dropout)
+    args = SimpleNamespace(compute_dtype=DTYPE, device="cpu", learning_rate=1e-4, seed=0)
+    with tempfile.TemporaryDirectory() as folder:
+        LlamaForCausalLM(LlamaConfig(**SHAPE)).save_pretrained(folder)
+        model = lora_model.load(folder, quantization, lora, args).train()
+    base = model.get_base_model()
+    gradient_checkpointing.checkpoint(base, list(base.model.layers) if checkpointing else [])
+    for module in model.modules():
+        if isinstance(module, Int8Linear):  # whose parameter does not move there
+            codes, scales = module.weight.data.to("meta"), module.weight.SCB.to("meta")
+            module.weight = torch.nn.Parameter(codes, requires_grad=False)
+            module.weight.SCB = scales
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(DTYPE)
+    return model.to("meta")
+
+
+def micro_batch() -> dict:
+    from llama_lora.train.data.example import Example
+    from llama_lora.train.data.packing import collate
+
+    ids = [np.arange(count, dtype=np.int32) for count in EXAMPLES]
+    batch = collate([[Example(str(n), "", row, row) for n, row in enumerate(ids)]])
+    del batch["names"]
+    return {k: v.to("meta") if torch.is_tensor(v) else v for k, v in batch.items()}
+
+
+if __name__ == "__main__":
+    main(parse_args())
