@@ -67,6 +67,7 @@ class Launches(TorchDispatchMode):
             self.counts[name] += _kernels(name, args)
         return result
 
+
 def _kernels(name: str, args) -> int:
     if name.startswith(("aten::_foreach", "aten::_fused_adam")):
         lists = [arg for arg in args if isinstance(arg, list | tuple) and arg]

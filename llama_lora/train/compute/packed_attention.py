@@ -23,6 +23,7 @@ from llama_lora.train.compute.attention_kernels import LOOP
 
 BY_EXAMPLE = "by_example"
 STEP = 32  # tokens: the queries in a block of torch's kernel for CPUs
+SHORT = 384  # tokens up to which torch's kernel for CPUs goes backward faster in fp32
 BLOCK = 1024  # queries that share a mask over their own and a window's keys
 ALIGNED = 8  # elements; the memory-efficient kernel copies masks with other row starts
 IMMATERIAL = {"position_ids", "use_cache", "output_router_logits"}  # to what a query attends to
@@ -110,8 +111,9 @@ def _blocks(query, key, value, window: int | None, **options) -> Iterator[torch.
     """
     tokens = query.shape[2]
     plain = min(tokens, window or tokens)
-    first = (_filled_up(whole[:, :, :plain]) for whole in (query, key, value))
-    yield scaled_dot_product_attention(*first, is_causal=True, **options)[:, :, :plain]
+    first = [_filled_up(whole[:, :, :plain]) for whole in (query, key, value)]
+    attend = _Short.attend if _is_short(query, plain, **options) else scaled_dot_product_attention
+    yield attend(*first, is_causal=True, **options)[:, :, :plain]
     for start in range(plain, tokens, BLOCK):
         end, seen = min(start + BLOCK, tokens), start - window + 1
         yield scaled_dot_product_attention(
@@ -121,6 +123,42 @@ def _blocks(query, key, value, window: int | None, **options) -> Iterator[torch.
             attn_mask=_band(window, query.dtype, query.device)[: end - start, : end - seen],
             **options,
         )
+
+
+def _is_short(query: torch.Tensor, tokens: int, dropout_p: float, **_) -> bool:
+    """Whether `_Short` is for such a block."""
+    in_16_bits = query.device.type == "cpu" and query.dtype.itemsize == 2
+    return in_16_bits and tokens <= SHORT and not dropout_p and torch.is_grad_enabled()
+
+
+class _Short(torch.autograd.Function):
+    """Causal attention on a CPU in 16 bits, with a backward pass in fp32.
+
+    In 16 bits torch's kernel goes backward over tiles of `STEP` tokens: for few tokens that takes
+    up to four times as long, and it rounds more often.
+    """
+
+    @classmethod
+    def attend(cls, query, key, value, *, scale=None, **_) -> torch.Tensor:
+        """As `scaled_dot_product_attention` with `is_causal` and `enable_gqa`."""
+        return cls.apply(query, key, value, scale)
+
+    @staticmethod
+    def forward(ctx, query, key, value, scale):
+        ctx.scale = scale
+        attended, log_sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            query, key, value, 0.0, True, scale=scale
+        )
+        ctx.save_for_backward(query, key, value, attended, log_sums)
+        return attended
+
+    @staticmethod
+    def backward(ctx, upstream):
+        *saved, log_sums = ctx.saved_tensors
+        gradients = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            *(one.float() for one in (upstream, *saved)), log_sums, 0.0, True, scale=ctx.scale
+        )
+        return *(one.to(upstream.dtype) for one in gradients), None
 
 
 def _filled_up(example: torch.Tensor) -> torch.Tensor:

@@ -383,6 +383,24 @@ def test_the_loop_is_one_masked_product(monkeypatch, dtype, rounding, groups, wi
     packed_attention._band.cache_clear()
 
 
+@pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
+@pytest.mark.parametrize("groups", [1, 3])
+def test_short_examples_on_a_cpu_go_backward_more_exactly(monkeypatch, dtype, groups):
+    lengths = [40, 96, 7]
+    row = given_row(lengths, groups, dtype=dtype)
+
+    def gradients(row):
+        return value_and_gradients(row, example_lengths=lengths)[1:]
+
+    exact = gradients([one.detach().double().requires_grad_() for one in row])
+    short = gradients(row)
+    monkeypatch.setattr(packed_attention, "SHORT", 0)
+    for ours, plain, truth in zip(short, gradients(row), exact, strict=True):
+        assert ours.dtype == dtype
+        assert (ours - truth).norm() < (plain - truth).norm()
+        assert (ours - truth).norm() < 2 * torch.finfo(dtype).eps * truth.norm()
+
+
 def test_keys_on_a_card_are_repeated_once_for_all_examples():
     """For its kernels, which take no grouped queries; on a CPU they do."""
     repeated = aten.expand.default
