@@ -72,7 +72,8 @@ class Ours(Contender):
         room = {of.__name__: training.most(partial(of, kernel)) for of in (log_sums, sum_rows)}
         setup = self.setup(row, training.fullest, max(pieces.lengths), **room)
         autos = {"parts": row.recompute == "auto", "offload": self.card.cuda}
-        planned = forecast.choose(setup, self.card.limit, {name for name in autos if autos[name]})
+        autos = {name for name in autos if autos[name]}
+        planned = forecast.choose(setup, self.card.limit, autos, self.planners_speed())
         run = Run(self, row, planned.setup.part_tokens, planned.setup.parts)
         clock = Clock(self.card, self.task.steps)
         while clock.goes_on():
@@ -95,13 +96,15 @@ class Ours(Contender):
 
     def assumed_share(self, operations: float, parts: int, recomputed: float) -> float:
         """The share of the rate of products that the planner expects of a training."""
-        kind = self.task.dtype, "cuda" if self.card.cuda else "cpu"
-        rate = time_estimate.measured_rate(self.shape, *kind)
-        quantization = self.task.quantization
-        dequantizing = time_estimate.measured_dequantizing_rate(self.shape, quantization, *kind)
-        seconds = operations / (rate * time_estimate.EFFICIENCY)
-        seconds += time_estimate.dequantizing_seconds(self.shape, parts, recomputed, dequantizing)
-        return operations / rate / seconds
+        speed = self.planners_speed()
+        seconds = operations / (speed.rate * time_estimate.EFFICIENCY)
+        seconds += time_estimate.dequantizing_seconds(self.shape, parts, recomputed, speed.weights)
+        return operations / speed.rate / seconds
+
+    def planners_speed(self) -> time_estimate.Speed:
+        device = "cuda" if self.card.cuda else "cpu"
+        given = self.shape, self.task.quantization, self.task.dtype, device
+        return time_estimate.measured_speed(*given)
 
     def setup(self, row: Row, tokens: int, longest: int, **more) -> memory_plan.Setup:
         """What the planner is asked about a row."""

@@ -23,12 +23,7 @@ ENOUGH_TOKENS = 1024  # in one part, to keep a device busy
 
 @dataclass(frozen=True)
 class Forecast:
-    """A memory plan, and the time that an epoch takes.
-
-    Attributes:
-        rate: operations per second in matrix products; `rate_source` says where it is from.
-        dequantizing_rate: weights per second; None if the base is not quantized.
-    """
+    """A memory plan, and the time that an epoch takes."""
 
     plan: Plan
     where: str
@@ -38,9 +33,7 @@ class Forecast:
     steps_per_epoch: int
     steps: int
     processes: int
-    rate: float
-    rate_source: str
-    dequantizing_rate: float | None
+    speed: time_estimate.Speed
 
     @property
     def parts(self) -> int:
@@ -55,22 +48,14 @@ class Forecast:
     @property
     def hours(self) -> float:
         """Hours per epoch."""
-        shape = self.plan.setup.shape
-        work = shape, self.work, self.plan.setup.lora_parameters, self._recomputed
-        seconds = time_estimate.operations(*work) / (self.rate * time_estimate.EFFICIENCY)
+        seconds = self.speed.computing(self.plan, self.work)
         return seconds / self.processes / 3600 + self.dequantizing_hours
 
     @property
     def dequantizing_hours(self) -> float:
         """Hours per epoch in which weights are dequantized."""
-        parts = self.micro_batches * self.parts / self.processes
-        work = self.plan.setup.shape, parts, self._recomputed
-        return time_estimate.dequantizing_seconds(*work, self.dequantizing_rate) / 3600
-
-    @property
-    def _recomputed(self) -> float:
-        """The share of the layers that recompute."""
-        return self.plan.recomputed / self.plan.setup.shape.layers
+        seconds = self.speed.dequantizing(self.plan, self.micro_batches)
+        return seconds / self.processes / 3600
 
     def line(self) -> str:
         """What to expect, on one line."""
@@ -127,7 +112,7 @@ class Forecast:
             f"({labelled:.1%} labelled) in {self.micro_batches:,} micro-batches; "
             f"{self.steps:,} steps in all",
             f"time: about {duration(self.hours)} an epoch, at {time_estimate.EFFICIENCY:.0%} of "
-            f"{self.rate / 1e12:.3g} TFLOP/s{several} ({self.rate_source}){dequantizing}",
+            f"{self.speed.rate / 1e12:.3g} TFLOP/s{several} ({self.speed.source}){dequantizing}",
         ]
 
     def verdict(self) -> str:
@@ -198,11 +183,11 @@ def of(shape: Shape, quantization: str, lora, args, training, windows=(None,)) -
     )
     wanted = {"parts": args.in_parts, "offload": args.offload_activations == "auto" and on_card}
     autos = {name for name, holds in wanted.items() if holds}
-    rate, source = rate_of(card, here, shape, dtype)
+    speed = speed_of(card, here, shape, quantization, dtype)
     micro_batches = -(-len(training) // processes)
     steps = -(-micro_batches // args.gradient_accumulation_steps)
     return Forecast(
-        plan=choose(setup, available, autos),
+        plan=choose(setup, available, autos, speed),
         where=f"{processes} × {card.shown}" if processes > 1 else card.shown,
         work=time_estimate.EpochWork.of(
             training.lengths, training.examples.labelled(), windows, kernel
@@ -212,9 +197,7 @@ def of(shape: Shape, quantization: str, lora, args, training, windows=(None,)) -
         steps_per_epoch=steps,
         steps=args.max_steps if args.max_steps > 0 else math.ceil(steps * args.num_train_epochs),
         processes=processes,
-        rate=rate,
-        rate_source=source,
-        dequantizing_rate=dequantizing_rate_of(card, here, shape, quantization, dtype),
+        speed=speed,
     )
 
 
@@ -225,23 +208,27 @@ def kernel_of(shape: Shape, dtype, capability, windows=(None,), longest: int = 0
     return kernel_for(dtype, size, capability, window=min(narrow, default=None))
 
 
-def choose(setup: Setup, available: float, autos: set[str]) -> Plan:
+def choose(setup: Setup, available: float, autos: set[str], speed: time_estimate.Speed) -> Plan:
     """The plan to train by.
 
     Args:
         autos: what may be chosen freely: into how many "parts" to cut a micro-batch, and whether to
             "offload" the layers' inputs to the host.
+        speed: of the device.
     """
     if "parts" in autos:
-        setup = replace(setup, parts=_parts(setup, available))
+        setup = replace(setup, parts=_parts(setup, available, speed))
     found = plan(setup, available)
     if "offload" in autos and not found.comfortable and found.recomputed == setup.shape.layers:
         found = plan(replace(setup, offload=True), available)
     return found
 
 
-def _parts(setup: Setup, available: float) -> int:
-    """How many parts to compute a micro-batch in: the fewest with which fewest layers recompute."""
+def _parts(setup: Setup, available: float, speed: time_estimate.Speed) -> int:
+    """How many parts to compute a micro-batch in so that it takes the least time.
+
+    More parts let fewer layers recompute, but each of them dequantizes all weights anew.
+    """
     fitting, parts = [], 1
     while True:
         found = plan(replace(setup, parts=parts), available)
@@ -249,8 +236,7 @@ def _parts(setup: Setup, available: float) -> int:
         if found.comfortable:
             fitting.append(found)
         if found.setup.part_tokens == setup.longest or (fitting and small):
-            best = min(fitting or [found], key=lambda one: (one.recomputed, one.setup.parts))
-            return best.setup.parts
+            return min(fitting or [found], key=speed.of_a_micro_batch).setup.parts
         parts *= 2
 
 
@@ -287,25 +273,19 @@ def room(card: Card, here: bool, processes: int) -> tuple[float, float]:
     return torch.cuda.mem_get_info()[0] + CUDA_AT_START, CUDA_CONTEXT
 
 
-def rate_of(card: Card, here: bool, shape: Shape, dtype) -> tuple[float, str]:
-    """Operations per second in matrix products, and where that figure is from."""
+def speed_of(card: Card, here: bool, shape: Shape, quantization: str, dtype) -> time_estimate.Speed:
+    """The speed of the card, which is measured if it is here, and else assumed."""
+    on_card = card.memory is not None
     if here:
-        device = "cpu" if card.memory is None else "cuda"
-        return time_estimate.measured_rate(
-            shape, dtype, device
-        ), "its matrix products, measured now"
-    return REACHED * card.peak_flops, f"{REACHED:.0%} of its published peak, assumed"
-
-
-def dequantizing_rate_of(
-    card: Card, here: bool, shape: Shape, quantization: str, dtype
-) -> float | None:
-    """Weights per second that are dequantized; None for a base that is not quantized."""
-    if here:
-        device = "cpu" if card.memory is None else "cuda"
-        return time_estimate.measured_dequantizing_rate(shape, quantization, dtype, device)
-    reached = REACHED * card.bandwidth
-    return time_estimate.dequantizing_rate(reached, quantization, dtype.itemsize)
+        device = "cuda" if on_card else "cpu"
+        return time_estimate.measured_speed(shape, quantization, dtype, device)
+    bandwidth = REACHED * card.bandwidth
+    return time_estimate.Speed(
+        REACHED * card.peak_flops,
+        f"{REACHED:.0%} of its published peak, assumed",
+        time_estimate.dequantizing_rate(bandwidth, quantization, dtype.itemsize),
+        time_estimate.LAUNCH,
+    )
 
 
 def gib(size: float) -> str:

@@ -111,6 +111,11 @@ class Plan:
         return sum(self.bytes_by_use.values())
 
     @property
+    def share(self) -> float:
+        """The share of the layers that recompute."""
+        return self.recomputed / self.setup.shape.layers
+
+    @property
     def spare(self) -> float:
         """Bytes left; negative if it does not fit."""
         return self.available - self.total

@@ -18,6 +18,9 @@ from llama_lora.train.compute.packed_attention import BLOCK
 # The share that training reaches of the rate of matrix products. Assumed, based on the shares in
 # docs/training-speed.md.
 EFFICIENCY = 0.5
+# Assumed, per part: the time of a kernel in which nothing is computed, and how many of them a layer
+# starts (benchmarks.training.launches).
+LAUNCH, LAUNCHES = 5e-6, 135
 CODE_BYTES = {"8bit": 1, "4bit": 0.5}  # of a weight
 PROBE_SECONDS = 0.5
 PROBE_TOKENS = 1024
@@ -63,6 +66,40 @@ def attended_in(lengths: np.ndarray, window: int | None, block: int) -> int:
     return int((plain**2 + 2 * behind * ((window or 0) + np.minimum(behind, block))).sum())
 
 
+@dataclass(frozen=True)
+class Speed:
+    """How fast a device trains.
+
+    Attributes:
+        rate: operations per second in matrix products; `source` says where it is from.
+        weights: per second that are dequantized; None if the base is not quantized.
+        launch: seconds that a kernel takes besides.
+    """
+
+    rate: float
+    source: str
+    weights: float | None
+    launch: float = 0.0
+
+    def computing(self, plan, work: EpochWork) -> float:
+        """Seconds of the operations; `plan` is a `memory_plan.Plan`."""
+        setup = plan.setup
+        needed = operations(setup.shape, work, setup.lora_parameters, plan.share)
+        return needed / (self.rate * EFFICIENCY)
+
+    def dequantizing(self, plan, micro_batches: float) -> float:
+        """Seconds in which so many micro-batches dequantize weights."""
+        parts = micro_batches * plan.setup.parts
+        return dequantizing_seconds(plan.setup.shape, parts, plan.share, self.weights)
+
+    def of_a_micro_batch(self, plan) -> float:
+        """Seconds of the fullest, with examples as long as the longest."""
+        setup = plan.setup
+        work = EpochWork(setup.tokens, 0, setup.tokens * setup.longest)
+        launches = setup.parts * setup.shape.layers * LAUNCHES * (1 + plan.share / 3)
+        return self.computing(plan, work) + self.dequantizing(plan, 1) + launches * self.launch
+
+
 def operations(shape: Shape, work: EpochWork, lora_parameters: int, recomputed: float) -> float:
     """Floating-point operations of an epoch; `recomputed` is the share of layers that recompute.
 
@@ -77,6 +114,16 @@ def operations(shape: Shape, work: EpochWork, lora_parameters: int, recomputed: 
     backward = 2 * (shape.linear + 2 * lora_parameters) * work.tokens + 2.5 * attention
     head = 4 * shape.head * work.labelled
     return (1 + recomputed) * (forward + attention) + backward + head
+
+
+def measured_speed(shape: Shape, quantization: str, dtype, device: str) -> Speed:
+    """That of this machine's device."""
+    return Speed(
+        measured_rate(shape, dtype, device),
+        "its matrix products, measured now",
+        measured_dequantizing_rate(shape, quantization, dtype, device),
+        LAUNCH if device == "cuda" else 0.0,
+    )
 
 
 def measured_rate(shape: Shape, dtype, device: str) -> float:

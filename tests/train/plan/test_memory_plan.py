@@ -142,19 +142,33 @@ def test_only_windows_that_matter_decide_the_kernel():
 def test_auto_computes_in_parts_before_layers_recompute():
     whole = setup(tokens=8192)
     room = plan(replace(whole, parts=4, recompute="False"), 0).total / COMFORTABLE
-    found = forecast.choose(whole, room, {"parts"})
+    found = forecast.choose(whole, room, {"parts"}, replace(SPEED, weights=1e12))
     assert found.fits
     assert found.recomputed == 0
     assert found.setup.parts == 4
     assert found.setup.part_tokens < whole.tokens
 
 
+def test_auto_recomputes_where_dequantizing_anew_takes_longer():
+    """By the reckoning of `Speed`: what a part of the least time gains and costs."""
+    whole = setup(tokens=8192)
+    room = plan(replace(whole, parts=4, recompute="False"), 0).total / COMFORTABLE
+    plans = [plan(replace(whole, parts=parts), room) for parts in (1, 2, 4)]
+    assert plans[0].recomputed > plans[1].recomputed > plans[2].recomputed == 0
+    for weights in (1e12, 3e10, 1e10, 1e9):
+        speed = replace(SPEED, rate=4e13, weights=weights)
+        found = forecast.choose(whole, room, {"parts"}, speed)
+        assert found == min(plans, key=speed.of_a_micro_batch)
+    assert found.setup.parts == 1
+
+
 def test_auto_ends_where_a_part_is_one_example():
-    found = forecast.choose(setup(), 1 * GIB, {"parts"})
+    found = forecast.choose(setup(), 1 * GIB, {"parts"}, SPEED)
     assert not found.fits
     assert found.setup.part_tokens == 512
 
 
+SPEED = time_estimate.Speed(1e12, "a test", 1e12)
 setups = st.builds(
     setup,
     quantization=st.sampled_from(["8bit", "4bit", "none"]),
@@ -197,9 +211,7 @@ def told(asked: Setup, available: float) -> forecast.Forecast:
         steps_per_epoch=1,
         steps=1,
         processes=1,
-        rate=1e12,
-        rate_source="a test",
-        dequantizing_rate=1e12,
+        speed=SPEED,
     )
 
 
@@ -218,9 +230,9 @@ def test_operations_are_those_of_the_weights():
 
 def test_weights_are_dequantized_once_a_pass_and_part():
     asked = setup(quantization="8bit", recompute="True", parts=3, tokens=4096)
-    once = replace(told(asked, 100 * GIB), dequantizing_rate=1e9)
+    once = replace(told(asked, 100 * GIB), speed=replace(SPEED, weights=1e9))
     assert once.dequantizing_hours == pytest.approx(3 * 3 * SEVEN.linear / 1e9 / 3600)
-    without = replace(once, dequantizing_rate=None)
+    without = replace(once, speed=replace(SPEED, weights=None))
     assert once.hours == pytest.approx(without.hours + once.dequantizing_hours)
     assert "dequantize" in once.table()
     assert "dequantize" not in without.table()
