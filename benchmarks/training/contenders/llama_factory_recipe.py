@@ -98,7 +98,7 @@ def system_message(base: Path) -> str:
 
     tokenizer = AutoTokenizer.from_pretrained(base)
     prompt = tokenizer.apply_chat_template([{"role": "user", "content": ""}], tokenize=False)
-    return prompt.split(" USER:")[0]
+    return prompt.split(" USER:")[0].removeprefix(tokenizer.bos_token or "")
 
 
 if __name__ == "__main__":
