@@ -97,13 +97,14 @@ def faster(ours: dict, other: dict) -> str:
 MEANING = """\
 Two trainers that pack examples as well: LLaMA-Factory 0.9.5, in an environment of its own with the
 versions that it wants, and TRL 1.16. All train the same LoRA (rank 16, alpha 32, dropout 0.05, all
-linear layers) on the same base, unquantized, in the same dtype, on the same pieces of real chats,
-with {args.tokens:,} tokens of capacity a step, and recompute nothing. There are {args.steps} steps
-a run, of which the first is not timed, and {args.repeats} alternating runs of each. LLaMA-Factory
-has `packing` and `neat_packing`, and the base stored in the compute dtype: weights stored in
-another one it would cast again in every product. TRL has `packing`, and labels at the answers. Both
-keep examples apart by a mask of a row's tokens × tokens; for TRL, whose documentation promises that
-for FlashAttention alone, it is checked before training.
+linear layers) on the same base, unquantized (LLaMA-Factory's 8 bits are LLM.int8, which rounds
+activations, too), in the same dtype, on the same pieces of real chats, with {args.tokens:,} tokens
+of capacity a step, and recompute nothing. There are {args.steps} steps a run, of which the first is
+not timed, and {args.repeats} alternating runs of each. LLaMA-Factory has `packing` and
+`neat_packing`, and the base stored in the compute dtype: weights stored in another one it would
+cast again in every product. TRL has `packing`, and labels at the answers. Both keep examples apart
+by a mask of a row's tokens × tokens; for TRL, whose documentation promises that for FlashAttention
+alone, it is checked before training.
 
 An answer token is a token of an answer, counted once. Its rate is the number of them in the corpus,
 divided by the time of an epoch at the measured pace; that of tokens, without padding, likewise.

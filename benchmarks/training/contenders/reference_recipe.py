@@ -31,8 +31,9 @@ def parse_args() -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> None:
-    from transformers import Trainer
+    from transformers import Trainer, set_seed
 
+    set_seed(args.seed)
     dataset = load_data(args)
     trainer = Trainer(
         model=load_model(args),

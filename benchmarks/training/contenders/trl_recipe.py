@@ -69,11 +69,13 @@ def parse_args() -> argparse.Namespace:
 def main(args: argparse.Namespace) -> None:
     from datasets import Dataset
     from peft import LoraConfig
+    from transformers import set_seed
     from trl import SFTConfig, SFTTrainer
 
     from llama_lora.model.base import load_base
     from llama_lora.model.template import Template, load_tokenizer
 
+    set_seed(args.seed)
     template = Template(load_tokenizer(args.base))
     model = load_base(args.base, args.quantization)
     model.set_attn_implementation("sdpa")  # transformers' own
