@@ -46,7 +46,7 @@ lint: .venv/complete  ## check style and format
 	ruff check .
 	ruff format --check .
 
-bench: .venv/complete $(D)/adapter/summary.json  ## measure every figure in docs/ again (4 hours on 2 cores)
+bench: .venv/complete $(D)/adapter/summary.json  ## measure every figure in docs/ again (9 hours on 2 cores)
 	pip install --quiet -r benchmarks/requirements.txt
 	python3 -m benchmarks.corpus.markdown_fidelity --write
 	python3 -m benchmarks.corpus.markdown_speed --write

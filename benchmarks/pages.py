@@ -46,6 +46,18 @@ def publish_part(args: argparse.Namespace, *parts: str) -> None:
         args.page.write_text(f"{before}{start}\n\n{text}\n\n{END}{after}", encoding="utf-8")
 
 
+def publish_section(args: argparse.Namespace, title: str, *parts: str) -> None:
+    """The same for one section of a page, up to the next heading; a new one becomes the last."""
+    text = "\n\n".join([f"## {title}", *map(wrapped, parts)])
+    print(text)
+    if args.write:
+        page = args.page.read_text(encoding="utf-8")
+        old = re.search(rf"^## {re.escape(title)}\n.*?(?=^## |\Z)", page, re.M | re.S)
+        start, end = old.span() if old else (len(page), len(page))
+        parts = page[:start].rstrip(), text, page[end:].rstrip()
+        args.page.write_text("\n\n".join(filter(None, parts)) + "\n", encoding="utf-8")
+
+
 def wrapped(part: str) -> str:
     """The paragraphs of a text in lines of one length; headings, tables and fences as they are."""
     if part.startswith("```"):

@@ -135,6 +135,11 @@ class Run:
         """Bytes: of the card where there is one, else resident in the process."""
         return max(entry["peak_memory_bytes"] for entry in self.entries)
 
+    @property
+    def epoch(self) -> dict[str, int]:
+        """What a recipe printed of its data: rows, tokens and labels of one pass."""
+        return json.loads(self.found(r"data ({.*})")[1])
+
     def found(self, pattern: str) -> re.Match:
         """The place in the output where a pattern stands."""
         match = re.search(pattern, self.output)
@@ -148,10 +153,10 @@ def module(name: str) -> list[str]:
     return ["-m", f"benchmarks.training.{name}"]
 
 
-def train(out: Path, *script) -> Run:
+def train(out: Path, *script, python=sys.executable) -> Run:
     """Run a training script that writes to `out` anew; if it fails, so does the benchmark."""
     shutil.rmtree(out, ignore_errors=True)  # no adapter of an earlier run is taken for this one's
-    command = strings(sys.executable, *script)
+    command = strings(python, *script)
     print("+ " + " ".join(command), file=sys.stderr, flush=True)
     started = time.monotonic()
     done = subprocess.run(
@@ -163,6 +168,12 @@ def train(out: Path, *script) -> Run:
     lines = (out / "trainer_log.jsonl").read_text().splitlines()
     entries = [entry for entry in map(json.loads, lines) if "loss" in entry]
     return Run(entries, done.stdout, seconds)
+
+
+def recipe(name: str, base: Path, data: Path, out: Path, *flags, python=sys.executable) -> Run:
+    """Run a recipe that this project is compared with on a corpus."""
+    command = *module(f"contenders.{name}"), "--base", base, "--data", data, "--out", out, *flags
+    return train(out, *command, python=python)
 
 
 def environment() -> dict[str, str]:

@@ -10,35 +10,24 @@ the steps after the first, which also sets things up.
 
 import argparse
 import json
-from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks import pages
 from benchmarks import training_runs as runs
 from benchmarks.matmul_rate import peak_rate
+from benchmarks.training import beside_packers
+from benchmarks.training.pace import Corpus, arranged, batch, make_corpus, measured, ratios
 
-PIECES = 600  # of each length
+CHATS = "ShareGPT"
 SHORT_LENGTH = 512
 LORA = "--lora_r 8 --lora_alpha 16 --lora_dropout 0.05 --lora_target_modules q_proj v_proj"
-ARRANGED = r"in ([\d,]+) micro-batches of \d+ × \d+ tokens, ([\d.]+)% full"
-
-
-@dataclass
-class Corpus:
-    """What both train on: a file of pieces and the rows to put them in."""
-
-    name: str
-    length: int
-    path: Path
-    pieces: int
-    labelled: int  # tokens of answers, each counted once
 
 
 def parse_args() -> argparse.Namespace:
     parser = runs.parser(__doc__, "training-speed.md")
     add = parser.add_argument
     add("--quantization", choices=pages.PRECISIONS, default="8bit", help="precision of the base")
-    add("--steps", type=int, default=4, help="steps of a run, of which the first is not timed")
+    add("--steps", type=int, default=6, help="steps of a run, of which the first is not timed")
     add("--tokens", type=int, default=2048, help="capacity of a step in tokens")
     add("--repeats", type=int, default=2, help="runs of each, alternating")
     add(
@@ -50,6 +39,12 @@ def parse_args() -> argparse.Namespace:
     )
     add("--no-short", dest="short", action="store_false", help="leave out data/dummy_en.json")
     add("--no-share", dest="share", action="store_false", help="leave out the machine's own rate")
+    add(
+        "--packers",
+        choices=("with", "without", "only"),
+        default="with",
+        help="the part beside LLaMA-Factory and TRL; only: that part of the page alone",
+    )
     add("--checkpointing", action="store_true", help="both recompute activations")
     add("--json", type=Path, metavar="FILE", help="also write what was measured here")
     args = parser.parse_args()
@@ -60,17 +55,41 @@ def parse_args() -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> None:
     corpora = prepare(args)
-    results = [compare(corpus, args) for corpus in corpora]
-    text = [comparison(results, args)]
-    if args.share:
-        by_length = sorted(corpora, key=lambda corpus: corpus.length)
-        ends = by_length[:: max(1, len(by_length) - 1)]
-        shares = [share_of_machine(corpus, args) for corpus in ends]
-        results += shares
-        text += [share_text(shares), profile_text(profile(ends[-1], args))]
+    measured_at = f"{pages.origin()}, one run after the other."
+    if args.packers == "only":
+        results, text = packers(corpora, args)
+        pages.publish_section(args, beside_packers.TITLE, measured_at, text)
+    else:
+        results, parts = whole_page(corpora, args)
+        pages.publish(args, "Training speed", measured_at, *parts)
     if args.json:
         args.json.write_text(json.dumps(results, indent=2) + "\n")
-    pages.publish(args, "Training speed", f"{pages.origin()}, one run after the other.", *text)
+
+
+def whole_page(corpora: list[Corpus], args: argparse.Namespace) -> tuple[list[dict], list[str]]:
+    results = [compare(corpus, args) for corpus in corpora]
+    parts = [comparison(results, args)]
+    if args.packers == "with":
+        found, text = packers(corpora, args)
+        results += found
+        parts += [f"## {beside_packers.TITLE}", text]
+    if args.share:
+        shares = [share_of_machine(corpus, args) for corpus in shortest_and_longest(corpora)]
+        results += shares
+        longest = shortest_and_longest(corpora)[-1]
+        parts += [share_text(shares), profile_text(profile(longest, args))]
+    return results, parts
+
+
+def packers(corpora: list[Corpus], args: argparse.Namespace) -> tuple[list[dict], str]:
+    chats = [corpus for corpus in corpora if corpus.name == CHATS]
+    found = [beside_packers.compare(corpus, args) for corpus in shortest_and_longest(chats)]
+    return found, beside_packers.text(found, args)
+
+
+def shortest_and_longest(corpora: list[Corpus]) -> list[Corpus]:
+    by_length = sorted(corpora, key=lambda corpus: corpus.length)
+    return by_length[:: max(1, len(by_length) - 1)]
 
 
 # ---- Side by side ----
@@ -79,21 +98,10 @@ def main(args: argparse.Namespace) -> None:
 def prepare(args: argparse.Namespace) -> list[Corpus]:
     args.cache.mkdir(parents=True, exist_ok=True)
     chats, _ = runs.real_corpus(args.cache) if args.lengths else (None, None)
-    corpora = [corpus("ShareGPT", chats, length, args) for length in args.lengths]
+    corpora = [make_corpus(CHATS, chats, length, args) for length in args.lengths]
     if args.short:
-        corpora.append(corpus("short", pages.ROOT / "data/dummy_en.json", SHORT_LENGTH, args))
+        corpora.append(make_corpus("short", pages.ROOT / "data/dummy_en.json", SHORT_LENGTH, args))
     return corpora
-
-
-def corpus(name: str, source: Path, length: int, args: argparse.Namespace) -> Corpus:
-    from llama_lora.model.labels import IGNORE
-    from llama_lora.model.template import Template, load_tokenizer
-
-    items = runs.draw(runs.pieces(source, args.base, length, args.cache), PIECES)
-    path = runs.write(items, args.cache / f"speed-{name}-{length}.json")
-    encoded = Template(load_tokenizer(args.base)).encode_batch(items)
-    labelled = sum(label != IGNORE for piece in encoded for label in piece.labels)
-    return Corpus(name, length, path, len(items), labelled)
 
 
 def compare(corpus: Corpus, args: argparse.Namespace) -> dict:
@@ -103,24 +111,25 @@ def compare(corpus: Corpus, args: argparse.Namespace) -> dict:
         reference.append(run_reference(corpus, args))
         own.append(run_ours(corpus, args, args.quantization))
     steps, fill = arranged(own[0])
-    data = json.loads(reference[0].found(r"data ({.*})")[1])
+    data = reference[0].epoch
+    padded = data["tokens"] / (data["rows"] * corpus.length)
     return {
         "corpus": corpus.name,
         "length": corpus.length,
         "pieces": corpus.pieces,
         "labelled tokens": corpus.labelled,
-        "reference": measured(reference, corpus.pieces / batch(corpus, args), data["fill"], corpus),
+        "reference": measured(reference, data["rows"] / batch(corpus, args), padded, corpus),
         "ours": measured(own, steps, fill, corpus),
         "reference's data": data,
     }
 
 
 def run_reference(corpus: Corpus, args: argparse.Namespace) -> runs.Run:
-    out = args.cache / "speed-reference"
-    return runs.train(
-        out,
-        *runs.module("reference_recipe"),
-        *("--base", args.base, "--data", corpus.path, "--out", out),
+    return runs.recipe(
+        "reference_recipe",
+        args.base,
+        corpus.path,
+        args.cache / "speed-reference",
         *("--max-length", corpus.length, "--batch", batch(corpus, args), "--steps", args.steps),
         *("--quantization", args.quantization),
         *(["--gradient-checkpointing"] if args.checkpointing else []),
@@ -140,39 +149,6 @@ def our_flags(corpus: Corpus, args: argparse.Namespace, quantization: str) -> li
     ]
 
 
-def batch(corpus: Corpus, args: argparse.Namespace) -> int:
-    return max(1, args.tokens // corpus.length)
-
-
-def arranged(run: runs.Run) -> tuple[int, float]:
-    """The steps of an epoch and the share of their room with tokens in it, as training printed."""
-    found = run.found(ARRANGED)
-    return int(found[1].replace(",", "")), float(found[2]) / 100
-
-
-def measured(
-    trainings: list[runs.Run], steps_per_epoch: float, fill: float, corpus: Corpus
-) -> dict:
-    """The rate and memory of a contender.
-
-    The few steps of a run differ in how much of them is answer. So the rate is what the whole
-    corpus holds of labelled tokens over the time of an epoch at the pace of the timed steps.
-    """
-
-    def rate(seconds_per_step: float) -> float:
-        return corpus.labelled / (steps_per_epoch * seconds_per_step)
-
-    paces = [training.seconds_per_step for training in trainings]
-    return {
-        "labelled tokens/s": rate(sum(paces) / len(paces)),
-        "of each run": [rate(pace) for pace in paces],
-        "seconds per step": paces,
-        "steps per epoch": steps_per_epoch,
-        "fill": fill,
-        "peak memory": max(training.peak_memory for training in trainings),
-    }
-
-
 def comparison(results: list[dict], args: argparse.Namespace) -> str:
     rows = []
     for result in results:
@@ -185,10 +161,7 @@ def comparison(results: list[dict], args: argparse.Namespace) -> str:
                 "reference, labelled tokens/s": f"{rates[0]:.1f}",
                 "ours": f"{rates[1]:.1f}",
                 "ratio": f"{rates[1] / rates[0]:.2f}×",
-                "ratio of each pair": ", ".join(
-                    f"{b / a:.2f}"
-                    for a, b in zip(reference["of each run"], own["of each run"], strict=True)
-                ),
+                "ratio of each pair": ", ".join(f"{ratio:.2f}" for ratio in ratios(own, reference)),
                 "reference, peak memory": pages.gib(reference["peak memory"]),
                 "ours, peak memory": pages.gib(own["peak memory"]),
                 "reference, fill": f"{reference['fill']:.1%}",

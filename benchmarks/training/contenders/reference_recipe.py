@@ -1,6 +1,6 @@
 """The reference: FastChat's LoRA recipe, padded to the maximum length, with the plain loss.
 
-python3 -m benchmarks.training.reference_recipe --base .demo/base --data split.json \\
+python3 -m benchmarks.training.contenders.reference_recipe --base .demo/base --data split.json \\
     --out .bench/reference --max-length 512 --steps 4
 
 The data come from the installed fschat's own `SupervisedDataset`: its prompt, padding, masks. Its
@@ -15,14 +15,10 @@ the query and value projections, dropout 0.05, learning rate 2e-5 with a cosine 
 """
 
 import argparse
-import json
 from types import SimpleNamespace
 
-import torch
-
-from benchmarks.training import recipe_log
-from benchmarks.training.recipe_log import RecipeLog
-from llama_lora.model.labels import IGNORE
+from benchmarks.training.contenders import recipe_log
+from benchmarks.training.contenders.recipe_log import RecipeLog
 
 
 def parse_args() -> argparse.Namespace:
@@ -35,17 +31,16 @@ def parse_args() -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> None:
-    from transformers import Trainer
+    from transformers import Trainer, set_seed
 
+    set_seed(args.seed)
     dataset = load_data(args)
-    log = RecipeLog(args.out, args.max_minutes)
     trainer = Trainer(
         model=load_model(args),
         args=training_arguments(args),
         train_dataset=dataset,
-        callbacks=[log],
+        callbacks=[RecipeLog(args.out, args.max_minutes)],
     )
-    log.count_labels(trainer)
     trainer.model.config.use_cache = False
     trainer.train()
     trainer.model.save_pretrained(args.out)
@@ -80,13 +75,6 @@ def load_data(args: argparse.Namespace):
     dataset = module["train_dataset"]
     for name in ("input_ids", "labels", "attention_mask"):
         setattr(dataset, name, getattr(dataset, name)[:, 1:])
-    report = {
-        "conversations": len(dataset),
-        "fill": dataset.attention_mask.float().mean().item(),
-        "labelled_tokens": int((dataset.labels != IGNORE).sum()),
-        "without_label": int((dataset.labels == IGNORE).all(1).sum()),
-    }
-    print("data " + json.dumps(report), flush=True)
     return dataset
 
 
@@ -120,29 +108,13 @@ def training_arguments(args: argparse.Namespace):
 
     return TrainingArguments(
         output_dir=args.out,
-        max_steps=args.steps,
         per_device_train_batch_size=args.batch,
         learning_rate=2e-5,
         weight_decay=0.0,
         warmup_steps=0.03,  # a share of the steps
         lr_scheduler_type="cosine",
-        logging_steps=1,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        **precision(),
+        **recipe_log.every_step(args),
     )
-
-
-def precision() -> dict[str, bool]:
-    """The Trainer's flags for this machine's fastest dtype."""
-    from llama_lora.hardware.device import compute_dtype
-
-    return {
-        "fp16": compute_dtype() == torch.float16,
-        "bf16": compute_dtype() == torch.bfloat16,
-        "use_cpu": not torch.cuda.is_available(),
-    }
 
 
 if __name__ == "__main__":

@@ -5,6 +5,8 @@ import json
 import time
 from pathlib import Path
 
+import numpy as np
+import torch
 from transformers import TrainerCallback
 
 from benchmarks.pages import PRECISIONS
@@ -25,13 +27,32 @@ def parser(doc: str) -> argparse.ArgumentParser:
     add("--steps", type=int, required=True, help="steps; the learning rate schedule fits them")
     add("--max-minutes", type=float, help="end before this many minutes of training")
     add("--quantization", choices=PRECISIONS, default="8bit", help="precision of the base")
+    add("--seed", type=int, default=42, help="of the adapter's beginning, order and dropout")
     return parser
+
+
+def every_step(args: argparse.Namespace) -> dict:
+    """What all recipes tell the Trainer alike: this machine's fastest dtype, and a log to keep."""
+    from llama_lora.hardware.device import compute_dtype
+
+    return {
+        "max_steps": args.steps,
+        "seed": args.seed,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "fp16": compute_dtype() == torch.float16,
+        "bf16": compute_dtype() == torch.bfloat16,
+        "use_cpu": not torch.cuda.is_available(),
+    }
 
 
 class RecipeLog(TrainerCallback):
     """Writes a line a step, and ends the run before one more step would exceed `max_minutes`.
 
-    The clock starts with the first step: loading a model and tokenizing are nobody's time.
+    Before, it prints what an epoch holds, as `data {…}`. The clock starts with the first step:
+    loading a model and tokenizing are nobody's time.
     """
 
     def __init__(self, out: Path, max_minutes: float | None):
@@ -41,8 +62,14 @@ class RecipeLog(TrainerCallback):
         self.limit = None if max_minutes is None else 60 * max_minutes
         self.labelled = self.longest = 0
 
-    def on_train_begin(self, args, state, control, **kwargs):
+    def on_train_begin(self, args, state, control, model=None, train_dataloader=None, **kwargs):
+        print("data " + json.dumps(epoch(train_dataloader.dataset)), flush=True)
+        model.register_forward_pre_hook(self.count_labels, with_kwargs=True)
         self.started = self.step_ended = time.monotonic()
+
+    def count_labels(self, model, args, inputs):
+        # The first token of a row has nothing before it that could predict it.
+        self.labelled += int((inputs["labels"][:, 1:] != IGNORE).sum())
 
     def on_step_end(self, args, state, control, **kwargs):
         now = time.monotonic()
@@ -64,13 +91,12 @@ class RecipeLog(TrainerCallback):
         with self.path.open("a") as file:
             file.write(json.dumps(entry) + "\n")
 
-    def count_labels(self, trainer) -> None:
-        """Count the labels that `trainer`, whatever its class, learns."""
-        learn = trainer.training_step
 
-        def training_step(model, inputs, *rest):
-            # The first token of a row has nothing before it that could predict it.
-            self.labelled += int((inputs["labels"][:, 1:] != IGNORE).sum())
-            return learn(model, inputs, *rest)
-
-        trainer.training_step = training_step
+def epoch(dataset) -> dict[str, int]:
+    """What one pass learns: its rows, the tokens in them that are not padding, and the labels."""
+    rows = tokens = labelled = 0
+    for row in dataset:
+        rows += 1
+        tokens += int(np.count_nonzero(row.get("attention_mask", np.ones_like(row["input_ids"]))))
+        labelled += int((np.asarray(row["labels"])[1:] != IGNORE).sum())
+    return {"rows": rows, "tokens": tokens, "labelled_tokens": labelled}
