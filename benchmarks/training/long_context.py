@@ -53,9 +53,8 @@ def main(args: argparse.Namespace) -> None:
 def llama(args: argparse.Namespace, device: str):
     from transformers import LlamaConfig, LlamaForCausalLM, set_seed
 
-    from llama_lora.model import adapter
     from llama_lora.model.base import load_base
-    from llama_lora.train.compute import chunked_loss, packed_attention
+    from llama_lora.train import lora_model
 
     set_seed(0)
     config = LlamaConfig(
@@ -70,10 +69,7 @@ def llama(args: argparse.Namespace, device: str):
     with tempfile.TemporaryDirectory() as folder:
         LlamaForCausalLM(config).save_pretrained(folder)
         base = load_base(folder, args.quantization, device=device)
-    base.config.use_cache = False
-    base.set_attn_implementation(packed_attention.BY_EXAMPLE)
-    chunked_loss.compute_in_chunks(base)
-    model = adapter.attach(base, 16, 32, args.dropout, ["all-linear"])
+    model = lora_model.adapted(base, 16, 32, args.dropout, ["all-linear"])
     for parameter in model.parameters():
         if parameter.requires_grad:  # as DeepSpeed casts them
             parameter.data = parameter.data.to(base.dtype)
@@ -141,6 +137,7 @@ def foretold(args, model, recomputed: bool, offloaded: bool, tiles: int) -> floa
     layers = ON_THE_WAY if offloaded else args.layers
     at_work = activation_memory.layer_peak_per_token(*layer, tiles) - (0 if recomputed else kept)
     beside = activation_memory.beside_layers_per_token(config, size)
+    beside += args.layers * activation_memory.masks_per_token(layer[1], args.dropout)
     return args.tokens * (layers * waiting + at_work + beside)
 
 

@@ -20,6 +20,7 @@ class Corpus:
     pieces: int
     tokens: int
     labelled: int  # tokens of answers, each counted once
+    attended: int  # the squares of the pieces' tokens, summed
 
 
 def make_corpus(name: str, source: Path, length: int, args: argparse.Namespace) -> Corpus:
@@ -29,9 +30,10 @@ def make_corpus(name: str, source: Path, length: int, args: argparse.Namespace) 
     items = runs.draw(runs.pieces(source, args.base, length, args.cache), PIECES)
     path = runs.write(items, args.cache / f"speed-{name}-{length}.json")
     encoded = Template(load_tokenizer(args.base)).encode_batch(items)
-    tokens = sum(len(piece.ids) for piece in encoded)
+    lengths = [len(piece.ids) for piece in encoded]
     labelled = sum(label != IGNORE for piece in encoded for label in piece.labels)
-    return Corpus(name, length, path, len(items), tokens, labelled)
+    attended = sum(count**2 for count in lengths)
+    return Corpus(name, length, path, len(items), sum(lengths), labelled, attended)
 
 
 def batch(corpus: Corpus, args: argparse.Namespace) -> int:

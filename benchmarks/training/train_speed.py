@@ -10,6 +10,9 @@ the steps after the first, which also sets things up.
 
 import argparse
 import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from benchmarks import pages
@@ -74,7 +77,8 @@ def whole_page(corpora: list[Corpus], args: argparse.Namespace) -> tuple[list[di
         results += found
         parts += [f"## {beside_packers.TITLE}", text]
     if args.share:
-        shares = [share_of_machine(corpus, args) for corpus in shortest_and_longest(corpora)]
+        ends = shortest_and_longest(corpora)
+        shares = [share_of_machine(corpus, dtype, args) for corpus in ends for dtype in dtypes()]
         results += shares
         longest = shortest_and_longest(corpora)[-1]
         parts += [share_text(shares), profile_text(profile(longest, args))]
@@ -188,18 +192,21 @@ process (of the card, if there is one)."""
 # ---- What the machine could do ----
 
 
-def share_of_machine(corpus: Corpus, args: argparse.Namespace) -> dict:
+def share_of_machine(corpus: Corpus, dtype: str, args: argparse.Namespace) -> dict:
     """The share of the machine's own matrix-product rate that an unquantized base trains at."""
-    run = run_ours(corpus, args, "none")
-    peak = peak_rate(args.base, args.tokens)
+    with switched(dtype):
+        run = run_ours(corpus, args, "none")
+        peak = peak_rate(args.base, args.tokens)
     steps, fill = arranged(run)
     pace = measured([run], steps, fill, corpus)
     tokens = fill * corpus.length * batch(corpus, args) / run.seconds_per_step
-    body, head = parameters(args.base)
+    body, head, attention = operands(args.base)
     rate = 4 * (body * tokens + head * pace["labelled tokens/s"])
+    rate += 6 * attention * corpus.attended / corpus.tokens * tokens
     return {
         "corpus": corpus.name,
         "length": corpus.length,
+        "dtype": dtype,
         "tokens/s": tokens,
         "labelled tokens/s": pace["labelled tokens/s"],
         "seconds per step": run.seconds_per_step,
@@ -212,14 +219,40 @@ def share_of_machine(corpus: Corpus, args: argparse.Namespace) -> dict:
     }
 
 
-def parameters(base: Path) -> tuple[int, int]:
-    """Weights of the linear layers, and of the output head."""
+def dtypes() -> list[str]:
+    """fp32, and the one that this machine trains in; on a card that one alone."""
+    import torch
+
+    from llama_lora.hardware.device import compute_dtype, dtype_name
+
+    fastest = dtype_name(compute_dtype())
+    return [fastest] if torch.cuda.is_available() or fastest == "float32" else ["float32", fastest]
+
+
+@contextmanager
+def switched(dtype: str) -> Iterator[None]:
+    """Meanwhile this machine computes in that dtype, and what it starts."""
+    from llama_lora.hardware.device import DTYPE_SWITCH
+
+    before = os.environ.get(DTYPE_SWITCH)
+    os.environ[DTYPE_SWITCH] = dtype
+    try:
+        yield
+    finally:
+        del os.environ[DTYPE_SWITCH]
+        if before is not None:
+            os.environ[DTYPE_SWITCH] = before
+
+
+def operands(base: Path) -> tuple[int, int, int]:
+    """Weights of the linear layers, of the output head, and numbers of a token's queries."""
     config = json.loads((base / "config.json").read_text())
     hidden = config["hidden_size"]
     queries = config["num_attention_heads"] * config["head_dim"]
     keys = config["num_key_value_heads"] * config["head_dim"]
     layer = hidden * (2 * queries + 2 * keys + 3 * config["intermediate_size"])
-    return config["num_hidden_layers"] * layer, hidden * config["vocab_size"]
+    layers = config["num_hidden_layers"]
+    return layers * layer, hidden * config["vocab_size"], layers * queries
 
 
 def share_text(shares: list[dict]) -> str:
@@ -227,6 +260,7 @@ def share_text(shares: list[dict]) -> str:
         {
             "corpus": share["corpus"],
             "length": f"{share['length']:,}",
+            "dtype": share["dtype"],
             "tokens/s": f"{share['tokens/s']:,.0f}",
             "labelled tokens/s": f"{share['labelled tokens/s']:,.0f}",
             "useful GFLOP/s": f"{share['training GFLOP/s']:.1f}",
@@ -248,8 +282,9 @@ The rate at which an unquantized base trains, beside the rate that the fastest o
 products reaches by itself in the same dtype (`torch.mm`, several shapes, best call, right after the
 training). Useful work is 2 FLOP per weight forward and 2 backward (the weights are frozen, so the
 backward pass computes only the gradient of the input): the {body:.1f} M weights of the linear
-layers for every token, the {head:.1f} M of the head for labelled tokens only. Attention, LoRA's own
-products and whatever is computed twice do not count."""
+layers for every token, the {head:.1f} M of the head for labelled tokens only; and the causal half
+of attention's products, two forward and four backward. LoRA's own products and whatever is computed
+twice do not count."""
 
 
 def profile(corpus: Corpus, args: argparse.Namespace) -> list[dict]:

@@ -27,31 +27,25 @@ def load(folder: str, quantization: str, lora, args):
         A peft model.
     """
     base = load_base(folder, quantization, args.compute_dtype, args.device)
-    base.config.use_cache = False
-    base.set_attn_implementation(packed_attention.BY_EXAMPLE)
-    chunked_loss.compute_in_chunks(base)
     if args.learning_rate is None:
         args.learning_rate = fitting_learning_rate(base.config.hidden_size)
     set_seed(args.seed)  # the A matrices start at random
-    model = adapter.attach(
-        base,
-        lora.lora_r,
-        lora.lora_alpha,
-        lora.lora_dropout,
-        lora.lora_target_modules,
-        use_dora=lora.use_dora,
-        use_rslora=lora.use_rslora,
-    )
-    compute_in_few_operators(model, args.seed)
-    return model
+    matrices = lora.lora_r, lora.lora_alpha, lora.lora_dropout, lora.lora_target_modules
+    kinds = {"use_dora": lora.use_dora, "use_rslora": lora.use_rslora}
+    return adapted(base, *matrices, seed=args.seed, **kinds)
 
 
-def compute_in_few_operators(model, seed: int) -> None:
-    """Let a peft model compute what it does anyway, in fewer operators and less memory.
+def adapted(base, r: int, alpha: int, dropout: float, targets: list[str], seed: int = 0, **kinds):
+    """The peft model of `adapter.attach` on a base, as it computes in training.
 
     Args:
         seed: of the dropout before LoRA matrices.
     """
+    base.config.use_cache = False
+    base.set_attn_implementation(packed_attention.BY_EXAMPLE)
+    chunked_loss.compute_in_chunks(base)
+    model = adapter.attach(base, r, alpha, dropout, targets, **kinds)
     lora_layers.set_up(model, seed)
     for part in (gated_mlp, rms_norm, rotary_embedding):
         part.set_up(model)
+    return model

@@ -10,7 +10,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from llama_lora.model import adapter
 from llama_lora.model.base import load_base
 from llama_lora.train import lora_model
-from llama_lora.train.compute import chunked_loss, packed_attention
 from llama_lora.train.data.example import Example
 from llama_lora.train.data.packing import collate
 
@@ -37,14 +36,10 @@ def adapted_llama(
     config = LlamaConfig(vocab_size=64, pad_token_id=0, **(sizes | shape))
     LlamaForCausalLM(config).save_pretrained(folder)
     base = load_base(folder, quantization, dtype, "cpu")
-    base.config.use_cache = False
-    base.set_attn_implementation(packed_attention.BY_EXAMPLE)
-    chunked_loss.compute_in_chunks(base)
-    model = adapter.attach(base, r, 2 * r, dropout, list(targets), use_dora=use_dora)
+    model = lora_model.adapted(base, r, 2 * r, dropout, list(targets), use_dora=use_dora)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.1)
-    lora_model.compute_in_few_operators(model, seed=0)
     return model.train()
 
 

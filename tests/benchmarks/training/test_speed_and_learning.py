@@ -11,7 +11,9 @@ from benchmarks import training_runs as runs
 from benchmarks.training import beside_packers, learning
 from benchmarks.training.pace import Corpus
 
-CORPUS = Corpus("ShareGPT", 512, Path("corpus.json"), pieces=6, tokens=2000, labelled=1000)
+CORPUS = Corpus(
+    "ShareGPT", 512, Path("corpus.json"), pieces=6, tokens=2000, labelled=1000, attended=900_000
+)
 
 
 def trained(seconds_per_step: float, output: str = "", peak: int = 2**30) -> runs.Run:
