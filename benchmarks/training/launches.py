@@ -2,18 +2,16 @@
 
 python3 -m benchmarks.training.launches
 
-The gradients of a micro-batch of a 7B base in 16 bits, and an optimizer step, on tensors without
-values, whose operators are counted: those that start a kernel on a card, as often as they do.
-Where torch has a kernel of its own for cards, and composes what it does elsewhere, that is counted.
-LoRA matrices are in 16 bits, as DeepSpeed trains them.
+The gradients of a micro-batch of a 7B base in 16 bits, checked and handed over to the optimizer, on
+tensors without values, whose operators are counted: those that start a kernel on a card, as often
+as they do. Where torch has a kernel of its own for cards, and composes what it does elsewhere, that
+is counted. LoRA matrices are in 16 bits, as DeepSpeed trains them.
 """
 
-import argparse
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -34,7 +32,7 @@ SHAPE = {
 }
 EXAMPLES = (512,) * 4  # tokens of each, all labelled
 DTYPE = torch.float16
-SHOWN = 24  # operators
+DROPOUT = 0.05
 # Kernels that operators start; 1 where nothing stands here.
 KERNELS = {
     **dict.fromkeys(
@@ -102,33 +100,45 @@ def as_on_a_card(launches: Launches) -> Iterator[None]:
         functions.dropout, functions.rms_norm = before
 
 
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    add = parser.add_argument
-    add("--quantization", choices=("none", "8bit"), default="8bit", help="precision of the base")
-    add("--dropout", type=float, default=0.05, help="share that LoRA drops")
-    add("--kernel", choices=("varlen", "efficient"), default="efficient", help="of attention")
-    add("--checkpointing", action="store_true", help="all layers recompute")
-    return parser.parse_args()
+def main() -> None:
+    print(text())
 
 
-def main(args: argparse.Namespace) -> None:
-    found = counted(args.quantization, args.dropout, args.kernel, args.checkpointing)
-    rows = [
-        {"operator": f"`{name}`", **{part: counts[name] for part, counts in found.items()}}
-        for name, _ in sum(found.values(), Counter()).most_common(SHOWN)
-    ]
-    rows.append({"operator": "all", **{part: counts.total() for part, counts in found.items()}})
-    print(pages.table(rows))
+def text() -> str:
+    rows = []
+    for quantization in ("8bit", "none"):
+        for recompute in (False, True):
+            ours, plain = (counted(quantization, recompute, own) for own in (True, False))
+            rows.append(
+                {
+                    "base": {"8bit": "8 bits", "none": "16 bits"}[quantization],
+                    "layers recompute": "all" if recompute else "none",
+                    "peft's and transformers' own": f"{plain:,}",
+                    "ours": f"{ours:,}",
+                    "share": f"{ours / plain:.0%}",
+                }
+            )
+    tokens = sum(EXAMPLES)
+    return f"{MEANING.format(tokens=tokens, layers=LAYERS)}\n\n{pages.table(rows)}"
 
 
-def counted(quantization: str, dropout: float, kernel: str, checkpointing: bool) -> dict:
-    """Kernels by operator: of the gradients of a micro-batch, and of what is done with them."""
+MEANING = """\
+## Kernels on a card
+
+How many kernels a micro-batch of {tokens:,} tokens starts on a card of capability 8.0 for a base of
+{layers} layers, with LoRA on all linear layers: its gradients, the check that they are finite, and
+handing them over. They are counted on tensors without values, with the same attention and the same
+loss on both sides."""
+
+
+def counted(quantization: str, recompute: bool, own: bool) -> int:
+    """The kernels of a micro-batch; without `own`, peft and transformers compute the layers."""
     from llama_lora.train.compute import attention_kernels
+    from llama_lora.train.compute.attention_kernels import VARLEN
     from llama_lora.train.memory.out_of_memory import Gradients
     from llama_lora.train.stopping import all_finite
 
-    model = without_values(quantization, dropout, checkpointing)
+    model = without_values(quantization, recompute, own)
     parameters = [one for one in model.parameters() if one.requires_grad]
     gradients = Gradients(parameters, print)
 
@@ -137,31 +147,32 @@ def counted(quantization: str, dropout: float, kernel: str, checkpointing: bool)
         more = {"attention_mask": torch.ones_like(part["input_ids"])}
         return model(**part, **more, num_items_in_batch=sum(EXAMPLES)).loss
 
-    with attention_kernels.only(kernel):
-        with Launches() as computing, as_on_a_card(computing):
-            loss, found = gradients.compute(loss_of, micro_batch(), scale=1024.0)
-        with Launches() as handing_over:
-            all_finite([loss, *found])
-            gradients.as_loss(found).backward()
-    return {"gradients": computing.counts, "checked and handed over": handing_over.counts}
+    with attention_kernels.only(VARLEN), Launches() as launches, as_on_a_card(launches):
+        gradients.compute(loss_of, micro_batch(), scale=1024.0)
+        launches.counts.clear()  # among others, of what is made once
+        loss, found = gradients.compute(loss_of, micro_batch(), scale=1024.0)
+        all_finite([loss, *found])
+        gradients.as_loss(found).backward()
+    return launches.counts.total()
 
 
-def without_values(quantization: str, dropout: float, checkpointing: bool):
+def without_values(quantization: str, recompute: bool, own: bool):
     """The base with LoRA on all linear layers, as training loads it, and then on no device."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
+    from llama_lora.model.base import load_base
     from llama_lora.model.int8_linear import Int8Linear
     from llama_lora.train import lora_model
-    from llama_lora.train.arguments import LoraArguments
     from llama_lora.train.memory import gradient_checkpointing
 
-    lora = LoraArguments(lora_dropout=dropout)
-    args = SimpleNamespace(compute_dtype=DTYPE, device="cpu", learning_rate=1e-4, seed=0)
     with tempfile.TemporaryDirectory() as folder:
         LlamaForCausalLM(LlamaConfig(**SHAPE)).save_pretrained(folder)
-        model = lora_model.load(folder, quantization, lora, args).train()
-    base = model.get_base_model()
-    gradient_checkpointing.checkpoint(base, list(base.model.layers) if checkpointing else [])
+        base = load_base(folder, quantization, DTYPE, "cpu")
+    model = lora_model.adapted(base, 16, 32, DROPOUT, ["all-linear"]).train()
+    if not own:
+        for module in base.model.modules():
+            vars(module).pop("forward", None)
+    gradient_checkpointing.checkpoint(base, list(base.model.layers) if recompute else [])
     for module in model.modules():
         if isinstance(module, Int8Linear):  # whose parameter does not move there
             codes, scales = module.weight.data.to("meta"), module.weight.SCB.to("meta")
@@ -184,4 +195,4 @@ def micro_batch() -> dict:
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    main()

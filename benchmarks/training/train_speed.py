@@ -18,7 +18,7 @@ from pathlib import Path
 from benchmarks import pages
 from benchmarks import training_runs as runs
 from benchmarks.matmul_rate import peak_rate
-from benchmarks.training import beside_packers
+from benchmarks.training import beside_packers, launches
 from benchmarks.training.pace import Corpus, arranged, batch, make_corpus, measured, ratios
 
 CHATS = "ShareGPT"
@@ -81,7 +81,7 @@ def whole_page(corpora: list[Corpus], args: argparse.Namespace) -> tuple[list[di
         shares = [share_of_machine(corpus, dtype, args) for corpus in ends for dtype in dtypes()]
         results += shares
         longest = shortest_and_longest(corpora)[-1]
-        parts += [share_text(shares), profile_text(profile(longest, args))]
+        parts += [share_text(shares), profile_text(profile(longest, args)), launches.text()]
     return results, parts
 
 

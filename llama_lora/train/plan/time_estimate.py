@@ -20,7 +20,7 @@ from llama_lora.train.compute.packed_attention import BLOCK
 EFFICIENCY = 0.5
 # Assumed, per part: the time of a kernel in which nothing is computed, and how many of them a layer
 # starts (benchmarks.training.launches).
-LAUNCH, LAUNCHES = 5e-6, 135
+LAUNCH, LAUNCHES = 5e-6, 130
 CODE_BYTES = {"8bit": 1, "4bit": 0.5}  # of a weight
 PROBE_SECONDS = 0.5
 PROBE_TOKENS = 1024
