@@ -15,7 +15,7 @@ ALIKE = 0.01  # of the largest result: the rounding of 16 bits
 def gated_mlp(mlp, x: torch.Tensor) -> torch.Tensor:
     """down(act(gate(x)) · up(x)): [rows, tokens, hidden] -> the same shape."""
     gate, up = autocast(mlp.gate_proj(x), mlp.up_proj(x))
-    alone = lora_layers.by_itself(mlp.down_proj)
+    alone = lora_layers.by_itself(mlp.down_proj, gate)
     if alone is None:
         return mlp.down_proj(Gated.apply(gate, up, mlp.act_fn))
     rows = gate.flatten(0, -2), up.flatten(0, -2)

@@ -90,7 +90,7 @@ class SharedInput:
     def result(self, module, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
         """What the forward pass of `module` returns for `x`: [..., in] -> [..., out]."""
         if not (x is self.given and module in self.waiting):
-            if args or kwargs or not all(map(adapted, self.modules)):
+            if args or kwargs or not self.takes(x):
                 return type(module).forward(module, x, *args, **kwargs)
             (rows,) = autocast(x)
             found = self.apply(Products, rows.flatten(0, -2))
@@ -100,23 +100,32 @@ class SharedInput:
         self.given = x if self.waiting else None
         return result
 
+    def takes(self, x: torch.Tensor) -> bool:
+        """Whether the layers are all plain, and each token of `x` has a row of the mask.
+
+        That of an expert, which gets some of the tokens, has none.
+        """
+        tokens = x.shape[:-1].numel()
+        has_rows = not self._drops or len(self.dropout.begins(self.number)) == tokens
+        return has_rows and all(map(adapted, self.modules))
+
+    @property
+    def _drops(self) -> bool:
+        return self.modules[0].training and self.dropout.share > 0
+
     def apply(self, function, *inputs):
         """What `function`, such as `Products`, returns for these layers."""
         layers = [adapted(module) for module in self.modules]
         matrices = [matrix for layer in layers for matrix in (layer.a, layer.b)]
-        return function.apply(*inputs, layers, self._masks(), *matrices)
-
-    def _masks(self) -> tuple:
-        if self.modules[0].training and self.dropout.share:
-            return self.dropout, self.dropout.begins(self.number)
-        return None, None
+        masks = (self.dropout, self.dropout.begins(self.number)) if self._drops else (None, None)
+        return function.apply(*inputs, layers, masks, *matrices)
 
 
-def by_itself(module) -> SharedInput | None:
-    """The `SharedInput` of a layer that shares with no other; None if it computes as peft does."""
+def by_itself(module, x: torch.Tensor) -> SharedInput | None:
+    """The `SharedInput` of a layer that shares `x` with no other; None if peft computes it."""
     shared = _shared(module)
     alone = shared is not None and shared.modules == [module]
-    return shared if alone and adapted(module) else None
+    return shared if alone and shared.takes(x) else None
 
 
 def _shared(module) -> SharedInput | None:

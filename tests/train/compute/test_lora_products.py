@@ -98,6 +98,21 @@ def test_layers_that_share_an_input_are_computed_at_once(tmp_path, monkeypatch):
     assert torch.allclose(value, attention.v_proj(hidden), atol=1e-5)
 
 
+def test_a_layer_that_gets_some_of_the_tokens_drops_as_peft_does(tmp_path):
+    """As an expert; a mask has a row for each token of the micro-batch."""
+    model = adapted_llama(tmp_path, dropout=0.3)
+    step(model)
+    mlp, hidden = layers_of(model)[0].mlp, torch.randn(1, 7, 32)
+    assert mlp.down_proj.forward.func.__self__.takes(torch.randn(1, 50, 64))
+    torch.manual_seed(3)
+    found = mlp(hidden)
+    as_peft(model)
+    for layer in (mlp.gate_proj, mlp.up_proj, mlp.down_proj):
+        layer.lora_dropout["default"] = torch.nn.Dropout(0.3)
+    torch.manual_seed(3)
+    torch.testing.assert_close(found, mlp(hidden))
+
+
 def test_two_adapters_and_switched_off_ones_are_pefts(tmp_path):
     model = adapted_llama(tmp_path)
     plain = model.get_base_model()
