@@ -192,7 +192,8 @@ def train(
     training: Training, data: Path, args: argparse.Namespace, pace: runs.Run | None
 ) -> runs.Run:
     """Train for the time, with a schedule that ends with it, at the pace of an earlier run."""
-    pace = pace or training.run(data, args, args.probe_steps + 1)
+    if pace is None or len(pace.entries) < 2:  # the first step is not as long as the others
+        pace = training.run(data, args, args.probe_steps + 1)
     steps = steps_within(60 * training.minutes, pace)
     print(
         f"{training.folder(args).name}: {pace.seconds_per_step:.1f} s a step, {steps} steps",

@@ -119,6 +119,13 @@ def test_a_probe_decides_how_many_steps_end_with_the_time(trainings, asked):
     assert trainings == [("trl", 1, 1, 4), ("trl", 1, 1, 27)]
 
 
+def test_a_run_of_one_step_tells_no_pace(trainings, asked):
+    single = trained(2.0)
+    single.entries = single.entries[:1]
+    learning.outcome(learning.Training("trl", 1, 1, 1.0), ["one"], [{}], asked, single)
+    assert trainings == [("trl", 1, 1, 4), ("trl", 1, 1, 27)]
+
+
 def test_what_was_trained_is_kept_by_seed_part_time_and_dtype(trainings, asked, monkeypatch):
     data, pace = ["one", "two"], trained(2.0)
 
