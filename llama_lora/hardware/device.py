@@ -1,5 +1,6 @@
 """What this machine's device, or a card of the table, can do: base precision, compute dtype."""
 
+import contextlib
 import os
 import platform
 from pathlib import Path
@@ -82,6 +83,14 @@ def autocast(*tensors) -> tuple:
     if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return tensors
     return tuple(tensor.to(torch.get_autocast_dtype(device)) for tensor in tensors)
+
+
+def without_autocast(device: str):
+    """A context in which autocast is off, where a device has it."""
+    import torch
+
+    has_it = torch.amp.is_autocast_available(device)
+    return torch.autocast(device, enabled=False) if has_it else contextlib.nullcontext()
 
 
 def switched_dtype():

@@ -96,7 +96,7 @@ def system_message(base: Path) -> str:
     """What the base's chat template says before the first turn, which LLaMA-Factory misreads."""
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=False)
     prompt = tokenizer.apply_chat_template([{"role": "user", "content": ""}], tokenize=False)
     return prompt.split(" USER:")[0].removeprefix(tokenizer.bos_token or "")
 

@@ -35,7 +35,7 @@ class LinearCrossEntropy(torch.autograd.Function):
             words, logits = labels[rows, None], room[: len(rows)]
             product = products[: len(rows)]
             torch.mm(hidden[rows].to(weight.dtype), weight.t(), out=product)
-            if product is not logits:
+            if products is not room:
                 logits.copy_(product)
             largest = logits.amax(1, keepdim=True)
             right = logits.gather(1, words).sub_(largest)
@@ -44,7 +44,7 @@ class LinearCrossEntropy(torch.autograd.Function):
             if gradient is not None:
                 logits.div_(sums)  # now the probabilities
                 logits.scatter_add_(1, words, torch.full_like(sums, -1))
-                if product is not logits:
+                if products is not room:
                     product.copy_(logits)
                 gradient[rows] = (product @ weight).to(gradient.dtype)
         ctx.save_for_backward(gradient)

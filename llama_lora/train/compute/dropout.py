@@ -11,22 +11,29 @@ from contextlib import contextmanager
 
 import torch
 
-BEGINS = 1 << 24  # places in the sequence where a row may begin
+BEGINS = 1 << 20  # places in the sequence where a row may begin: each a word
+WORD = 8  # bytes, each of which is 0 or 1
 WIDEST = 1 << 17  # numbers in a row
-BYTES = BEGINS + WIDEST
+BYTES = WORD * BEGINS + WIDEST
 # Odd constants of xxHash (Collet), as signed numbers.
 FACTORS = -0x61C8864E7A143579, -0x3D4D51C2D82B14B1, 0x165667B19E3779F9
 
 
 def keys_in_step(keys: torch.Tensor, step: int) -> torch.Tensor:
     """Those for `draw` of the same tokens in a step, int64."""
-    return keys + step * 0x9E3779B1 * (1 << 20)
+    return keys + _signed(step * FACTORS[1])
+
+
+def _signed(number: int) -> int:
+    """What is left of a number in 64 bits."""
+    return (number + 2**63) % 2**64 - 2**63
 
 
 def _random(share: float, seed: int) -> torch.Tensor:
-    """uint8 [`BYTES`], drawn on the host: the same for every device."""
+    """int64 words of `BYTES` in all, drawn on the host: the same for every device."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.empty(BYTES, dtype=torch.uint8).bernoulli_(1 - share, generator=generator)
+    drawn = torch.empty(BYTES, dtype=torch.uint8).bernoulli_(1 - share, generator=generator)
+    return drawn.view(torch.int64)
 
 
 class Dropout:
@@ -46,7 +53,7 @@ class Dropout:
         return self.inputs - 1
 
     def draw(self, keys: torch.Tensor) -> None:
-        """From now on, masks are for these tokens.
+        """Masks are for these tokens, until their backward pass is over.
 
         Args:
             keys: int64 [rows, tokens], a number for each token that no other one has.
@@ -63,8 +70,10 @@ class Dropout:
 
     def rows(self, begins: torch.Tensor, width: int) -> torch.Tensor:
         """uint8 [len(begins), width]: 0 where a number is dropped, else 1."""
-        windows = self._sequence.to(begins.device).as_strided((BEGINS, width), (1, 1))
-        return windows.index_select(0, begins)
+        # In words: kernels count in 32 bits then, where the sequence and its windows allow it.
+        sequence = self._sequence.to(begins.device)  # where it is, but for tensors without values
+        windows = sequence.as_strided((BEGINS, -(-width // WORD)), (1, 1))
+        return windows.index_select(0, begins).view(torch.uint8)[:, :width]
 
     @contextmanager
     def only(self, tokens: slice) -> Iterator[None]:

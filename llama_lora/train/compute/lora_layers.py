@@ -26,12 +26,16 @@ def set_up(model, seed: int) -> None:
     """
     layers = {name: module for name, module in model.named_modules() if adapted(module)}
     dropout = Dropout(max(map(_dropped, layers.values()), default=0.0), seed, model.device)
-    for names in _by_input(layers):
-        SharedInput([layers[name] for name in names], dropout)
-    model.get_base_model().register_forward_pre_hook(partial(_draw, dropout), with_kwargs=True)
+    groups = _by_input(layers)
+    inputs = [SharedInput([layers[name] for name in names], dropout) for names in groups]
+    begin = partial(_begin, dropout, inputs)
+    model.get_base_model().register_forward_pre_hook(begin, with_kwargs=True)
 
 
-def _draw(dropout: Dropout, module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+def _begin(dropout: Dropout, inputs: list, module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    """What precedes each forward pass of the base."""
+    for one in inputs:
+        one.forget()
     keys = kwargs.pop("token_keys", None)
     if module.training and dropout.share:
         ids = args[0] if args else kwargs["input_ids"]
@@ -83,9 +87,13 @@ class SharedInput:
     def __init__(self, modules: list, dropout: Dropout):
         self.modules, self.dropout = modules, dropout
         self.number = dropout.add_input()
-        self.given, self.waiting = None, {}
+        self.forget()
         for module in modules:
             module.forward = partial(self.result, module)
+
+    def forget(self) -> None:
+        """Drop results that no layer has asked for, because an error came before."""
+        self.given, self.waiting = None, {}
 
     def result(self, module, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
         """What the forward pass of `module` returns for `x`: [..., in] -> [..., out]."""

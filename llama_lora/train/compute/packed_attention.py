@@ -112,7 +112,8 @@ def _blocks(query, key, value, window: int | None, **options) -> Iterator[torch.
     tokens = query.shape[2]
     plain = min(tokens, window or tokens)
     first = [_filled_up(whole[:, :, :plain]) for whole in (query, key, value)]
-    attend = _Short.attend if _is_short(query, plain, **options) else scaled_dot_product_attention
+    short = value.shape == key.shape and _is_short(query, plain, **options)
+    attend = _Short.attend if short else scaled_dot_product_attention
     yield attend(*first, is_causal=True, **options)[:, :, :plain]
     for start in range(plain, tokens, BLOCK):
         end, seen = min(start + BLOCK, tokens), start - window + 1

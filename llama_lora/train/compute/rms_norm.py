@@ -9,6 +9,8 @@ from functools import partial
 import torch
 from torch.linalg import vecdot, vector_norm
 
+from llama_lora.hardware.device import without_autocast
+
 
 class OnCpu(torch.autograd.Function):
     """x / sqrt(mean(x²) + eps) · weight, computed in fp32; the weight is frozen."""
@@ -36,9 +38,13 @@ def _times(x: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """The norm over the last dimension of `x`, in its shape and dtype."""
-    if x.device.type == "cpu":
-        return OnCpu.apply(x, weight, eps)
-    return torch.nn.functional.rms_norm(x, x.shape[-1:], weight, eps)
+    return OnCpu.apply(x, weight, eps) if x.device.type == "cpu" else _of_torch(x, weight, eps)
+
+
+def _of_torch(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    # Autocast would cast the input, keep it in fp32, and return fp32.
+    with without_autocast(x.device.type):
+        return torch.nn.functional.rms_norm(x, x.shape[-1:], weight, eps)
 
 
 def set_up(model) -> None:

@@ -141,10 +141,9 @@ class _Known(torch.autograd.Function):
 
 def _cast(tensors, dtypes: list[torch.dtype]) -> list[torch.Tensor]:
     """All `tensors` in these dtypes, or the one, in few operators instead of one for each."""
-    if all(tensor.dtype in dtypes for tensor in tensors):
+    pairs = list(zip(tensors, dtypes * (len(tensors) // len(dtypes)), strict=True))
+    if all(tensor.dtype == dtype for tensor, dtype in pairs):
         return list(tensors)
-    dtypes = dtypes * (len(tensors) // len(dtypes))
-    pairs = zip(tensors, dtypes, strict=True)
     copies = [torch.empty_like(tensor, dtype=dtype) for tensor, dtype in pairs]
     torch._foreach_copy_(copies, tensors)
     return copies

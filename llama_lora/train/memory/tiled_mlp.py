@@ -119,7 +119,9 @@ def _add_gradients(ctx, hidden, upstream, tile: slice, sums: list) -> torch.Tens
     given = hidden[:, tile].detach().requires_grad_()
     with torch.enable_grad():
         result = ctx.tiles.run(given, tile)
-    of_tile, *of_weights = torch.autograd.grad(result, (given, *ctx.parameters), upstream[:, tile])
+    with torch.autocast(hidden.device.type, enabled=False):  # as backward passes are
+        found = torch.autograd.grad(result, (given, *ctx.parameters), upstream[:, tile])
+    of_tile, *of_weights = found
     for total, one in zip(sums, of_weights, strict=True):
         total.add_(one)
     return of_tile

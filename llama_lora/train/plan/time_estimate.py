@@ -18,9 +18,9 @@ from llama_lora.train.compute.packed_attention import BLOCK
 # The share that training reaches of the rate of matrix products. Assumed, based on the shares in
 # docs/training-speed.md.
 EFFICIENCY = 0.5
-# Assumed, per part: the time of a kernel in which nothing is computed, and how many of them a layer
-# starts (benchmarks.training.launches).
-LAUNCH, LAUNCHES = 5e-6, 130
+# Assumed: seconds of a kernel in which nothing is computed. From benchmarks.training.launches:
+# how many of them a layer starts for a part, and how much more if it recomputes.
+LAUNCH, LAUNCHES, AGAIN = 5e-6, 130, 0.4
 CODE_BYTES = {"8bit": 1, "4bit": 0.5}  # of a weight
 PROBE_SECONDS = 0.5
 PROBE_TOKENS = 1024
@@ -96,7 +96,7 @@ class Speed:
         """Seconds of the fullest, with examples as long as the longest."""
         setup = plan.setup
         work = EpochWork(setup.tokens, 0, setup.tokens * setup.longest)
-        launches = setup.parts * setup.shape.layers * LAUNCHES * (1 + plan.share / 3)
+        launches = setup.parts * setup.shape.layers * LAUNCHES * (1 + AGAIN * plan.share)
         return self.computing(plan, work) + self.dequantizing(plan, 1) + launches * self.launch
 
 

@@ -401,6 +401,13 @@ def test_short_examples_on_a_cpu_go_backward_more_exactly(monkeypatch, dtype, gr
         assert (ours - truth).norm() < 2 * torch.finfo(dtype).eps * truth.norm()
 
 
+def test_values_of_another_size_are_not_for_the_short_way():
+    query, key = (torch.randn(1, 2, 20, 16).bfloat16().requires_grad_() for _ in range(2))
+    value = torch.randn(1, 2, 20, 8).bfloat16().requires_grad_()
+    attended, _ = attend_within_examples(None, query, key, value, None)
+    assert attended.shape == (1, 20, 2, 8)
+
+
 def test_keys_on_a_card_are_repeated_once_for_all_examples():
     """For its kernels, which take no grouped queries; on a CPU they do."""
     repeated = aten.expand.default

@@ -63,6 +63,20 @@ def test_another_step_seed_or_input_has_other_masks(dropout):
         assert same.max() < 1
 
 
+@pytest.mark.parametrize("step", [10_000, 10**7, 2**40])
+def test_no_step_is_too_late(dropout, step):
+    keys = collate([[Example("a chat", "", np.arange(9), np.arange(9))]])["token_keys"]
+    first = masks(dropout, keys_in_step(keys, step))
+    assert not torch.equal(first, masks(dropout, keys_in_step(keys, step + 1)))
+
+
+def test_a_row_of_any_width(dropout):
+    dropout.draw(torch.arange(5)[None])
+    wide = dropout.rows(dropout.begins(0), 64)
+    for width in (1, 7, 8, 63):
+        assert torch.equal(dropout.rows(dropout.begins(0), width), wide[:, :width])
+
+
 def test_a_step_that_is_divided_otherwise_drops_the_same(tmp_path):
     model = adapted_llama(tmp_path, dropout=0.3)
     rows = [np.arange(5 + 3 * n, dtype=np.int32) % 61 for n in range(6)]

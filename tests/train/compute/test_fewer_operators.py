@@ -1,5 +1,6 @@
 """Norms, MLPs and rotary embeddings: what is replaced is the same, and what differs stays."""
 
+import importlib
 from functools import partial
 
 import pytest
@@ -93,6 +94,39 @@ def test_an_mlp_that_does_more_is_left_alone():
         layer.mlp.__class__ = Limited
     gated_mlp.set_up(model)
     assert not any("forward" in vars(layer.mlp) for layer in model.model.layers)
+
+
+@pytest.mark.parametrize(
+    ("kind", "same"),
+    [
+        ("llama.modeling_llama.LlamaMLP", True),
+        ("gemma3.modeling_gemma3.Gemma3MLP", True),
+        ("qwen3.modeling_qwen3.Qwen3MLP", True),
+        ("seed_oss.modeling_seed_oss.SeedOssMLP", False),  # dropout of its own
+        ("gemma3n.modeling_gemma3n.Gemma3nTextMLP", False),  # sparsity
+        ("falcon_h1.modeling_falcon_h1.FalconH1MLP", False),  # factors
+        ("bitnet.modeling_bitnet.BitNetMLP", False),  # a norm
+        ("nemotron.modeling_nemotron.NemotronMLP", False),
+    ],
+)
+def test_which_mlps_are_gated_and_nothing_else(kind, same):
+    module, name = f"transformers.models.{kind}".rsplit(".", 1)
+    assert gated_mlp._is_gated(getattr(importlib.import_module(module), name)) is same
+
+
+def test_on_a_card_autocast_does_not_cast_a_norms_input(monkeypatch):
+    """torch's autocast for cards has `rms_norm` among the operators that it computes in fp32."""
+    seen = []
+
+    def record(x, *others):
+        seen.append((x.dtype, torch.is_autocast_enabled("cpu")))
+        return x
+
+    monkeypatch.setattr(torch.nn.functional, "rms_norm", record)
+    with torch.autocast("cpu", torch.bfloat16):
+        rms_norm._of_torch(torch.ones(1, 4).bfloat16(), torch.ones(4).bfloat16(), EPS)
+        assert torch.is_autocast_enabled("cpu")
+    assert seen == [(torch.bfloat16, False)]
 
 
 @pytest.mark.parametrize("act", [torch.nn.SiLU(), torch.nn.GELU("tanh"), torch.nn.ReLU()], ids=str)

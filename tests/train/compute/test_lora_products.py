@@ -113,6 +113,21 @@ def test_a_layer_that_gets_some_of_the_tokens_drops_as_peft_does(tmp_path):
     torch.testing.assert_close(found, mlp(hidden))
 
 
+def test_an_error_between_two_layers_leaves_nothing_behind(tmp_path):
+    model = adapted_llama(tmp_path)
+    attention = layers_of(model)[1].self_attn
+    whole, attention.k_proj.forward = attention.k_proj.forward, None
+    with pytest.raises(TypeError):
+        step(model)
+    attention.k_proj.forward = whole
+    shared = whole.func.__self__
+    assert shared.waiting
+    with torch.no_grad():
+        model.eval()(input_ids=torch.arange(3)[None])
+    assert shared.given is None
+    assert not shared.waiting
+
+
 def test_two_adapters_and_switched_off_ones_are_pefts(tmp_path):
     model = adapted_llama(tmp_path)
     plain = model.get_base_model()

@@ -162,6 +162,17 @@ def test_auto_recomputes_where_dequantizing_anew_takes_longer():
     assert found.setup.parts == 1
 
 
+def test_what_a_micro_batch_takes():
+    """Operations at half of the rate, seven weights in each pass, and what kernels take besides."""
+    asked = setup(quantization="8bit", recompute="True", parts=3, tokens=4096)
+    speed = time_estimate.Speed(1e13, "a test", weights=1e9, launch=1e-5)
+    work = time_estimate.EpochWork(4096, 0, 4096 * asked.longest)
+    operations = time_estimate.operations(SEVEN, work, asked.lora_parameters, 1)
+    kernels = 3 * 32 * time_estimate.LAUNCHES * 1.4
+    expected = operations / 0.5e13 + 3 * 3 * SEVEN.linear / 1e9 + kernels * 1e-5
+    assert speed.of_a_micro_batch(plan(asked, 100 * GIB)) == pytest.approx(expected)
+
+
 def test_auto_ends_where_a_part_is_one_example():
     found = forecast.choose(setup(), 1 * GIB, {"parts"}, SPEED)
     assert not found.fits
