@@ -2,8 +2,10 @@
 
 import json
 import random
+import re
 import shutil
 import sys
+from itertools import accumulate
 
 import pytest
 from hypothesis import example, given, settings
@@ -14,7 +16,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from llama_lora.cli import InputError
 from llama_lora.corpus.records.conversation import Rejected
 from llama_lora.corpus.split.splitter import Splitter
-from llama_lora.corpus.split.token_counter import Part, TokenCounter
+from llama_lora.corpus.split.token_counter import CUTS, Part, TokenCounter
 from llama_lora.model.labels import IGNORE
 from llama_lora.model.template import Template, load_tokenizer
 from llama_lora.weights.llama_tokenizer import LLAMA3_SPLIT
@@ -192,6 +194,18 @@ def test_words_are_measured_as_the_whole_text_is(counters, kind, seed, signs):
     assert [measured.place(number) for number in range(len(starts) + 1)] == [*starts, len(whole)]
     for place in range(0, len(whole), 7):
         assert measured.before(place) == sum(start < place for start in starts)
+
+
+@pytest.mark.parametrize("cut", CUTS)
+@settings(max_examples=300, deadline=None)
+@given(text=st.text("ab Z9_'.,-(\n\t é汉’\u00a0\0~!", max_size=12))
+def test_words_end_exactly_where_tokens_must_not_reach_over(cut, text):
+    over, word = cut
+    *words, last = re.findall(word, text)
+    assert ("".join(words), last, "" in words) == (text, "", False)
+    ends = set(accumulate(map(len, words)))
+    for place in range(1, len(text)):
+        assert (place in ends) == bool(over.search(text[place - 1 : place + 1]))
 
 
 AROUND = st.sampled_from(["", "</s>", "</s>USER: ", " ASSISTANT: ", "<|im_end|>\n", "  "]) | SIGNS
