@@ -3,6 +3,7 @@
 import json
 import re
 from copy import copy
+from itertools import chain
 from pathlib import Path
 
 from llama_lora.cli import InputError
@@ -28,6 +29,7 @@ VICUNA_V1_1 = (
     "{%- if add_generation_prompt -%}{{ 'ASSISTANT:' }}{%- endif -%}"
 )
 
+HOLE = "\0"  # stands for the text of a turn
 ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
 
 
@@ -55,6 +57,7 @@ class Template:
         names = tokenizer.convert_ids_to_tokens(sorted(self._special_ids))
         longest_first = sorted(names, key=len, reverse=True)
         self.special = re.compile("|".join(map(re.escape, longest_first)))
+        self._known_frames: dict[tuple[str, ...], list[str]] = {}
 
     def encode(self, turns: list[dict], **marks) -> Encoded:
         """As `encode_batch`, for one conversation: its turns, `label_from` and `unfinished`."""
@@ -110,7 +113,20 @@ class Template:
 
     def text(self, turns: list[dict]) -> str:
         """The conversation as text."""
-        return self._apply(_messages(turns))
+        if not self.jinja.endswith(VICUNA_V1_1):
+            return self._apply(_messages(turns))
+        # This template puts the texts in as they are, so joining them with what it puts around
+        # them is the same, and several times as fast.
+        frames = self._frames(tuple(turn["from"] for turn in turns))
+        values = [turn["value"] for turn in turns]
+        return "".join(chain.from_iterable(zip(frames, [*values, ""], strict=True)))
+
+    def _frames(self, roles: tuple[str, ...]) -> list[str]:
+        """What the template puts before, between and after texts of these roles."""
+        if roles not in self._known_frames:
+            holes = [{"from": role, "value": HOLE} for role in roles]
+            self._known_frames[roles] = self._apply(_messages(holes)).split(HOLE)
+        return self._known_frames[roles]
 
     def prompt(self, turns: list[dict]) -> str:
         """The text after which the model writes the next answer."""

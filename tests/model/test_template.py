@@ -63,8 +63,8 @@ text = st.text(min_size=1, max_size=40)
 
 @given(st.lists(text, min_size=1, max_size=6), st.none() | text)
 def test_vicuna_template_is_fschats_for_any_text(llama_tokenizer, values, system):
-    sample = turns(*values, system=system)
-    assert Template(llama_tokenizer).render(sample)[0] == "<s>" + fschat_prompt(sample)
+    sample, template = turns(*values, system=system), Template(llama_tokenizer)
+    assert template.render(sample)[0] == template.text(sample) == "<s>" + fschat_prompt(sample)
 
 
 @pytest.mark.parametrize("fixture", ["llama_tokenizer", "byte_tokenizer"])

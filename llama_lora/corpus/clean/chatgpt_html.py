@@ -1,7 +1,7 @@
 """ChatGPT's page: which elements are answers, which are chrome, and which are code or formulas.
 
-lxml parses and searches. Beautiful Soup's elements, which markdownify reads, are made only for what
-is left, because making them takes longer than everything else.
+lxml parses and searches. What is left becomes light elements, which markdownify's hooks read as if
+they were Beautiful Soup's.
 """
 
 import re
@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 
-from bs4 import NavigableString, Tag
 from lxml import etree
 
 from llama_lora.corpus.records.conversation import Rejected
@@ -35,12 +34,8 @@ TOLD = {"a", "img", "input", "ol", "td", "th"}
 LANGUAGE = re.compile(r"[\w+#.-]{1,30}")
 
 too_deep = etree.XPath(f"boolean({'/*' * (DEEPEST + 3)})")  # html and body count
-with_class = etree.XPath("descendant-or-self::*[contains(@class, $part)]")
-divs_with_class = etree.XPath("descendant-or-self::div[contains(@class, $part)]")
 holds_markup = etree.XPath("boolean(.//*[not(self::div)])")
-buttons_outside_code = etree.XPath(".//button[not(ancestor::pre)]")
 shown = etree.XPath(".//text()[normalize-space() and not(ancestor::button)]")
-sources = etree.XPath('.//annotation[@encoding="application/x-tex"]')
 
 
 def is_chatgpt_html(text: str) -> bool:
@@ -69,7 +64,7 @@ def parsed(html: str) -> etree._Element:
         root = etree.fromstring(html, parser())
     except etree.XMLSyntaxError as error:
         raise Rejected("HTML cannot be parsed", str(error)) from None
-    if too_deep(root):
+    if html.count("<") >= DEEPEST and too_deep(root):  # fewer tags cannot nest so deeply
         raise Rejected("HTML is nested too deeply", f"over {DEEPEST} elements")
     return root
 
@@ -83,9 +78,7 @@ def parser() -> etree.HTMLParser:
 def outermost(root: etree._Element, wanted: set[str]) -> list[etree._Element]:
     """The `div` elements with all `wanted` classes that are in no other such element."""
     found = dict.fromkeys(
-        element
-        for element in divs_with_class(root, part=min(wanted))
-        if wanted.issubset(classes(element))
+        element for element in root.iter("div") if wanted.issubset(classes(element))
     )
     return [element for element in found if found.keys().isdisjoint(element.iterancestors())]
 
@@ -95,35 +88,24 @@ def text_of(element: etree._Element) -> str:
     return etree.tostring(element, method="text", encoding=str, with_tail=False)
 
 
-# ---- Beautiful Soup's elements, without what only its own parsers need ----
+class Element:
+    """An element with its parent, its place there, and its contents: elements, and runs of text."""
 
+    __slots__ = ("attrs", "contents", "name", "parent", "place")
 
-class Element(Tag):
-    """An element with its siblings and parent."""
-
-    def __init__(self, name: str, attrs: dict, parent: "Element | None"):
-        self.name, self.attrs, self.parent, self.contents = name, attrs, parent, []
-        self.previous_sibling = self.next_sibling = None
+    def __init__(self, name: str, attrs: dict[str, str], parent: "Element | None"):
+        self.name, self.attrs, self.parent = name, attrs, parent
+        self.contents: list[Element | str] = []
         if parent is not None:
-            linked(self, parent)
+            self.place = len(parent.contents)
+            parent.contents.append(self)
 
 
-class Text(NavigableString):
-    """A run of text with its siblings and parent."""
-
-    def __new__(cls, text: str, parent: Element):
-        made = str.__new__(cls, text)
-        made.parent, made.previous_sibling, made.next_sibling = parent, None, None
-        linked(made, parent)
-        return made
-
-
-def linked(node: Element | Text, parent: Element) -> None:
-    """Append `node` to `parent`."""
-    if parent.contents:
-        node.previous_sibling = parent.contents[-1]
-        node.previous_sibling.next_sibling = node
-    parent.contents.append(node)
+def beside(contents: list[Element | str], place: int) -> tuple[Element | str | None, ...]:
+    """What stands before and after a place in the contents of an element."""
+    before = contents[place - 1] if place else None
+    after = contents[place + 1] if place + 1 < len(contents) else None
+    return before, after
 
 
 # ---- What is left of an answer ----
@@ -153,7 +135,7 @@ class Answer:
             else:
                 text += child.tail or ""
         if text:
-            Text(text, target)
+            target.contents.append(text)
 
     def add(self, source: etree._Element, target: Element, before: str) -> bool:
         """Add an element after the text before it, unless nothing is left of it."""
@@ -161,8 +143,10 @@ class Answer:
         if name in INVISIBLE or source in self.bars:
             return False
         if before:
-            Text(before, target)
-        if source in self.formulas:
+            target.contents.append(before)
+        if "katex-error" in source.get("class", ""):
+            self.add_mark(target, f"${' '.join(text_of(source).split())}$", "code")
+        elif source in self.formulas:
             self.add_mark(target, *self.formulas[source])
         elif name == "pre":
             self.add_mark(target, fenced(source), "pre")
@@ -176,7 +160,7 @@ class Answer:
         return True
 
     def add_mark(self, target: Element, text: str, name: str) -> None:
-        Text(self.mark(text), Element(name, {}, target))
+        Element(name, {}, target).contents.append(self.mark(text))
 
 
 def bars(root: etree._Element) -> set[etree._Element]:
@@ -184,7 +168,9 @@ def bars(root: etree._Element) -> set[etree._Element]:
     found: set[etree._Element] = set()
     climbed: set[etree._Element] = set()  # searched, and without content
     contents: set[etree._Element] = set()  # with content
-    for button in buttons_outside_code(root):
+    for button in root.iter("button"):
+        if next(button.iterancestors("pre"), None) is not None:
+            continue
         bar = button
         for around in button.iterancestors():
             if around is root or around.tag not in ("div", "span") or around in contents:
@@ -205,7 +191,9 @@ def formulas(root: etree._Element) -> Iterator[tuple[etree._Element, tuple[str, 
 
     KaTeX shows a formula two or three times; its source is in an annotation.
     """
-    for source in sources(root):
+    for source in root.iter("annotation"):
+        if source.get("encoding") != "application/x-tex":
+            continue
         above = list(source.iterancestors())
         above = above[: above.index(root)]
         around = [tag for tag in above if not FORMULA.isdisjoint(classes(tag))]
@@ -217,8 +205,6 @@ def formulas(root: etree._Element) -> Iterator[tuple[etree._Element, tuple[str, 
             yield outer, (f"$$\n{tex}\n$$", "pre")
         else:
             yield outer, (f"${' '.join(tex.split())}$", "code")
-    for error in with_class(root, part="katex-error"):
-        yield error, (f"${' '.join(text_of(error).split())}$", "code")
 
 
 def classes(element: etree._Element) -> list[str]:

@@ -114,6 +114,8 @@ def cleaned(turn: Turn, seen: Counter) -> Turn:
 
 def without_outer_blank_lines(text: str) -> str:
     """`text` without blank lines at its beginning and end; indentation stays."""
+    if len(text.strip()) == len(text):
+        return text
     inner = text.lstrip()
     text = text[: len(text) - len(inner)].rpartition("\n")[2] + inner
     inner = text.rstrip()

@@ -19,8 +19,11 @@ RESERVED = re.compile("[\ufdd0-\ufdef\0]")
 STAND_IN = re.compile(f"[{''.join(STAND_INS.values())}]")
 
 # Most characters matter only in certain places: a dot after a digit, a hyphen where a line may
-# begin.
-HIDDEN = re.compile(r"[\\`*_\[\]<>&~|!]|(?<=[0-9])[.)]|(?<![^\s=:|-])[#+=-]|#+$")
+# begin. The pattern begins with a set of characters, so that the search can skip to the next.
+HIDDEN = re.compile(
+    r"[\\`*_\[\]<>&~|!.)#+=-]"
+    r"(?:(?<=[^.)#+=-])|(?<=[0-9][.)])|(?<=[#+=-])(?<![^\s=:|-].)|(?<=#)(?=#*$))"
+)
 BEHIND = {stand_in: char for char, stand_in in STAND_INS.items()}
 
 MARKERS = re.compile(r"(?:> ?|[-*+] +|\d{1,9}[.)] +| )*")  # of quotes and list items
@@ -64,12 +67,12 @@ PUNCTUATION = set("!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~")
 
 def hide(text: str) -> str:
     """`text` with a stand-in for every character that could be markup."""
-    return HIDDEN.sub(lambda match: "".join(map(STAND_INS.get, match[0])), text)
+    return HIDDEN.sub(lambda match: STAND_INS[match[0]], text)
 
 
 def without_reserved(text: str) -> str:
     """`text` without the code points that the stand-ins use."""
-    return RESERVED.sub("\ufffd", text) if RESERVED.search(text) else text
+    return text if text.isascii() and "\0" not in text else RESERVED.sub("\ufffd", text)
 
 
 def paired_brackets(label: str) -> str:

@@ -9,7 +9,6 @@ touch, are put back last.
 import re
 from functools import cache, lru_cache
 
-from bs4 import Tag
 from markdownify import MarkdownConverter
 
 from llama_lora.corpus.clean.chatgpt_html import (
@@ -17,6 +16,7 @@ from llama_lora.corpus.clean.chatgpt_html import (
     QUESTION,
     Answer,
     Element,
+    beside,
     is_chatgpt_html,
     outermost,
     parsed,
@@ -85,6 +85,7 @@ class Converter(MarkdownConverter):
         heading_style = "atx"
         sub_symbol = "<sub>"
         sup_symbol = "<sup>"
+        strip = "video", "soup", "fn_cache"  # without their tags; markdownify would fail at them
 
     def markdown(self, answer) -> str:
         self.taken_out: list[str] = []
@@ -116,9 +117,11 @@ class Converter(MarkdownConverter):
         """The element as Markdown; where line ends meet, at most two are left."""
         inside = tags_within(node.name, parent_tags)
         pieces, ends = [], 0
-        for child in node.contents:
-            process = self.process_text if child.name is None else self.process_tag
-            text = process(child, inside)
+        for place, child in enumerate(node.contents):
+            if type(child) is str:
+                text = self.process_text(child, node, place)
+            else:
+                text = self.process_tag(child, inside)
             if not text:
                 continue
             body = text.lstrip("\n")
@@ -134,13 +137,15 @@ class Converter(MarkdownConverter):
         convert = self.get_conv_fn_cached(node.name)
         return text if convert is None else convert(node, text, parent_tags=parent_tags)
 
-    def process_text(self, el, parent_tags=None):
-        """The text, hidden (see `escaping`), without white space that is not shown."""
-        before, after = el.previous_sibling, el.next_sibling
-        alone = el.parent.name in INNER
+    def process_text(self, text, parent, place):
+        """The text, hidden (see `escaping`), without white space that is not shown.
+
+        It stands at `place` in the contents of `parent`.
+        """
+        before, after = beside(parent.contents, place)
+        alone = parent.name in INNER
         starts = alone if before is None else before.name in OUTER
         ends = alone if after is None else after.name in OUTER
-        text = str(el)
         if (starts or ends) and text.isspace():
             return ""
         if "\n" in text or "\r" in text:
@@ -173,26 +178,26 @@ class Converter(MarkdownConverter):
         return " " if "_inline" in parent_tags else "  \n"
 
     def convert_a(self, el, text, parent_tags):
-        href = el.get("href")
+        href = el.attrs.get("href")
         if href is None:
             return text
         label = " ".join(text.split())
         if resolve_block(label, self.ticks, starts=False) == href and AUTOLINK.fullmatch(href):
             return self.mark(f"<{href}>")
-        return f"[{paired_brackets(label)}]" + self.mark(target(href, el.get("title")))
+        return f"[{paired_brackets(label)}]" + self.mark(target(href, el.attrs.get("title")))
 
     def convert_img(self, el, text, parent_tags):
-        alt = paired_brackets(hide(" ".join(el.get("alt", "").split())))
-        return f"![{alt}]" + self.mark(target(el.get("src", ""), el.get("title")))
+        alt = paired_brackets(hide(" ".join(el.attrs.get("alt", "").split())))
+        return f"![{alt}]" + self.mark(target(el.attrs.get("src", ""), el.attrs.get("title")))
 
     def convert_input(self, el, text, parent_tags):
-        if el.get("type") != "checkbox":
+        if el.attrs.get("type") != "checkbox":
             return ""
-        return "[x]" if el.has_attr("checked") else "[ ]"
+        return "[x]" if "checked" in el.attrs else "[ ]"
 
     # ------------------------------------------------------------------ blocks
 
-    def block(self, el: Tag, text: str, parent_tags) -> str:
+    def block(self, el: Element, text: str, parent_tags) -> str:
         """`text` as a block between blank lines, except in the items of a tight list."""
         text = text.strip("\n")
         if not text.strip():
@@ -226,7 +231,7 @@ class Converter(MarkdownConverter):
     def convert_ul(self, el, text, parent_tags):
         return self.block(el, text, parent_tags - {"_inline"})
 
-    convert_ol = convert_ul
+    convert_ol = convert_list = convert_ul
 
     def convert_li(self, el, text, parent_tags):
         first, *rest = text.strip().split("\n")
@@ -254,18 +259,22 @@ class Converter(MarkdownConverter):
         return self.block(el, "\n".join(table(el, rows)), parent_tags) if rows else text
 
 
-def follows(el: Tag, names: set[str]) -> bool:
+def follows(el: Element, names: set[str]) -> bool:
     """Whether the element before `el` in its parent has one of the names."""
     before = element_before(el)
     return before is not None and before.name in names
 
 
-def element_before(el: Tag) -> Tag | None:
+def element_before(el: Element) -> Element | None:
     """The element before `el` in its parent, over any text."""
-    before = el.previous_sibling
-    while before is not None and before.name is None:
-        before = before.previous_sibling
-    return before
+    before = el.place - 1
+    while before >= 0 and type(el.parent.contents[before]) is str:
+        before -= 1
+    return el.parent.contents[before] if before >= 0 else None
+
+
+def elements(contents: list[Element | str]) -> list[Element]:
+    return [one for one in contents if type(one) is Element]
 
 
 def number_items(lists: list[Element]) -> None:
@@ -279,8 +288,8 @@ def number_items(lists: list[Element]) -> None:
             items.attrs["second"] = ""
         start = items.attrs.get("start", "1")
         number = int(start) if start.isascii() and start.isdigit() and len(start) < 10 else 1
-        children = [child for child in items.contents if child.name == "li"]
-        loose = any(part.name == "p" for child in children for part in child.contents)
+        children = [child for child in elements(items.contents) if child.name == "li"]
+        loose = any(part.name == "p" for child in children for part in elements(child.contents))
         for child in children:
             ordered = f"{number}{')' if second else '.'}"
             child.attrs["marker"] = ordered if items.name == "ol" else "*" if second else "-"
@@ -289,7 +298,7 @@ def number_items(lists: list[Element]) -> None:
             number += 1
 
 
-def is_loose(item: Tag) -> bool:
+def is_loose(item: Element) -> bool:
     """Whether blank lines separate the items of the list."""
     return "loose" in item.attrs
 
@@ -308,11 +317,11 @@ def emphasised(text: str, mark: str) -> str:
     return f"{before}{mark}{inner}{mark}{after}"
 
 
-def underscore_needed(el: Tag, parent_tags) -> bool:
+def underscore_needed(el: Element, parent_tags) -> bool:
     """Whether asterisks would merge with a neighbour's, and underscores would not."""
-    before, after = el.previous_sibling, el.next_sibling
+    before, after = beside(el.parent.contents, el.place)
     edge = el.parent.name in EMPHASIS and (before is None or after is None)
-    neighbours = any(isinstance(tag, Tag) and tag.name in EMPHASIS for tag in (before, after))
+    neighbours = any(one.name in EMPHASIS for one in elements([before, after]))
     if not (edge or neighbours or parent_tags & {"em", "i"}):
         return False
     inside_word = (str(before)[-1:] if isinstance(before, str) else "").isalnum() or (
@@ -334,10 +343,12 @@ def target(href: str, title: str | None) -> str:
     return f"({href})"
 
 
-def table(el: Tag, rows: list[list[str]]) -> list[str]:
+def table(el: Element, rows: list[list[str]]) -> list[str]:
     """The lines of a table; its first row is the header if it is one in the HTML."""
     first = first_row(el)
-    cells = [cell for cell in first.contents if cell.name in ("th", "td")] if first else []
+    cells = (
+        [cell for cell in elements(first.contents) if cell.name in ("th", "td")] if first else []
+    )
     width = max(map(len, rows))
     rows = [row + [""] * (width - len(row)) for row in rows]
     if not (first and first.parent.name == "thead") and any(cell.name == "td" for cell in cells):
@@ -347,16 +358,15 @@ def table(el: Tag, rows: list[list[str]]) -> list[str]:
     return [f"| {' | '.join(row)} |" for row in rows]
 
 
-def first_row(el: Tag) -> Tag | None:
+def first_row(el: Element) -> Element | None:
     """The first row of a table, whichever part of the table it is in."""
-    for child in el.contents:
-        row = child if child.name == "tr" else child.name and first_row(child)
-        if row:
+    for child in elements(el.contents):
+        if row := child if child.name == "tr" else first_row(child):
             return row
     return None
 
 
-def alignment(cell: Tag) -> str:
+def alignment(cell: Element) -> str:
     """`left`, `center`, `right` or ""."""
-    style = re.search(r"text-align:\s*(\w+)", cell.get("style", ""))
-    return style[1] if style else cell.get("align", "")
+    style = re.search(r"text-align:\s*(\w+)", cell.attrs.get("style", ""))
+    return style[1] if style else cell.attrs.get("align", "")

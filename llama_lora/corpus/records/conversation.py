@@ -64,7 +64,7 @@ class Kept:
 def count_pairs(turns: list[Turn]) -> int:
     """Questions that are directly followed by an answer."""
     roles = [turn["from"] for turn in turns]
-    return sum(pair == (HUMAN, GPT) for pair in zip(roles, roles[1:], strict=False))
+    return list(zip(roles, roles[1:], strict=False)).count((HUMAN, GPT))
 
 
 def check(conversation: Any) -> tuple[Conversation, Counter]:

@@ -8,9 +8,10 @@ All but the last have `"unfinished": true`: the answer does not end there, so no
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 from llama_lora.cli import InputError
 from llama_lora.corpus.records.conversation import (
@@ -25,7 +26,7 @@ from llama_lora.corpus.records.conversation import (
     piece_keys_of,
     put_in_order,
 )
-from llama_lora.corpus.split.token_counter import MeasuredText, TokenCounter
+from llama_lora.corpus.split.token_counter import MeasuredText, Part, TokenCounter
 from llama_lora.model.template import Template, load_tokenizer
 
 CONTINUE, TRUNCATE, DROP = ("continue", "truncate", "drop")
@@ -77,9 +78,9 @@ class Splitter:
                 f"tokens with the tokenizer of {self.model}"
             )
 
-    def length(self, turns: list[Turn]) -> int:
-        """How many tokens the turns have when rendered."""
-        return self.counter.length(self.renderer.text(turns))
+    def length(self, turns: list[Turn], parts: Iterable[Part] = ()) -> int:
+        """How many tokens the turns have when rendered; `parts` of them have been measured."""
+        return self.counter.length_with(self.renderer.text(turns), parts)
 
     # ------------------------------------------------------------------ one conversation
 
@@ -110,8 +111,10 @@ class Splitter:
         return Kept(kept, dropped, repairs, pairs=len(pairs) - dropped.total())
 
     def pair(self, question: Turn, answer: Turn) -> "Pair":
-        size = self.counter.length(question["value"]) + self.counter.length(answer["value"])
-        return Pair(question, answer, size)
+        return Pair(question, answer, *map(self.measure, (question, answer)))
+
+    def measure(self, turn: Turn) -> MeasuredText:
+        return self.counter.measure(turn["value"])
 
     def runs(
         self, head: list[Turn], pairs: list["Pair"], shared: int
@@ -130,8 +133,10 @@ class Splitter:
                 last, total = last + 1, more
             fits = total <= self.max_length // 2
             while not fits and total <= self.max_length + SEAM:
-                together = head + [turn for one in pairs[first:last] for turn in one.turns]
-                fits = self.length(together) <= self.max_length
+                together = pairs[first:last]
+                turns = head + [turn for one in together for turn in one.turns]
+                parts = [part for one in together for part in one.parts]
+                fits = self.length(turns, parts) <= self.max_length
                 if fits or last - first == 1:
                     break
                 last, total = last - 1, self.max_length
@@ -153,7 +158,7 @@ class Splitter:
         length = self.length(around(text))
         if length > (room := max(self.max_length // 3, self.least)):
             repairs["system turns shortened"] += 1
-            text, length = self.shortened(self.counter.measure(text), room, self.least, around)
+            text, length, _ = self.shortened(self.counter.measure(text), room, self.least, around)
         return [{**head[0], "value": text}], length - self.least + self.shared
 
     # ------------------------------------------------------------------ one pair that is too long
@@ -166,23 +171,23 @@ class Splitter:
         def asked(text: str) -> list[Turn]:
             return [*head, {**one.question, "value": text}, {**one.answer, "value": ""}]
 
-        whole, text = one.question["value"], one.answer["value"]
-        question, answer = self.counter.measure(whole), self.counter.measure(text)
+        text = one.answer["value"]
         at = keys.get("label_from", 0)
         frame = shared + self.frame
-        shorten = partial(self.shortened, question, frame=frame, around=asked)
-        first = again = whole, frame + len(question)
-        if first[1] > (room := self.max_length - LEAST_ANSWER):
+        shorten = partial(self.shortened, one.asked, frame=frame, around=asked)
+        whole = Asked(one.asked.text, frame + len(one.asked), [one.asked.whole])
+        first = again = whole
+        if whole.length > (room := self.max_length - LEAST_ANSWER):
             repairs["questions shortened"] += 1
             first = shorten(room)
-        if again[1] > (room := self.max_length // 3):
+        if whole.length > (room := self.max_length // 3):
             again = shorten(room)
         pieces: list[dict] = []
         while not pieces or at < len(text):
-            asking, length = again if at else first
-            context = self.context(answer, at) if at else 0
-            before = [*head, {**one.question, "value": asking}]
-            end = self.end(before, length, answer, context, at)
+            asking = again if at else first
+            context = self.context(one.answered, at) if at else 0
+            before = [*head, {**one.question, "value": asking.text}]
+            end = self.end(before, asking, one.answered, context, at)
             piece = {"conversations": [*before, {**one.answer, "value": text[context:end]}]}
             if at > context:
                 piece["label_from"] = at - context
@@ -197,19 +202,21 @@ class Splitter:
         return pieces
 
     def end(
-        self, before: list[Turn], length: int, measured: MeasuredText, context: int, at: int
+        self, before: list[Turn], asking: "Asked", measured: MeasuredText, context: int, at: int
     ) -> int:
         """The character up to which the answer fits, if the piece has it from `context` on.
 
-        `length` is that of a piece with the turns `before` it and an empty answer.
+        The turns `before` it end with the question `asking`.
         """
         text = measured.text
         first, new = measured.before(context), measured.before(at)
-        room = self.max_length - length - (new - first) - SEAM
+        room = self.max_length - asking.length - (new - first) - SEAM
         while room > 0:
             limit = measured.place(new + room)
             end = boundary(text, at, limit) if limit < len(text) else len(text)
-            total = self.length([*before, {"from": GPT, "value": text[context:end]}])
+            answer = {"from": GPT, "value": text[context:end]}
+            parts = [*asking.parts, Part(measured, context, end)]
+            total = self.length([*before, answer], parts)
             if total <= self.max_length:
                 return end
             room -= max(total - self.max_length, 1)
@@ -230,35 +237,59 @@ class Splitter:
         limit: int,
         frame: int,
         around: Callable[[str], list[Turn]],
-    ) -> tuple[str, int]:
+    ) -> "Asked":
         """A text without its middle, so that the turns `around` it have at most `limit` tokens.
 
-        Also how many they then have. `frame` is how many they have around an empty text.
+        `frame` is how many they have around an empty text.
         """
         text, count = measured.text, len(measured)
         kept = min(limit - frame - self.gap, count - 1)
         while kept > 1:
             left = text[: measured.place(kept // 2)]
             right = text[measured.place(count - kept // 2) :]
-            shorter = (left.rpartition(" ")[0] or left) + GAP + (right.partition(" ")[2] or right)
-            length = self.length(around(shorter))
+            left, right = left.rpartition(" ")[0] or left, right.partition(" ")[2] or right
+            end = len(text)
+            parts = [Part(measured, 0, len(left)), Part(measured, end - len(right), end)]
+            shorter = left + GAP + right
+            length = self.length(around(shorter), parts)
             if length <= limit:
-                return shorter, length
+                return Asked(shorter, length, parts)
             kept -= max(length - limit, 1)
-        return GAP, self.length(around(GAP))
+        return Asked(GAP, self.length(around(GAP)), [])
 
 
 @dataclass
 class Pair:
-    """A question and its answer, and how many tokens the two texts have."""
+    """A question and its answer, and their texts with the places of their tokens."""
 
     question: Turn
     answer: Turn
-    size: int
+    asked: MeasuredText
+    answered: MeasuredText
 
     @property
     def turns(self) -> list[Turn]:
         return [self.question, self.answer]
+
+    @property
+    def parts(self) -> list[Part]:
+        return [self.asked.whole, self.answered.whole]
+
+    @property
+    def size(self) -> int:
+        """How many tokens the two texts have."""
+        return len(self.asked) + len(self.answered)
+
+
+class Asked(NamedTuple):
+    """A question or system turn, whole or without its middle, and the measured parts of its text.
+
+    `length` is the number of tokens of a piece that has only this and what the template adds.
+    """
+
+    text: str
+    length: int
+    parts: list[Part]
 
 
 PROBE = [{"from": HUMAN, "value": "a"}, {"from": GPT, "value": "a"}]

@@ -7,11 +7,13 @@ character and a space, and in most between a letter or digit and the punctuation
 """
 
 import re
-from bisect import bisect_left
+from array import array
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator
 from functools import lru_cache
+from itertools import accumulate
+from typing import NamedTuple
 
-import numpy as np
 from tokenizers import Encoding, Tokenizer
 
 KNOWN = 200_000  # words whose length is remembered, about 30 MB
@@ -21,13 +23,13 @@ LONGEST = 40  # characters of a word worth remembering; a longer one rarely come
 # for a word. A word ends between a visible ASCII character and a space. In the first way it also
 # ends between an ASCII letter or digit and another ASCII character, except the apostrophe, since
 # there are tokens like "n't".
-RUN = r"[^ A-Za-z0-9]*[A-Za-z0-9]*"
+RUN = r"[^ A-Za-z0-9]*+[A-Za-z0-9]*+"
 CUTS = [
     (
         re.compile(r"[!-~] |[A-Za-z0-9][^A-Za-z0-9'\x80-\U0010ffff]"),
-        rf" *{RUN}(?:(?:(?<=[A-Za-z0-9])['\x80-\U0010ffff]|(?<=[^!-~]) +){RUN})*",
+        rf" *+{RUN}(?:(?:['\x80-\U0010ffff]|(?<=[^!-~]) ++){RUN})*+",
     ),
-    (re.compile(r"[!-~] "), r" *[^ ]*(?:(?<=[^!-~]) +[^ ]*)*"),
+    (re.compile(r"[!-~] "), r" *+[^ ]*+(?:(?<=[^!-~]) ++[^ ]*+)*+"),
 ]
 
 # The vocabulary alone does not decide how texts are cut, so a tokenizer has to prove that for this
@@ -50,8 +52,9 @@ class TokenCounter:
         self.added = re.compile("|".join(map(re.escape, names)) or "(?!)")
         self.first_lengths = WordLengths(lambda word: len(self.encode(word)))
         # With a letter before it, a word is not tokenized like the first of a text.
-        alone = len(self.encode("a"))
-        self.lengths = WordLengths(lambda word: len(self.encode("a" + word)) - alone)
+        self.letter = len(self.encode("a"))
+        self.lengths = WordLengths(lambda word: len(self.encode("a" + word)) - self.letter)
+        self.starts = lru_cache(32)(self.starts)  # cuts fall close to each other
         self.by_words = not any(
             token.lstrip or token.rstrip or token.single_word for token in added
         ) and any(self.choose_word(over, word) for over, word in CUTS)
@@ -68,6 +71,29 @@ class TokenCounter:
         """How many tokens `text` has."""
         return self.sum_of_words(text) if self.by_words else len(self.encode(text))
 
+    def length_with(self, text: str, parts: list["Part"]) -> int:
+        """`length` of a text in which `parts` of measured texts stand, in this order.
+
+        Only what is around them, and the words at their ends, is counted. A part that does not
+        stand there is passed over.
+        """
+        total = done = 0
+        for part in parts:
+            first, last = part.inner_words()
+            at = text.find(part.text, done) if first < last else -1
+            if at >= 0:
+                places, totals, begin = part.measured.places, part.measured.totals, at - part.start
+                total += self.length_from(text, done, begin + places[first])
+                total += totals[last] - totals[first]
+                done = begin + places[last]
+        return total + self.length_from(text, done, len(text))
+
+    def length_from(self, text: str, begin: int, end: int) -> int:
+        """How many tokens `text` has between the beginnings of two words."""
+        if begin == 0:
+            return self.length(text[:end])
+        return self.length("a" + text[begin:end]) - self.letter
+
     def measure(self, text: str) -> "MeasuredText":
         """The places of the tokens of `text`."""
         if not self.by_words:
@@ -75,8 +101,10 @@ class TokenCounter:
         words: list[str] = []
         lengths: list[int] = []
         for first, others in self.stretches(text):
-            words += first, *others
-            lengths += self.first_lengths[first], *map(self.lengths.__getitem__, others)
+            words.append(first)
+            words += others
+            lengths.append(self.first_lengths[first])
+            lengths += map(self.lengths.__getitem__, others)
         return MeasuredText(text, words, lengths, self.starts)
 
     def sum_of_words(self, text: str) -> int:
@@ -95,14 +123,16 @@ class TokenCounter:
         for end in [*(found.start() for found in self.added.finditer(text)), len(text)]:
             if begin < end:
                 first = self.first_word.match(text, begin, end)
-                yield first[0], self.word.findall(text, first.end(), end)
+                others = self.word.findall(text, first.end(), end)
+                others.pop()  # the last is empty
+                yield first[0], others
             begin = end
 
-    def starts(self, word: str, number: int) -> list[int]:
-        """The characters at which the tokens of the `number`-th word of a text start."""
-        before = "" if number == 0 or self.added.match(word) else "a"
-        offsets = self.encode(before + word).offsets[len(self.encode(before)) :]
-        return [start - len(before) for start, _ in offsets]
+    def starts(self, word: str, first: bool) -> list[int]:
+        """The characters at which the tokens of a word start, if it is the `first` of a text."""
+        if first or self.added.match(word):
+            return [start for start, _ in self.encode(word).offsets]
+        return [start - 1 for start, _ in self.encode("a" + word).offsets[self.letter :]]
 
     def encode(self, text: str) -> Encoding:
         return self.tokenizer.encode(text, add_special_tokens=False)
@@ -128,30 +158,56 @@ class MeasuredText:
     """A text in words, and the places of its tokens."""
 
     def __init__(self, text: str, words: list[str], lengths: list[int], starts: Callable):
-        self.text, self.words = text, words
-        self.starts = lru_cache(8)(starts)  # cuts fall close to each other
-        self.places = np.cumsum([0, *map(len, words)])  # the character at which each word begins
-        self.totals = np.cumsum([0, *lengths])  # and the tokens before it
+        self.text, self.starts = text, starts
+        # The character at which each word begins and the tokens before it, and the ends of both.
+        self.places = array("I", accumulate(map(len, words), initial=0))
+        self.totals = array("I", accumulate(lengths, initial=0))
 
     def __len__(self) -> int:
         """How many tokens there are."""
-        return int(self.totals[-1])
+        return self.totals[-1]
+
+    @property
+    def whole(self) -> "Part":
+        return Part(self, 0, len(self.text))
 
     def place(self, token: int) -> int:
         """The character at which the `token`-th token starts, from 0; the end if there is none."""
         if token >= len(self):
             return len(self.text)
-        number = int(np.searchsorted(self.totals, token, "right")) - 1
-        starts = self.starts(self.words[number], number)
-        return int(self.places[number]) + starts[token - int(self.totals[number])]
+        number = bisect_right(self.totals, token) - 1
+        return self.places[number] + self.starts_in(number)[token - self.totals[number]]
 
     def before(self, place: int) -> int:
         """How many tokens start before the character `place`."""
-        number = int(np.searchsorted(self.places, place, "left")) - 1
+        number = bisect_left(self.places, place) - 1
         if number < 0:
             return 0
-        starts = self.starts(self.words[number], number)
-        return int(self.totals[number]) + bisect_left(starts, place - int(self.places[number]))
+        return self.totals[number] + bisect_left(
+            self.starts_in(number), place - self.places[number]
+        )
+
+    def starts_in(self, number: int) -> list[int]:
+        """The characters of the `number`-th word at which its tokens start."""
+        word = self.text[self.places[number] : self.places[number + 1]]
+        return self.starts(word, number == 0)
+
+
+class Part(NamedTuple):
+    """The characters of a measured text from `start` to `end`."""
+
+    measured: MeasuredText
+    start: int
+    end: int
+
+    @property
+    def text(self) -> str:
+        return self.measured.text[self.start : self.end]
+
+    def inner_words(self) -> tuple[int, int]:
+        """The numbers of the first and the last whole word that something stands before."""
+        places = self.measured.places
+        return bisect_right(places, self.start), bisect_right(places, self.end) - 2
 
 
 def vocabulary(tokenizer: Tokenizer) -> Iterator[str]:

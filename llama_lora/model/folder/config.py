@@ -10,6 +10,7 @@ from llama_lora.model.folder import quantized_weights
 from llama_lora.model.folder.tensors import FLOATS, StoredTensors
 from llama_lora.text import cause
 
+UNSTRETCHED = None, "default", "llama3"  # kinds of rope whose positions are as config.json says
 EMBEDDINGS, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
@@ -132,6 +133,9 @@ def beyond_positions(folder, flag: str, tokens: int) -> str | None:
     """
     if not Path(folder, "config.json").is_file():
         return None
+    check_folder(Path(folder))
+    if tokens <= _plain_positions(_settings(Path(folder))):
+        return None
     config = read_config(Path(folder))
     most, limit = positions(config), positions(config, packed=True)
     if tokens <= limit:
@@ -146,6 +150,17 @@ def beyond_positions(folder, flag: str, tokens: int) -> str | None:
     )
     what = changes if limit < most else made_for
     return f"{flag} {tokens}: the base in {folder} {what}; use {flag} {limit}, or less"
+
+
+def _plain_positions(settings: dict) -> int:
+    """`positions` of a base that stretches no angles, as config.json has it; 0 for any other base.
+
+    Nothing is imported for it. transformers' configs import torch: seconds, and hundreds of MB.
+    """
+    most = settings.get("max_position_embeddings")
+    rope = settings.get("rope_parameters") or settings.get("rope_scaling") or {}
+    plain = isinstance(rope, dict) and rope.get("rope_type", rope.get("type")) in UNSTRETCHED
+    return most if plain and isinstance(most, int) and "text_config" not in settings else 0
 
 
 def quantized_as(folder) -> str | None:

@@ -11,7 +11,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
-from llama_lora.corpus.clean.html_to_markdown import is_chatgpt_html, to_markdown
+from llama_lora.corpus.clean.escaping import STAND_INS, hide
+from llama_lora.corpus.clean.html_to_markdown import converter, is_chatgpt_html, to_markdown
 from llama_lora.corpus.records.conversation import Rejected
 from tests.conftest import run_here, shipped
 
@@ -174,6 +175,17 @@ def test_no_backslash_of_a_document_is_needless():
             assert RENDERER.render(without) != rendered, f"seed {seed}, {found.start()}\n{back}"
 
 
+PLAIN = re.compile(r"[\\`*_\[\]<>&~|!]|(?<=[0-9])[.)]|(?<![^\s=:|-])[#+=-]|#+$")
+
+
+@settings(max_examples=1000, deadline=None)
+@given(st.text("a1 \n#=.)|:`", max_size=8))
+def test_what_could_be_markup_is_hidden(text):
+    """What is found is what the rules say, one by one."""
+    hidden = PLAIN.sub(lambda found: "".join(map(STAND_INS.get, found[0])), text)
+    assert hide(text) == hidden
+
+
 # ------------------------------------------------------------------ what ChatGPT shows
 
 
@@ -216,6 +228,15 @@ TWO_LINES = formula("x = 1 \\\\\n y", display=True)
 )  # fmt: skip
 def test_what_chatgpt_shows(inner, expected):
     assert to_markdown(wrapped(inner)) == expected
+
+
+def test_every_element_is_converted():
+    """Also those whose names markdownify would take for one of its own methods."""
+    names = {name.removeprefix("convert_") for name in dir(converter()) if name[:8] == "convert_"}
+    for name in names:
+        back = to_markdown(wrapped(f"<p>a</p><{name}>b<source src='u'></{name}><p>c</p>"))
+        assert re.search(r"^a\s(.|\s)*\sc$", back), (name, back)
+        assert "b" in back or name in ("script", "style", "input", "img"), (name, back)
 
 
 def test_what_stands_outside_of_the_answer_is_chrome():
@@ -285,12 +306,16 @@ def test_a_text_of_many_megabytes_is_kept_whole_and_so_is_what_follows_it():
         "<p>" + "word *word _word &lt;a `b [c](d " * 60_000 + "</p>",
         "<p>" + "<em>a</em>" * 30_000 + "</p>",
         "<table>" + "<tr><td>a</td><td>b|c</td></tr>" * 20_000 + "</table>",
+        "<ul><li>one</li></ul>" * 20_000,
         "<ul><li>" * 60 + "a<p>b</p>" * 500 + "</li></ul>" * 60,
         "<button>x</button>" * 20_000,
         "<div>" * 100 + "<button>x</button>" * 20_000 + "</div>" * 100,
         "<p>" + "![ &lt;? &lt;!-- [a](( `` ` " * 30_000 + "</p>",
     ],
-    ids=["fences", "items", "text", "emphasis", "table", "nested", "buttons", "bars", "openings"],
+    ids=[
+        *("fences", "items", "text", "emphasis", "table", "lists", "nested", "buttons", "bars"),
+        "openings",
+    ],
 )
 def test_time_grows_with_the_text_alone(inner):
     began = time.process_time()

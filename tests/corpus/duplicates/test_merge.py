@@ -9,6 +9,8 @@ import pytest
 
 from llama_lora.cli import InputError
 from llama_lora.corpus.duplicates.merge import choose
+from llama_lora.corpus.engine import stage
+from llama_lora.hardware.device import cores
 from tests.conftest import run_here
 from tests.corpora import conversation, save
 from tests.corpus.stages import MERGE, run
@@ -81,6 +83,17 @@ def test_at_least_one_conversation_is_held_out_and_never_all():
     for group_of in ([0] * 20, [0], []):
         with pytest.raises(InputError, match="cannot be held out"):
             choose(group_of, list(range(len(group_of))), 0.02, draw())
+
+
+def test_processes_are_started_only_to_compare_or_if_asked(tmp_path, monkeypatch):
+    started, whole = [], stage.Pool
+    monkeypatch.setattr(stage, "CHUNK_BYTES", 1)
+    monkeypatch.setattr(stage, "Pool", lambda *given: started.append(given) or whole(*given))
+    items = [conversation(f"c{i}", f"question {i}", "answer") for i in range(8)]
+    for flags, expected in (((), 0), (("--workers", 2), 1), (("--split-eval", 0.5), cores() > 1)):
+        run(MERGE, items, tmp_path, *flags)
+        assert len(started) == expected
+        started.clear()
 
 
 def test_what_is_rejected_is_not_written_over_an_input(tmp_path):

@@ -2,19 +2,21 @@
 
 import json
 import random
+import re
 import shutil
 import sys
+from itertools import accumulate
 
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from llama_lora.cli import InputError
 from llama_lora.corpus.records.conversation import Rejected
 from llama_lora.corpus.split.splitter import Splitter
-from llama_lora.corpus.split.token_counter import TokenCounter
+from llama_lora.corpus.split.token_counter import CUTS, Part, TokenCounter
 from llama_lora.model.labels import IGNORE
 from llama_lora.model.template import Template, load_tokenizer
 from llama_lora.weights.llama_tokenizer import LLAMA3_SPLIT
@@ -134,9 +136,13 @@ def tokenizers(llama_tokenizer, byte_tokenizer):
 
 @pytest.fixture(scope="module")
 def counters(tokenizers):
-    return {
+    made = {
         kind: TokenCounter(tokenizer.backend_tokenizer) for kind, tokenizer in tokenizers.items()
     }
+    # GPT-NeoX's and Phi's kind: runs of spaces are added tokens, before which text is cut.
+    with_spaces = Tokenizer.from_str(tokenizers["bytes"].backend_tokenizer.to_str())
+    with_spaces.add_tokens([AddedToken(" " * count, normalized=False) for count in range(2, 9)])
+    return made | {"spaces": TokenCounter(with_spaces)}
 
 
 @pytest.fixture(scope="module")
@@ -170,10 +176,11 @@ def labelled(renderer, piece):
     return one.ids, one.labels
 
 
-SIGNS = st.text(alphabet="ab Z9_'.,;-(){}<>/s\n\t\r é汉👍🏽\u00a0\u0301", max_size=120)
+SIGNS = st.text(alphabet="ab Z9_'.,;-(){}<>/s\n\t\r é汉👍🏽\u00a0\u0301\0", max_size=120)
+COUNTED = [*TEMPLATES, "spaces"]
 
 
-@pytest.mark.parametrize("kind", TEMPLATES)
+@pytest.mark.parametrize("kind", COUNTED)
 @settings(max_examples=100, deadline=None)
 @given(seed=st.integers(0, 10**6), signs=st.lists(SIGNS | st.just("</s>"), max_size=4))
 def test_words_are_measured_as_the_whole_text_is(counters, kind, seed, signs):
@@ -187,6 +194,56 @@ def test_words_are_measured_as_the_whole_text_is(counters, kind, seed, signs):
     assert [measured.place(number) for number in range(len(starts) + 1)] == [*starts, len(whole)]
     for place in range(0, len(whole), 7):
         assert measured.before(place) == sum(start < place for start in starts)
+
+
+@pytest.mark.parametrize("cut", CUTS)
+@settings(max_examples=300, deadline=None)
+@given(text=st.text("ab Z9_'.,-(\n\t é汉’\u00a0\0~!", max_size=12))
+def test_words_end_exactly_where_tokens_must_not_reach_over(cut, text):
+    over, word = cut
+    *words, last = re.findall(word, text)
+    assert ("".join(words), last, "" in words) == (text, "", False)
+    ends = set(accumulate(map(len, words)))
+    for place in range(1, len(text)):
+        assert (place in ends) == bool(over.search(text[place - 1 : place + 1]))
+
+
+AROUND = st.sampled_from(["", "</s>", "</s>USER: ", " ASSISTANT: ", "<|im_end|>\n", "  "]) | SIGNS
+
+
+@pytest.mark.parametrize("kind", COUNTED)
+@settings(max_examples=100, deadline=None)
+@given(
+    seed=st.integers(0, 10**6),
+    signs=st.lists(SIGNS | st.sampled_from(["</s>", "<|im_end|>", "    "]), min_size=1, max_size=4),
+    around=st.tuples(AROUND, AROUND, AROUND),
+    cuts=st.tuples(st.floats(0, 1), st.floats(0, 1)),
+)
+def test_a_text_is_counted_by_its_measured_parts(counters, kind, seed, signs, around, cuts):
+    """Wherever the parts are cut, whatever touches them, and if one of them is not there."""
+    counter = counters[kind]
+    one, other = text(seed, 200).join(signs), text(seed + 1, 60)
+    start, end = sorted(round(cut * len(one)) for cut in cuts)
+    parts = [Part(counter.measure(one), start, end), counter.measure(other).whole]
+    before, between, after = around
+    for whole in (
+        before + one[start:end] + between + other + after,
+        before + one[start:end] + after,
+        before + other + after,
+        between,
+    ):
+        length = len(counter.tokenizer.encode(whole, add_special_tokens=False))
+        assert counter.length_with(whole, parts) == length
+
+
+def test_only_what_is_around_measured_parts_is_counted(counters):
+    counter = counters["sentencepiece"]
+    measured = counter.measure("The assistant gives polite answers. " * 50)
+    counted = []
+    length, counter.length = counter.length, lambda text: counted.append(text) or length(text)
+    whole = f"USER: {measured.text}</s>"
+    assert counter.length_with(whole, [measured.whole]) == length(whole)
+    assert sum(map(len, counted)) < 60
 
 
 @pytest.mark.parametrize("named", ["LlamaTokenizer", "LlamaTokenizerFast", "TokenizersBackend", ""])
@@ -210,12 +267,20 @@ def test_a_tokenizer_is_as_transformers_loads_it(tmp_path, models_of, spm, kind,
         assert load_tokenizer(folder)(whole)["input_ids"] == theirs(whole)["input_ids"]
 
 
-def test_a_tokenizer_is_loaded_without_torch(models_of):
+def test_splitting_does_without_torch(tmp_path, models_of):
+    folder, source = tmp_path / "base", tmp_path / "in.json"
+    shutil.copytree(models_of["sentencepiece"], folder)
+    config = {"model_type": "llama", "max_position_embeddings": 256}
+    (folder / "config.json").write_text(json.dumps(config))
+    source.write_text(json.dumps([conversation(1, 50, 600)]))
+    flags = ["--in", source, "--out", tmp_path / "out.json", "--model-name", folder]
+    command = [SPLIT, *map(str, flags), "--max-length", "256"]
     code = (
-        "import sys; from llama_lora.model.template import load_tokenizer; "
-        f"load_tokenizer({models_of['sentencepiece']!r}); sys.exit('torch' in sys.modules)"
+        f"import runpy, sys; sys.argv = {command}; runpy.run_path({SPLIT!r}, run_name='__main__'); "
+        "sys.exit('torch' in sys.modules)"
     )
-    assert run_script(sys.executable, "-c", code).returncode == 0
+    done = run_script(sys.executable, "-c", code)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("kind", TEMPLATES)
@@ -341,8 +406,8 @@ def test_a_question_of_which_nothing_fits_is_as_long_as_it_is_said_to_be(splitte
     splitter = splitters(kind, 200)
     around = lambda text: [turn(text, 0), turn("", 1)]  # noqa: E731
     frame = splitter.length(around("a")) - splitter.counter.length("a")
-    asked, length = splitter.shortened(splitter.counter.measure("word " * 50), 0, frame, around)
-    assert (asked, length) == (" … ", splitter.length(around(asked)))
+    asked = splitter.shortened(splitter.counter.measure("word " * 50), 0, frame, around)
+    assert (asked.text, asked.length) == (" … ", splitter.length(around(asked.text)))
 
 
 def test_a_place_outside_of_the_answer_is_told_with_its_length(splitters):

@@ -298,6 +298,9 @@ def test_how_many_positions_a_base_has(kind, tmp_path):
     more = {"rope_parameters": {"rope_theta": 10_000.0, **rope}} if rope else {}
     bases.config("mistral", **more).save_pretrained(tmp_path)
     assert positions(read_config(tmp_path)) == expected
+    limit = positions(read_config(tmp_path), packed=True)
+    assert beyond_positions(tmp_path, "--max-length", limit) is None
+    assert f"use --max-length {limit}, or" in beyond_positions(tmp_path, "--max-length", limit + 1)
 
 
 @pytest.mark.parametrize(
