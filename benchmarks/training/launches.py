@@ -8,6 +8,7 @@ as they do. Where torch has a kernel of its own for cards, and composes what it 
 is counted. LoRA matrices are in 16 bits, as DeepSpeed trains them.
 """
 
+import argparse
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
@@ -98,6 +99,11 @@ def as_on_a_card(launches: Launches) -> Iterator[None]:
         yield
     finally:
         functions.dropout, functions.rms_norm = before
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    return parser.parse_args()
 
 
 def main() -> None:
@@ -195,4 +201,5 @@ def micro_batch() -> dict:
 
 
 if __name__ == "__main__":
+    parse_args()
     main()
