@@ -12,6 +12,7 @@ import torch
 
 from llama_lora.cli import LocalError, out_of_memory
 
+AT_ONCE = 8  # gradients that are cast for an engine, which takes each of them away at once
 ROW = "input_ids", "labels", "position_ids", "token_keys"  # [1, tokens] each
 
 
@@ -122,8 +123,13 @@ class Gradients(Parts):
         return total, gradients
 
     def as_loss(self, gradients: list[torch.Tensor]) -> torch.Tensor:
-        """A scalar whose gradients are `gradients`, for an engine that calls backward itself."""
-        return _Known.apply(gradients, *self.parameters)
+        """A scalar whose gradients are `gradients`, for an engine that calls backward itself.
+
+        That overwrites them.
+        """
+        starts = range(0, len(gradients), AT_ONCE)
+        some = [slice(start, start + AT_ONCE) for start in starts]
+        return sum(_Known.apply(gradients[part], *self.parameters[part]) for part in some)
 
 
 class _Known(torch.autograd.Function):
@@ -136,7 +142,8 @@ class _Known(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, upstream):
-        return None, *_cast(torch._foreach_mul(ctx.gradients, upstream), ctx.dtypes)
+        torch._foreach_mul_(ctx.gradients, upstream)
+        return None, *_cast(ctx.gradients, ctx.dtypes)
 
 
 def _cast(tensors, dtypes: list[torch.dtype]) -> list[torch.Tensor]:
