@@ -10,15 +10,14 @@ is counted. LoRA matrices are in 16 bits, as DeepSpeed trains them.
 
 import argparse
 import tempfile
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import numpy as np
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import pages
+from benchmarks.operators import Counted
 
 # A 7B, but narrow: that changes no count.
 LAYERS, VOCABULARY = 32, 32000
@@ -34,44 +33,23 @@ SHAPE = {
 EXAMPLES = (512,) * 4  # tokens of each, all labelled
 DTYPE = torch.float16
 DROPOUT = 0.05
-# Kernels that operators start; 1 where nothing stands here.
-KERNELS = {
-    **dict.fromkeys(
-        (
-            *("aten::empty", "aten::empty_like", "aten::empty_strided", "aten::new_empty"),
-            *("aten::new_empty_strided", "aten::_unsafe_view", "aten::_reshape_alias"),
-            *("aten::detach", "aten::lift_fresh", "aten::set_", "aten::resize_"),
-        ),
-        0,
-    ),
-    # dQ's sums cleared, the sums over dO · O, the pass itself, and dQ cast to 16 bits.
-    "aten::_flash_attention_backward": 4,
-    "aten::_efficient_attention_backward": 2,
-    "aten::_fused_rms_norm_backward": 1,  # of the input alone
-}
+NO_KERNELS = (
+    *("aten::empty", "aten::empty_like", "aten::empty_strided", "aten::new_empty"),
+    *("aten::new_empty_strided", "aten::detach", "aten::lift_fresh", "aten::set_", "aten::resize_"),
+)
+# dQ's sums cleared, the sums over dO · O, the pass itself, and dQ cast to 16 bits.
+SEVERAL = {"torch_attn::_varlen_attn_backward": 4}
 LISTS = 110, 64, 48, 36, 30  # tensors of 1, 2, … lists that a kernel takes at a time
 
 
-class Launches(TorchDispatchMode):
+class Launches(Counted):
     """Counts the kernels that operators start, by operator."""
 
-    def __init__(self):
-        super().__init__()
-        self.counts = Counter()
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        if not function.is_view:
-            name = function.name().partition(".")[0]
-            self.counts[name] += _kernels(name, args)
-        return result
-
-
-def _kernels(name: str, args) -> int:
-    if name.startswith(("aten::_foreach", "aten::_fused_adam")):
-        lists = [arg for arg in args if isinstance(arg, list | tuple) and arg]
-        return -(-len(lists[0]) // LISTS[min(len(lists), len(LISTS)) - 1])
-    return KERNELS.get(name, 1)
+    def times(self, name: str, args: tuple) -> int:
+        if name.startswith("aten::_foreach"):
+            lists = [arg for arg in args if isinstance(arg, list | tuple) and arg]
+            return -(-len(lists[0]) // LISTS[min(len(lists), len(LISTS)) - 1])
+        return 0 if name in NO_KERNELS else SEVERAL.get(name, 1)
 
 
 @contextmanager
@@ -83,12 +61,12 @@ def as_on_a_card(launches: Launches) -> Iterator[None]:
     class Norm(torch.autograd.Function):
         @staticmethod
         def forward(ctx, x):
-            launches.counts["aten::_fused_rms_norm"] += 1
+            launches.names["aten::_fused_rms_norm"] += 1
             return torch.empty_like(x)
 
         @staticmethod
         def backward(ctx, upstream):
-            launches.counts["aten::_fused_rms_norm_backward"] += 1
+            launches.names["aten::_fused_rms_norm_backward"] += 1
             return torch.empty_like(upstream)
 
     def dropout(x, p=0.5, training=True, inplace=False):
@@ -155,11 +133,11 @@ def counted(quantization: str, recompute: bool, own: bool) -> int:
 
     with attention_kernels.only(VARLEN), Launches() as launches, as_on_a_card(launches):
         gradients.compute(loss_of, micro_batch(), scale=1024.0)
-        launches.counts.clear()  # among others, of what is made once
+        launches.names.clear()  # among others, of what is made once
         loss, found = gradients.compute(loss_of, micro_batch(), scale=1024.0)
         all_finite([loss, *found])
         gradients.as_loss(found).backward()
-    return launches.counts.total()
+    return launches.names.total()
 
 
 def without_values(quantization: str, recompute: bool, own: bool):
@@ -167,7 +145,6 @@ def without_values(quantization: str, recompute: bool, own: bool):
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from llama_lora.model.base import load_base
-    from llama_lora.model.int8_linear import Int8Linear
     from llama_lora.train import lora_model
     from llama_lora.train.memory import gradient_checkpointing
 
@@ -179,14 +156,21 @@ def without_values(quantization: str, recompute: bool, own: bool):
         for module in base.model.modules():
             vars(module).pop("forward", None)
     gradient_checkpointing.checkpoint(base, list(base.model.layers) if recompute else [])
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(DTYPE)
+    return moved_to_meta(model)
+
+
+def moved_to_meta(model):
+    """The model on the meta device, with weights in 8 bits as well."""
+    from llama_lora.model.int8_linear import Int8Linear
+
     for module in model.modules():
         if isinstance(module, Int8Linear):  # whose parameter does not move there
             codes, scales = module.weight.data.to("meta"), module.weight.SCB.to("meta")
             module.weight = torch.nn.Parameter(codes, requires_grad=False)
             module.weight.SCB = scales
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.to(DTYPE)
     return model.to("meta")
 
 

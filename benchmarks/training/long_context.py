@@ -131,13 +131,14 @@ def foretold(args, model, recomputed: bool, offloaded: bool, tiles: int) -> floa
     on_card = model.device.type == "cuda"
     kernel = kernel_for(model.dtype, head_size(config), present().capability)
     attention = activation_memory.Attention(kernel)
-    layer = config, ["all-linear"], 16, args.quantization, size, args.dropout, on_card, attention
-    kept = activation_memory.kept_per_token(*layer)
+    targets = ["all-linear"]
+    layer = activation_memory.Layer.of(config, targets, 16, size, args.dropout, on_card, attention)
+    kept = layer.kept()
     waiting = activation_memory.checkpoint_per_token(config, size) if recomputed else kept
     layers = ON_THE_WAY if offloaded else args.layers
-    at_work = activation_memory.layer_peak_per_token(*layer, tiles) - (0 if recomputed else kept)
+    at_work = layer.peak(tiles) - (0 if recomputed else kept)
     beside = activation_memory.beside_layers_per_token(config, size)
-    beside += args.layers * activation_memory.masks_per_token(layer[1], args.dropout)
+    beside += args.layers * activation_memory.masks_per_token(targets, args.dropout)
     return args.tokens * (layers * waiting + at_work + beside)
 
 
@@ -157,30 +158,25 @@ def at_7b() -> list[dict]:
     """What the formulae say of a layer of LLaMA-7B, by dropout."""
     from transformers import LlamaConfig
 
-    from llama_lora.train.plan import activation_memory
+    from llama_lora.train.plan.activation_memory import Layer, checkpoint_per_token
 
     llama = LlamaConfig()  # LLaMA-7B's sizes by default
 
-    def row(name: str, figure, *more) -> dict:
+    def row(name: str, figure) -> dict:
         cells = {"": name}
         for dropout in (0.05, 0.0):
-            layer = llama, ["all-linear"], 32, "4bit", 2, dropout, True
-            size = figure(*layer, activation_memory.Attention(), *more)
+            size = figure(Layer.of(llama, ["all-linear"], 32, 2, dropout))
             cells[f"`--lora_dropout {dropout:g}`"] = f"{size / 1e3:,.0f} KB"
         return cells
 
-    def checkpoint(config: LlamaConfig, *layer) -> float:
-        return activation_memory.checkpoint_per_token(config, 2)
-
     tiled = {1: "MLP whole", 2: "MLP in 2 tiles", 4: "MLP in 4 tiles", 8: "MLP in 8 tiles"}
     return [
-        row("kept for the backward pass", activation_memory.kept_per_token),
-        row("kept if it recomputes: its input", checkpoint),
+        row("kept for the backward pass", Layer.kept),
+        row("kept if it recomputes: its input", lambda layer: checkpoint_per_token(llama, 2)),
         *(
             row(
                 f"held at most while it goes backward, {name}",
-                activation_memory.layer_peak_per_token,
-                n,
+                lambda layer, n=n: layer.peak(n),
             )
             for n, name in tiled.items()
         ),

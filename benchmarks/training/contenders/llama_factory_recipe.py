@@ -43,12 +43,7 @@ SETTINGS = {
 
 
 def parse_args() -> argparse.Namespace:
-    parser = recipe_log.parser(__doc__)
-    add = parser.add_argument
-    add("--settings", choices=SETTINGS, default="example", help="whose settings")
-    add("--length", type=int, default=512, help="packed: tokens of a row")
-    add("--batch", type=int, default=4, help="packed: rows of a step")
-    return parser.parse_args()
+    return recipe_log.parser_of_settings(__doc__, SETTINGS, "example").parse_args()
 
 
 def main(args: argparse.Namespace) -> None:

@@ -31,6 +31,16 @@ def parser(doc: str) -> argparse.ArgumentParser:
     return parser
 
 
+def parser_of_settings(doc: str, settings, default: str) -> argparse.ArgumentParser:
+    """The same with flags for whose settings a recipe takes; "packed" ones have rows."""
+    told = parser(doc)
+    add = told.add_argument
+    add("--settings", choices=settings, default=default, help="whose settings")
+    add("--length", type=int, default=512, help="packed: tokens of a row")
+    add("--batch", type=int, default=4, help="packed: rows of a step")
+    return told
+
+
 def every_step(args: argparse.Namespace) -> dict:
     """What all recipes tell the Trainer alike: this machine's fastest dtype, and a log to keep."""
     from llama_lora.hardware.device import compute_dtype

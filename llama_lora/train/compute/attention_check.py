@@ -13,6 +13,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from llama_lora.cli import InputError
+from llama_lora.hardware.device import without_autocast
 from llama_lora.model.folder.config import load_config, without_values
 from llama_lora.text import brief
 from llama_lora.train.compute.packed_attention import BY_EXAMPLE, attend_within_examples
@@ -99,7 +100,7 @@ def check(model) -> None:
         window, mask = attention_mask
         given = query.float(), key.float(), value.float()
         eager = inspect.getmodule(type(module)).eager_attention_forward
-        with torch.autocast(query.device.type, enabled=False):
+        with without_autocast(query.device.type):
             found, _ = ALL_ATTENTION_FUNCTIONS[BY_EXAMPLE](module, *given, window, **options)
             expected, _ = eager(module, *given, mask.float(), **options)
         differences.append(((found - expected).abs().max() / expected.abs().max()).item())

@@ -4,7 +4,6 @@ import ast
 import functools
 import inspect
 import textwrap
-from functools import partial
 
 import torch
 
@@ -18,11 +17,11 @@ FORWARD = "self.down_proj(self.act_fn(self.gate_proj({x})) * self.up_proj({x}))"
 def gated_mlp(mlp, x: torch.Tensor) -> torch.Tensor:
     """down(act(gate(x)) · up(x)): [rows, tokens, hidden] -> the same shape."""
     gate, up = autocast(mlp.gate_proj(x), mlp.up_proj(x))
-    alone = lora_layers.by_itself(mlp.down_proj, gate)
-    if alone is None:
+    arguments = lora_layers.arguments_of(mlp.down_proj, gate)
+    if arguments is None:
         return mlp.down_proj(Gated.apply(gate, up, mlp.act_fn))
     rows = gate.flatten(0, -2), up.flatten(0, -2)
-    return alone.apply(GatedProduct, *rows, mlp.act_fn).unflatten(0, x.shape[:-1])
+    return GatedProduct.apply(*rows, mlp.act_fn, *arguments).unflatten(0, x.shape[:-1])
 
 
 class Gated(torch.autograd.Function):
@@ -80,7 +79,7 @@ def set_up(model) -> None:
     """Let the MLPs of `model` compute so whose forward pass is that: Llama's, and most others'."""
     for module in model.modules():
         if _is_gated(type(module)):
-            module.forward = partial(gated_mlp, module)
+            module.forward = functools.partial(gated_mlp, module)
 
 
 @functools.cache

@@ -98,42 +98,39 @@ class SharedInput:
     def result(self, module, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
         """What the forward pass of `module` returns for `x`: [..., in] -> [..., out]."""
         if not (x is self.given and module in self.waiting):
-            if args or kwargs or not self.takes(x):
+            arguments = None if args or kwargs else self.arguments(x)
+            if arguments is None:
                 return type(module).forward(module, x, *args, **kwargs)
             (rows,) = autocast(x)
-            found = self.apply(Products, rows.flatten(0, -2))
+            found = Products.apply(rows.flatten(0, -2), *arguments)
             found = [result.unflatten(0, x.shape[:-1]) for result in found]
             self.waiting = dict(zip(self.modules, found, strict=True))
         result = self.waiting.pop(module)
         self.given = x if self.waiting else None
         return result
 
-    def takes(self, x: torch.Tensor) -> bool:
-        """Whether the layers are all plain, and each token of `x` has a row of the mask.
+    def arguments(self, x: torch.Tensor) -> tuple | None:
+        """What `Products` takes besides `x`; None if peft computes the layers.
 
-        That of an expert, which gets some of the tokens, has none.
+        It does so unless all are plain, and each token of `x` has a row of the mask: that of an
+        expert, which gets some of the tokens, has none.
         """
-        tokens = x.shape[:-1].numel()
-        has_rows = not self._drops or len(self.dropout.begins(self.number)) == tokens
-        return has_rows and all(map(adapted, self.modules))
-
-    @property
-    def _drops(self) -> bool:
-        return self.modules[0].training and self.dropout.share > 0
-
-    def apply(self, function, *inputs):
-        """What `function`, such as `Products`, returns for these layers."""
+        masks = None, None
+        if self.modules[0].training and self.dropout.share:
+            masks = self.dropout, self.dropout.begins(self.number)
+            if len(masks[1]) != x.shape[:-1].numel():
+                return None
         layers = [adapted(module) for module in self.modules]
-        matrices = [matrix for layer in layers for matrix in (layer.a, layer.b)]
-        masks = (self.dropout, self.dropout.begins(self.number)) if self._drops else (None, None)
-        return function.apply(*inputs, layers, masks, *matrices)
+        if not all(layers):
+            return None
+        return layers, masks, *(matrix for layer in layers for matrix in (layer.a, layer.b))
 
 
-def by_itself(module, x: torch.Tensor) -> SharedInput | None:
-    """The `SharedInput` of a layer that shares `x` with no other; None if peft computes it."""
+def arguments_of(module, x: torch.Tensor) -> tuple | None:
+    """`SharedInput.arguments` of a layer that shares `x` with no other; else None."""
     shared = _shared(module)
     alone = shared is not None and shared.modules == [module]
-    return shared if alone and shared.takes(x) else None
+    return shared.arguments(x) if alone else None
 
 
 def _shared(module) -> SharedInput | None:

@@ -111,8 +111,8 @@ def gradients(given: Input, layers, inner, matrices, upstream, of_input: bool) -
         of_x.addmm_(of_inner, _stacked(matrices, dtype))
     elif of_input:
         of_x.addcmul_(of_inner @ _stacked(matrices, dtype), given.mask)
-    of_a = of_a.split([len(a) for a in matrices[::2]])
-    return of_x, [matrix for pair in zip(of_a, of_b, strict=True) for matrix in pair]
+    pairs = zip(_parts(of_a, matrices, 0), of_b, strict=True)
+    return of_x, [matrix for pair in pairs for matrix in pair]
 
 
 def _stacked(matrices, dtype: torch.dtype) -> torch.Tensor:
@@ -121,6 +121,6 @@ def _stacked(matrices, dtype: torch.dtype) -> torch.Tensor:
     return torch.cat([first, *others]) if others else first
 
 
-def _parts(inner: torch.Tensor, matrices) -> tuple[torch.Tensor, ...]:
-    """The columns of each layer."""
-    return inner.split([len(a) for a in matrices[::2]], 1)
+def _parts(ranks: torch.Tensor, matrices, dim: int = 1) -> tuple[torch.Tensor, ...]:
+    """The columns, or rows, of each layer."""
+    return ranks.split([len(a) for a in matrices[::2]], dim)

@@ -11,6 +11,8 @@ from torch.linalg import vecdot, vector_norm
 
 from llama_lora.hardware.device import without_autocast
 
+EPS = "variance_epsilon", "eps"  # names of what is added
+
 
 class OnCpu(torch.autograd.Function):
     """x / sqrt(mean(x²) + eps) · weight, computed in fp32; the weight is frozen."""
@@ -62,9 +64,6 @@ def _forward(module, eps: float, x: torch.Tensor) -> torch.Tensor:
 
 def _eps(module) -> float | None:
     return next((getattr(module, name) for name in EPS if hasattr(module, name)), None)
-
-
-EPS = "variance_epsilon", "eps"
 
 
 @torch.no_grad()

@@ -12,6 +12,7 @@ import contextlib
 import torch
 from torch.utils.checkpoint import get_device_states, set_device_states
 
+from llama_lora.hardware.device import without_autocast
 from llama_lora.train.compute import lora_layers
 
 # Layers in which only the MLP uses the output of the norm before it.
@@ -119,7 +120,7 @@ def _add_gradients(ctx, hidden, upstream, tile: slice, sums: list) -> torch.Tens
     given = hidden[:, tile].detach().requires_grad_()
     with torch.enable_grad():
         result = ctx.tiles.run(given, tile)
-    with torch.autocast(hidden.device.type, enabled=False):  # as backward passes are
+    with without_autocast(hidden.device.type):  # as backward passes are
         found = torch.autograd.grad(result, (given, *ctx.parameters), upstream[:, tile])
     of_tile, *of_weights = found
     for total, one in zip(sums, of_weights, strict=True):

@@ -34,15 +34,13 @@ class Attention:
 
 @dataclass(frozen=True)
 class Layer:
-    """One decoder layer in training.
+    """One decoder layer in training: bytes per token of a micro-batch.
 
     Attributes:
         query, key: size of the queries of all heads, and of the keys or the values.
         targets: names of the linear layers with LoRA matrices.
-        quantization: of the frozen weights: "8bit", "4bit" or "none".
         size: bytes per element of the activations: 2 in fp16 and bf16, 4 in fp32.
-        on_card: on a card, a dropout mask takes a byte per element; on a CPU it is an ordinary
-            tensor.
+        on_card: whether its memory is a card's. There peft's dropout masks take a byte per element.
         attention: how it is computed.
         dora: whether peft computes the adapted layers, instead of `lora_products`.
     """
@@ -54,16 +52,20 @@ class Layer:
     key: int
     targets: tuple[str, ...]
     r: int
-    quantization: str
     size: int
     dropout: float
-    on_card: bool
-    attention: Attention
+    on_card: bool = True
+    attention: Attention = Attention()
     dora: bool = False
 
     @classmethod
-    def of(cls, config, targets, *others) -> "Layer":
-        """The layer of a transformers config."""
+    def of(cls, config, targets, *others, **more) -> "Layer":
+        """The layer of a Llama's config of transformers.
+
+        Args:
+            targets: as above, or ["all-linear"].
+            others, more: the attributes from `r` on.
+        """
         heads, head = config.num_attention_heads, head_size(config)
         kv_heads = config.num_key_value_heads or heads
         targets = ATTENTION + MLP if "all-linear" in targets else tuple(targets)
@@ -75,6 +77,7 @@ class Layer:
             kv_heads * head,
             targets,
             *others,
+            **more,
         )
 
     def width(self, name: str) -> int:
@@ -82,6 +85,10 @@ class Layer:
         return {"o_proj": self.query, "down_proj": self.intermediate}.get(name, self.hidden)
 
     # What the backward pass needs.
+
+    def kept(self) -> float:
+        """What a layer without checkpointing keeps for its backward pass."""
+        return self.of_attention() + self.of_mlp()
 
     def of_lora(self, *names: str) -> int:
         """The outputs of A; peft also keeps the inputs after dropout, with the masks."""
@@ -137,7 +144,10 @@ class Layer:
     # What it holds besides, while it goes backward.
 
     def peak(self, tiles: int) -> float:
-        """The most that it holds, with the gradient of its output but without its input."""
+        """The most that it holds while it recomputes and goes backward.
+
+        With what it then keeps and the gradient of its output, on top of `checkpoint_per_token`.
+        """
         mlp = self.of_mlp() + self._in_mlp()
         if tiles > 1:
             mlp = 2 * self.size * self.hidden + mlp / tiles  # its input, and the gradient of that
@@ -169,50 +179,6 @@ class Layer:
         return self.width(name) + self.size * self.r if self.dropout else 0
 
 
-def kept_per_token(
-    config,
-    targets,
-    lora_r,
-    quantization,
-    itemsize,
-    dropout,
-    on_card=True,
-    attention=Attention(),
-    dora=False,
-) -> float:
-    """Bytes per token that one layer without checkpointing keeps for its backward pass.
-
-    Args:
-        config: a Llama's config of transformers.
-        targets: names of the linear layers with LoRA matrices, or ["all-linear"].
-        itemsize: bytes per element of the activations.
-    """
-    others = lora_r, quantization, itemsize, dropout, on_card, attention, dora
-    layer = Layer.of(config, targets, *others)
-    return layer.of_attention() + layer.of_mlp()
-
-
-def layer_peak_per_token(
-    config,
-    targets,
-    lora_r,
-    quantization,
-    itemsize,
-    dropout,
-    on_card=True,
-    attention=Attention(),
-    mlp_tiles=1,
-    dora=False,
-) -> float:
-    """The most bytes per token that one layer takes while it recomputes and goes backward.
-
-    They include what it then keeps and the gradient of its output, and come on top of
-    `checkpoint_per_token`.
-    """
-    others = lora_r, quantization, itemsize, dropout, on_card, attention, dora
-    return Layer.of(config, targets, *others).peak(mlp_tiles)
-
-
 def checkpoint_per_token(config, itemsize: int) -> int:
     """Bytes per token that one layer with checkpointing keeps: its input."""
     return itemsize * config.hidden_size
@@ -234,7 +200,7 @@ def ends_per_token(config, itemsize: int) -> int:
     """Bytes per token that are kept outside the layers until the layers go backward.
 
     Besides the above: the last norm's input, and the gradient of the hidden states that the loss in
-    chunks computes; `layer_peak_per_token` has the gradient that this turns into.
+    chunks computes; `Layer.peak` has the gradient that this turns into.
     """
     hidden = config.hidden_size
     last = 2 * itemsize * hidden + FP32

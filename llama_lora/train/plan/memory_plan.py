@@ -13,7 +13,7 @@ from llama_lora.train.compute import chunked_loss, dropout
 from llama_lora.train.compute.attention_kernels import LOOP
 from llama_lora.train.memory import allocator, gradient_checkpointing
 from llama_lora.train.plan import activation_memory
-from llama_lora.train.plan.activation_memory import FP32, Attention
+from llama_lora.train.plan.activation_memory import FP32, Attention, Layer
 from llama_lora.train.plan.zero_memory import Zero
 
 # What CUDA takes, unseen by torch: assumed, not measured. A fifth of a GiB is there from the start;
@@ -181,30 +181,26 @@ def fragmentation(setup: Setup, recomputed: int) -> float:
 def activation_bytes(setup: Setup, recomputed: int) -> float:
     """What waits for the backward pass, and what the layer at work takes by itself."""
     config, size = setup.shape.config, setup.itemsize
-    layer = (config, tuple(setup.targets), setup.lora_r, setup.quantization, size)
-    layer += setup.lora_dropout, setup.on_card, setup.attends
-    kept = activation_memory.kept_per_token(*layer, dora=setup.use_dora)
-    tiles = setup.tiles if recomputed else 1
-    peak = activation_memory.layer_peak_per_token(*layer, tiles, dora=setup.use_dora)
-    weights = 0  # and what else does not grow with the tokens
+    settings = setup.lora_r, size, setup.lora_dropout, setup.on_card, setup.attends, setup.use_dora
+    layer = Layer.of(config, tuple(setup.targets), *settings)
+    kept, peak = layer.kept(), layer.peak(setup.tiles if recomputed else 1)
+    fixed = 0  # whatever the tokens
     if setup.use_dora:
         scaled = activation_memory.dora_per_token(setup.targets, size)
         kept, peak = kept + scaled, peak + scaled
         of_layer = setup.targets, setup.quantization, size, setup.lora_dropout
-        weights = activation_memory.dora_weights(*of_layer) * max(
-            setup.shape.layers - recomputed, 1
-        )
+        fixed = activation_memory.dora_weights(*of_layer) * max(setup.shape.layers - recomputed, 1)
     waiting = min(recomputed, IN_FLIGHT) if setup.offload else recomputed
     whole = setup.shape.layers - recomputed
     at_work = peak if recomputed else max(0, peak - kept)  # what is kept is already counted
     held = whole * kept + waiting * activation_memory.checkpoint_per_token(config, size)
     if setup.lora_dropout and not setup.use_dora:
-        weights = dropout.BYTES
+        fixed = dropout.BYTES
         masks = activation_memory.masks_per_token(tuple(setup.targets), setup.lora_dropout)
         held += setup.shape.layers * masks
     at_the_loss = activation_memory.ends_per_token(config, size)
     in_a_layer = activation_memory.beside_layers_per_token(config, size) + at_work
-    return setup.part_tokens * (held + max(at_the_loss, in_a_layer)) + weights
+    return setup.part_tokens * (held + max(at_the_loss, in_a_layer)) + fixed
 
 
 def gradient_bytes(zero: Zero | None) -> float:

@@ -5,8 +5,8 @@ import pytest
 import torch
 import transformers
 
+from benchmarks.training.launches import moved_to_meta
 from llama_lora.hardware.device import DTYPE_SWITCH
-from llama_lora.model.int8_linear import Int8Linear
 from llama_lora.train.data.example import Example
 from llama_lora.train.data.packing import collate
 from llama_lora.train.memory import gradient_checkpointing, tiled_mlp
@@ -61,12 +61,7 @@ def test_no_layer_and_no_loss_waits(quantization, dtype, tmp_path):
 def test_layers_and_loss_need_no_values(quantization, dtype, tmp_path):
     """On the meta device, where to ask for a value, or to copy one to the host, is an error."""
     model = adapted_llama(tmp_path, quantization, dtype)
-    for module in model.modules():
-        if isinstance(module, Int8Linear):  # whose parameter does not move there
-            codes, scales = module.weight.data.to("meta"), module.weight.SCB.to("meta")
-            module.weight = torch.nn.Parameter(codes, requires_grad=False)
-            module.weight.SCB = scales
-    model.to("meta")
+    moved_to_meta(model)
     batch = {k: v.to("meta") if torch.is_tensor(v) else v for k, v in micro_batch(5).items()}
     mask = torch.ones_like(batch["input_ids"])  # with which transformers looks at no positions
     loss, found = gradients(model, batch, torch.float32, attention_mask=mask)

@@ -10,7 +10,7 @@ from transformers import LlamaConfig
 from llama_lora.train import preparation
 from llama_lora.train.memory import gradient_checkpointing, tiled_mlp
 from llama_lora.train.plan import activation_memory
-from llama_lora.train.plan.activation_memory import Attention
+from llama_lora.train.plan.activation_memory import Layer
 from tests.train.adapted import adapted_llama, layers_of, trainable
 
 SHAPES = [
@@ -94,9 +94,9 @@ def per_token(measure, model, tokens: int = 480) -> float:
     return (measure(model, 2 * tokens) - measure(model, tokens)) / tokens
 
 
-def arguments(setting, shape):
-    quantization, dtype, dropout, targets = setting
-    return config_of(shape), targets, R, quantization, dtype.itemsize, dropout, False, Attention()
+def layer_of(setting, shape, **more) -> Layer:
+    _, dtype, dropout, targets = setting
+    return Layer.of(config_of(shape), targets, R, dtype.itemsize, dropout, False, **more)
 
 
 EVERY = [(setting, shape) for setting in SETTINGS for shape in SHAPES]
@@ -110,7 +110,7 @@ def test_what_waits_for_the_backward_pass(tmp_path, setting, shape):
     itemsize = setting[1].itemsize
     two, three = (built(tmp_path / str(n), n, setting, shape) for n in (2, 3))
     masks = activation_memory.masks_per_token(setting[3], setting[2])
-    expected = activation_memory.kept_per_token(*arguments(setting, shape)) + masks
+    expected = layer_of(setting, shape).kept() + masks
     found = per_token(held, two, 64)
     assert per_token(held, three, 64) - found == expected
     ends = (
@@ -142,7 +142,7 @@ def test_the_peak_while_a_layer_recomputes(tmp_path, setting, shape):
             tiled_mlp.set_up(base, layers, -(-tokens // count))
             return peak(model, tokens)
 
-        of_layer = activation_memory.layer_peak_per_token(*arguments(setting, shape), count)
+        of_layer = layer_of(setting, shape).peak(count)
         assert per_token(measure, model) == pytest.approx(outside + of_layer, rel=1e-6)
 
 
@@ -158,8 +158,8 @@ def test_what_dora_keeps_besides(tmp_path, dropout):
         return slope, held(model, 64) - 64 * slope
 
     without, frozen = found("4bit", False), found("4bit", True)
-    of_layer = arguments(("4bit", torch.bfloat16, dropout, targets), shape)
-    expected = activation_memory.kept_per_token(*of_layer, dora=True)
+    setting = "4bit", torch.bfloat16, dropout, targets
+    expected = layer_of(setting, shape, dora=True).kept()
     expected += activation_memory.dora_per_token(targets, 2)
     ends = activation_memory.ends_per_token(config_of(shape), 2) - activation_memory.IDS
     assert frozen[0] == expected + ends
@@ -175,7 +175,7 @@ def test_dora_is_measured_a_layer_at_a_time(tmp_path):
     setting = "4bit", torch.bfloat16, 0.1, targets
     model = built(tmp_path, 3, setting, shape, use_dora=True)
     per_token, fixed = gradient_checkpointing.layer_bytes(model.get_base_model(), layers_of(model))
-    expected = activation_memory.kept_per_token(*arguments(setting, shape), dora=True)
+    expected = layer_of(setting, shape, dora=True).kept()
     expected += activation_memory.dora_per_token(targets, 2)
     expected -= activation_memory.checkpoint_per_token(config_of(shape), 2)
     assert per_token == pytest.approx(expected, rel=0.05)
